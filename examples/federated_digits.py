@@ -1,0 +1,293 @@
+"""
+Twenty clients adapt a small vision transformer to handwriting it has not seen.
+
+The data are scikit-learn's 1,797 scanned digits (8 x 8 pixels), which come with the package. A vision transformer is
+pretrained centrally on a public part, which has only the digits 0 to 6, upright. The clients hold the rest: all ten
+digits, and their scanners turn every page by a quarter. They differ in which digits they have (Dirichlet, alpha = 0.3).
+
+Three ways to adapt the model are compared, with equal uploads in every round: LoRA averaged by FedAvg, Ravan, and Ravan
+merged by FedRPCA.
+
+    python examples/federated_digits.py --output-dir outputs/digits
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+
+# PEFT and transformers announce each other's renamed attributes to whoever uses both
+warnings.filterwarnings("ignore", category=FutureWarning)
+
+import matplotlib  # noqa: E402
+
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from datasets import Dataset, concatenate_datasets  # noqa: E402
+from datasets.utils.logging import disable_progress_bar  # noqa: E402
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
+from sklearn.datasets import load_digits  # noqa: E402
+from sklearn.model_selection import train_test_split  # noqa: E402
+from transformers import (  # noqa: E402
+    EvalPrediction,
+    Trainer,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+    set_seed,
+)
+
+from peft_ravan import RavanConfig  # noqa: E402
+from peft_ravan.trainers import FederatedArguments, FederatedTrainer, make_clients  # noqa: E402
+
+
+PUBLIC_DIGITS = range(7)
+PUBLIC_SHARE = 0.5  # of the images of the public digits
+TARGET_MODULES = ["q_proj", "k_proj", "v_proj"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the comparison. Each target of 64 x 64 uploads 256 numbers a round, and all of them the head."""
+
+    name: str
+    adapter: PeftConfig
+    merge_method: str
+    learning_rate: float
+
+
+def methods() -> list[Method]:
+    # LoRA: 2 * (64 + 64) = 256 numbers a target, rank 2. Ravan: 4 heads of 8 * 8 = 256, rank up to 32.
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules=TARGET_MODULES, modules_to_save=["classifier"])
+    ravan = RavanConfig(r=16, num_heads=4, target_modules=TARGET_MODULES, modules_to_save=["classifier"])
+    return [
+        Method("LoRA, FedAvg", lora, "fedavg", 5e-3),
+        Method("Ravan", ravan, "ravan", 1e-2),
+        Method("Ravan, FedRPCA", ravan, "fedrpca", 1e-2),
+    ]
+
+
+def make_dataset(images: np.ndarray, labels: np.ndarray) -> Dataset:
+    """Images of values 0 to 16, `[N, 8, 8]`, as what the model takes: `[1, 8, 8]` of values -1 to 1."""
+    pixels = (images[:, None] / 8.0 - 1.0).astype(np.float32)
+    return Dataset.from_dict({"pixel_values": pixels, "labels": labels}).with_format("torch")
+
+
+def load_data(seed: int) -> tuple[Dataset, Dataset]:
+    """Returns the public part, and what the clients hold."""
+    digits = load_digits()
+    is_public_digit = np.isin(digits.target, PUBLIC_DIGITS)
+    public, held_back = train_test_split(
+        np.flatnonzero(is_public_digit),
+        train_size=PUBLIC_SHARE,
+        stratify=digits.target[is_public_digit],
+        random_state=seed,
+    )
+    private = np.concatenate([held_back, np.flatnonzero(~is_public_digit)])
+    turned = np.rot90(digits.images, axes=(1, 2))
+    return (
+        make_dataset(digits.images[public], digits.target[public]),
+        make_dataset(turned[private], digits.target[private]),
+    )
+
+
+def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+
+def pretrain(public: Dataset, output_dir: Path, seed: int) -> Path:
+    """Train a vision transformer centrally, for a few seconds. Returns the folder it is saved in."""
+    set_seed(seed)
+    config = ViTConfig(
+        image_size=8,
+        patch_size=2,
+        num_channels=1,
+        hidden_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=256,
+        num_labels=10,
+    )
+    args = TrainingArguments(
+        str(output_dir / "pretraining"),
+        num_train_epochs=40,
+        per_device_train_batch_size=64,
+        learning_rate=2e-3,
+        lr_scheduler_type="cosine",
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        seed=seed,
+    )
+    model = ViTForImageClassification(config)
+    Trainer(model, args, train_dataset=public).train()
+    model.save_pretrained(output_dir / "base_model")
+    return output_dir / "base_model"
+
+
+def split_clients(private: Dataset, args: FederatedArguments) -> tuple[dict[str, Dataset], dict[str, Dataset]]:
+    """Returns what each client trains on, and the quarter of its images that it keeps for testing."""
+    train, test = {}, {}
+    for name, dataset in make_clients(private, args).items():
+        held_out = max(1, len(dataset) // 4)  # the indices are shuffled already
+        train[name] = dataset.select(range(held_out, len(dataset)))
+        test[name] = dataset.select(range(held_out))
+    return train, test
+
+
+def arguments(method: Method, output_dir: Path, seed: int) -> FederatedArguments:
+    return FederatedArguments(
+        str(output_dir),
+        num_clients=20,
+        clients_per_round=5,
+        num_rounds=30,
+        max_steps=10,
+        per_device_train_batch_size=16,
+        per_device_eval_batch_size=512,
+        partition="dirichlet",
+        partition_alpha=0.3,
+        eval_strategy="epoch",
+        eval_on_start=True,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        learning_rate=method.learning_rate,
+        merge_method=method.merge_method,
+        seed=seed,
+    )
+
+
+def client_accuracies(trainer: Trainer, test: dict[str, Dataset]) -> np.ndarray:
+    """The accuracy of the model on each client's own test images."""
+    prediction = trainer.predict(concatenate_datasets(list(test.values())))
+    correct = prediction.predictions.argmax(-1) == prediction.label_ids
+    ends = np.cumsum([len(dataset) for dataset in test.values()])[:-1]
+    return np.array([part.mean() for part in np.split(correct, ends)])
+
+
+def worst_decile(accuracies: np.ndarray) -> float:
+    return float(np.sort(accuracies)[: max(1, len(accuracies) // 10)].mean())
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one run of the comparison gave."""
+
+    method: Method
+    trainer: FederatedTrainer
+    worst_decile: float
+    seconds: float
+
+    def curve(self) -> list[float]:
+        return [record["eval_accuracy"] for record in self.trainer.state.log_history if "round" in record]
+
+
+def run(method: Method, base_dir: Path, private: Dataset, output_dir: Path, seed: int) -> Result:
+    args = arguments(method, output_dir, seed)
+    train, test = split_clients(private, args)
+    set_seed(seed)
+    model = get_peft_model(ViTForImageClassification.from_pretrained(base_dir), method.adapter)
+    trainer = FederatedTrainer(
+        model,
+        args,
+        train_dataset=train,
+        eval_dataset=concatenate_datasets(list(test.values())),
+        compute_metrics=accuracy,
+    )
+    start_time = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - start_time
+    return Result(method, trainer, worst_decile(client_accuracies(trainer, test)), seconds)
+
+
+def show_table(results: list[Result], console: Console) -> None:
+    table = Table(title="20 clients, 30 rounds of 5 clients, 10 local steps")
+    for column in ("method", "before", "after", "worst decile of clients", "MB uploaded", "seconds"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for result in results:
+        uploaded = sum(record.get("upload_bytes", 0) for record in result.trainer.state.log_history)
+        curve = result.curve()
+        table.add_row(
+            result.method.name,
+            f"{curve[0]:.1%}",
+            f"{curve[-1]:.1%}",
+            f"{result.worst_decile:.1%}",
+            f"{uploaded / 1e6:.2f}",
+            f"{result.seconds:.0f}",
+        )
+    console.print(table)
+
+
+def plot(results: list[Result], path: Path) -> None:
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for result in results:
+        axes.plot([100 * value for value in result.curve()], label=result.method.name)
+    axes.set(xlabel="round", ylabel="accuracy on the clients' test images (%)", ylim=(0, 100))
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def save_and_reload(result: Result, base_dir: Path, adapter_dir: Path) -> float:
+    """Save an adapter with its card, load it into a fresh base model, and return the accuracy of that."""
+    result.trainer.save_model(str(adapter_dir))
+    model = PeftModel.from_pretrained(ViTForImageClassification.from_pretrained(base_dir), adapter_dir)
+    args = TrainingArguments(result.trainer.args.output_dir, use_cpu=True, report_to="none", disable_tqdm=True)
+    trainer = Trainer(model, args, compute_metrics=accuracy)
+    return trainer.evaluate(result.trainer.eval_dataset)["eval_accuracy"]
+
+
+def silence_libraries() -> None:
+    transformers.logging.set_verbosity_error()
+    logging.getLogger("peft").setLevel(logging.ERROR)
+    disable_progress_bar()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0].strip())
+    parser.add_argument("--output-dir", type=Path, default=Path("outputs/digits"), help="where the results go")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    silence_libraries()
+    console = Console()
+
+    public, private = load_data(options.seed)
+    console.print(f"Pretraining on {len(public)} public images: the digits 0 to 6, upright.")
+    base_dir = pretrain(public, options.output_dir, options.seed)
+    console.print(f"20 clients hold {len(private)} other images: all ten digits, turned by a quarter.")
+
+    results = []
+    for method in methods():
+        console.print(f"\n[bold]{method.name}[/bold]")
+        results.append(run(method, base_dir, private, options.output_dir / "run", options.seed))
+    console.print()
+    show_table(results, console)
+
+    plot_path = options.output_dir / "accuracy.png"
+    plot(results, plot_path)
+    best = max(results, key=lambda result: result.curve()[-1])
+    adapter_dir = options.output_dir / "adapter"
+    reloaded = save_and_reload(best, base_dir, adapter_dir)
+    console.print(f"Plot: {plot_path}")
+    console.print(f"Best adapter, with its card: {adapter_dir} ({best.method.name})")
+    console.print(f"Loaded into a fresh base model it scores {reloaded:.1%}, as before: {best.curve()[-1]:.1%}.")
+    if reloaded != best.curve()[-1]:
+        raise SystemExit("The reloaded adapter does not score the same.")
+
+
+if __name__ == "__main__":
+    main()

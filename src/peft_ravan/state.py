@@ -1,0 +1,83 @@
+"""
+What of an adapter travels between a server and its clients, by the names of the adapter's checkpoint.
+
+A Ravan checkpoint has four tensors a target. Only the products s*H travel, under the name of the core: the bases are
+common and frozen, and s and H have no meaning of their own once they leave the client that trained them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from .functional import scaled_cores
+
+
+CORE_NAME = "ravan_H"
+SCALING_NAME = "ravan_s"
+BASES_NAMES = ("ravan_A", "ravan_B")
+
+
+def is_core(name: str) -> bool:
+    """Whether a checkpoint name is that of a core, whose tensor holds one `r x r` matrix a head: `[h, r, r]`."""
+    return name.endswith(CORE_NAME)
+
+
+def is_scaling(name: str) -> bool:
+    """Whether a checkpoint name is that of the heads' scalings, `[h]`."""
+    return name.endswith(SCALING_NAME)
+
+
+def is_basis(name: str) -> bool:
+    """Whether a checkpoint name is that of a frozen basis."""
+    return name.endswith(BASES_NAMES)
+
+
+def scaling_name(core_name: str) -> str:
+    """The checkpoint name of the scalings that belong to a core."""
+    return core_name.removesuffix(CORE_NAME) + SCALING_NAME
+
+
+def exchange_state(checkpoint: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """
+    Reduce an adapter's checkpoint to what travels: s*H under the names of the cores, and all that is neither a scaling
+    nor a basis (LoRA's matrices, the task head) as it is.
+
+    Args:
+        checkpoint (`Mapping[str, torch.Tensor]`):
+            Checkpoint names to tensors, as `peft.get_peft_model_state_dict` gives them. A core without scalings is
+            taken to be a product already.
+
+    Returns:
+        `dict[str, torch.Tensor]`: The tensors that travel, in the order of the checkpoint. Those that are not products
+        are the tensors of the checkpoint themselves, not copies.
+    """
+    state = {}
+    for name, tensor in checkpoint.items():
+        if is_scaling(name) or is_basis(name):
+            continue
+        if is_core(name) and scaling_name(name) in checkpoint:
+            tensor = scaled_cores(tensor, checkpoint[scaling_name(name)])
+        state[name] = tensor
+    return state
+
+
+def checkpoint_state(
+    state: Mapping[str, torch.Tensor], checkpoint: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """
+    The inverse of [`exchange_state`]: put tensors that travelled back into a checkpoint. The scalings become 1, so that
+    the product is the core; the bases stay.
+
+    Args:
+        state (`Mapping[str, torch.Tensor]`): The tensors that travelled.
+        checkpoint (`Mapping[str, torch.Tensor]`): The checkpoint whose names and remaining tensors are kept.
+
+    Returns:
+        `dict[str, torch.Tensor]`: The names of `checkpoint`, in its order.
+    """
+    return {
+        name: state[name] if name in state else torch.ones_like(tensor) if is_scaling(name) else tensor
+        for name, tensor in checkpoint.items()
+    }

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import SchedulerType, TrainingArguments
+
+from peft_ravan.merging import get_merge_method
+
+from .partition import PARTITIONS
+
+
+@dataclass
+class FederatedArguments(TrainingArguments):
+    """
+    The arguments of a [`FederatedTrainer`]: those of [`~transformers.TrainingArguments`], and what is federated.
+
+    The inherited arguments (`num_train_epochs` or `max_steps`, `learning_rate`, batch sizes, gradient accumulation, mixed
+    precision, ...) govern the local training of one client in one round. What counts time counts rounds: `eval_strategy`
+    and `save_strategy` act after a round, `"epoch"` means every round and `"steps"` every `eval_steps` or `save_steps`
+    rounds, and `lr_scheduler_type`, `warmup_steps` act over the rounds, while the rate within a round is constant.
+
+    Args:
+        num_rounds (`int`, *optional*, defaults to 10):
+            The number of rounds.
+        num_clients (`int`, *optional*):
+            The number of clients the training data is split among. By default 10, or the number of clients that there
+            are, if the data comes by client (`partition="column"`, or a dict of datasets).
+        clients_per_round (`int`, *optional*):
+            The number of clients that train in a round, drawn anew in every round. By default all.
+        partition (`str`, *optional*, defaults to `"iid"`):
+            How one training set is split: `"iid"` (equal random parts), `"dirichlet"` (the labels of each client from a
+            Dirichlet distribution) or `"column"` (one client for each value of `partition_column`).
+        partition_alpha (`float`, *optional*, defaults to 0.5):
+            The concentration of the Dirichlet distribution: the smaller, the more the clients differ.
+        partition_column (`str`, *optional*):
+            The column with the labels (`"dirichlet"`, by default `"label"` or `"labels"`) or the clients (`"column"`).
+        merge_method (`str`, *optional*):
+            The method that merges what the clients upload, see [`peft_ravan.merging.merge`]. By default `"ravan"` for a
+            Ravan adapter and `"fedavg"` for any other.
+        merge_options (`dict[str, Any]`, *optional*):
+            The options of the merge method, such as `{"beta": "adaptive"}`. A string is read as JSON.
+        federated_seed (`int`, *optional*):
+            The seed of the partition, of who takes part in each round and of each client's local training. By default
+            `seed`.
+    """
+
+    num_rounds: int = field(default=10, metadata={"help": "Number of rounds."})
+    num_clients: int | None = field(
+        default=None, metadata={"help": "Number of clients to split the training data among. By default 10."}
+    )
+    clients_per_round: int | None = field(
+        default=None, metadata={"help": "Number of clients that train in a round. By default all."}
+    )
+    partition: str = field(
+        default="iid", metadata={"help": f"How the training data is split among clients: {', '.join(PARTITIONS)}."}
+    )
+    partition_alpha: float = field(default=0.5, metadata={"help": "Concentration of the Dirichlet partition."})
+    partition_column: str | None = field(
+        default=None, metadata={"help": "Column with the labels (dirichlet) or the clients (column)."}
+    )
+    merge_method: str | None = field(
+        default=None, metadata={"help": "Merge method. By default 'ravan' for Ravan adapters, else 'fedavg'."}
+    )
+    merge_options: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Options of the merge method, as JSON."}
+    )
+    federated_seed: int | None = field(
+        default=None, metadata={"help": "Seed of partition, participation and local training. By default `seed`."}
+    )
+    lr_scheduler_type: SchedulerType | str = field(
+        default="constant", metadata={"help": "How the learning rate changes from round to round."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._check_counts()
+        if self.partition not in PARTITIONS:
+            raise ValueError(f"`partition` must be one of {', '.join(PARTITIONS)}, got {self.partition!r}.")
+        if not self.partition_alpha > 0:
+            raise ValueError(f"`partition_alpha` must be above 0, got {self.partition_alpha!r}.")
+        if isinstance(self.merge_options, str):
+            self.merge_options = json.loads(self.merge_options)
+        if self.merge_method is not None:
+            get_merge_method(self.merge_method).check_options(self.merge_options or {})
+        if self.federated_seed is None:
+            self.federated_seed = self.seed
+        if self.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY):
+            raise ValueError(
+                f"`lr_scheduler_type={self.lr_scheduler_type.value!r}` follows a metric, which is not supported over rounds. "
+                "Use a schedule of time, such as 'constant', 'linear' or 'cosine'."
+            )
+        if self.load_best_model_at_end:
+            raise ValueError(
+                "`load_best_model_at_end` is not supported by the FederatedTrainer yet. Set save_strategy='epoch', which "
+                "saves the adapter after every round, and load the one you want."
+            )
+
+    def _check_counts(self) -> None:
+        for name in ("num_rounds", "num_clients", "clients_per_round"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be 1 or more, got {value!r}.")
+        if self.num_clients and self.clients_per_round and self.clients_per_round > self.num_clients:
+            raise ValueError(
+                f"`clients_per_round` must not be above `num_clients`, got {self.clients_per_round} and "
+                f"{self.num_clients}."
+            )

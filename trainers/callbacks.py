@@ -1,0 +1,112 @@
+"""Callbacks of a federation: what they are told, and the progress bars over rounds and clients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import ProgressCallback, TrainerCallback
+from transformers.trainer_callback import CallbackHandler
+
+
+# Of a client's local training only these events reach the callbacks; the others belong to the federation as a whole, so
+# that a logger opens once and logs once a round.
+LOCAL_EVENTS = frozenset(
+    {
+        "on_epoch_begin",
+        "on_step_begin",
+        "on_pre_optimizer_step",
+        "on_optimizer_step",
+        "on_substep_end",
+        "on_step_end",
+        "on_epoch_end",
+    }
+)
+
+
+class FederatedCallback(TrainerCallback):
+    """
+    A [`~transformers.TrainerCallback`] that is told of rounds and clients, too. The events of epochs and steps come from
+    the clients' local training; all others are those of the federation, whose steps are rounds.
+    """
+
+    def on_round_begin(self, args, state, control, clients: list[str], **kwargs):
+        """Called at the beginning of a round, with the names of its clients."""
+
+    def on_client_end(self, args, state, control, client: str, **kwargs):
+        """Called when a client has trained, with its name."""
+
+    def on_round_end(self, args, state, control, record: dict[str, Any], **kwargs):
+        """Called at the end of a round, with its record in the history."""
+
+
+def call_federated_event(handler: CallbackHandler, event: str, args, state, control, **kwargs) -> None:
+    """
+    Tell the callbacks that know of it of an event of the federation.
+
+    Args:
+        handler ([`~transformers.trainer_callback.CallbackHandler`]): The handler of the trainer.
+        event (`str`): The name of a method of [`FederatedCallback`].
+        args, state, control: As for every callback.
+        **kwargs: What the event tells.
+    """
+    for callback in handler.callbacks:
+        if hasattr(callback, event):
+            getattr(callback, event)(args, state, control, model=handler.model, **kwargs)
+
+
+class LocalCallbackHandler(CallbackHandler):
+    """The handler during a client's local training, which lets only [`LOCAL_EVENTS`] through."""
+
+    def call_event(self, event, args, state, control, **kwargs):
+        if event not in LOCAL_EVENTS:
+            return control
+        return super().call_event(event, args, state, control, **kwargs)
+
+
+class FederatedProgressCallback(ProgressCallback, FederatedCallback):
+    """A progress bar over rounds, with the last figures beside it, and one over the clients of the round."""
+
+    # shown beside the bar, if they are in the record
+    SHOWN = ("train_loss", "eval_loss", "eval_accuracy")
+
+    def __init__(self):
+        super().__init__()
+        self.client_bar = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.training_bar = tqdm(total=state.max_steps, desc="Rounds", unit="round", dynamic_ncols=True)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        # the steps of a client are too short to be shown
+        pass
+
+    def on_round_begin(self, args, state, control, clients, **kwargs):
+        if state.is_world_process_zero:
+            self.client_bar = tqdm(total=len(clients), desc="Clients", unit="client", leave=False, dynamic_ncols=True)
+
+    def on_client_end(self, args, state, control, client, **kwargs):
+        if self.client_bar is not None:
+            self.client_bar.update(1)
+
+    def on_round_end(self, args, state, control, record, **kwargs):
+        self._close_client_bar()
+        if self.training_bar is not None:
+            self.training_bar.set_postfix({key: f"{record[key]:.4g}" for key in self.SHOWN if key in record})
+            self.training_bar.update(1)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        # the bar shows the record of a round; anything else is shown as Trainer does
+        if logs is not None and "round" not in logs:
+            super().on_log(args, state, control, logs=logs, **kwargs)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._close_client_bar()
+        if self.training_bar is not None:
+            super().on_train_end(args, state, control, **kwargs)
+
+    def _close_client_bar(self) -> None:
+        if self.client_bar is not None:
+            self.client_bar.close()
+            self.client_bar = None

@@ -1,0 +1,144 @@
+"""What a client is on this machine: the arguments it trains by, and the adapter in the model, loaded before, read after."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+
+from peft_ravan.state import checkpoint_state, exchange_state, is_scaling
+
+
+if TYPE_CHECKING:
+    from .arguments import FederatedArguments
+
+
+def local_arguments(args: FederatedArguments, seed: int) -> FederatedArguments:
+    """
+    The arguments of a client's local training: nothing is logged, evaluated, saved or pushed there.
+
+    Args:
+        args ([`FederatedArguments`]): The arguments of the federation.
+        seed (`int`): The seed of the local training.
+
+    Returns:
+        [`FederatedArguments`]: A changed copy.
+    """
+    local = copy.copy(args)
+    local.seed = seed
+    local.data_seed = None
+    local.eval_on_start = False
+    local.eval_strategy = local.logging_strategy = IntervalStrategy.NO
+    local.save_strategy = SaveStrategy.NO
+    local.push_to_hub = False
+    return local
+
+
+class LiveAdapter:
+    """
+    The tensors of the active adapter of a model that travel between server and clients, by the names of the adapter's
+    checkpoint. They are the model's own memory: loading writes into the model, and nothing is copied twice.
+
+    What a client trains is what travels: the trained parameters of the adapter and of `modules_to_save`, and the running
+    statistics of the latter. Frozen bases do not. Buffers of the base model, such as the statistics of a batch norm, are
+    put back to their first values at each load, so that nothing leaks from one client to the next.
+
+    Args:
+        model ([`~peft.PeftModel`]):
+            The model, with one active adapter.
+
+    Raises:
+        TypeError: if the model is not a PEFT model.
+        ValueError: if there is more than one active adapter, nothing to train, or a trained parameter that is not in
+            the adapter's checkpoint and so could neither be uploaded nor averaged.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.adapter_name = _single_active_adapter(model)
+        checkpoint = get_peft_model_state_dict(model, adapter_name=self.adapter_name, save_embedding_layers=False)
+        trained = {
+            parameter.data_ptr(): name for name, parameter in model.named_parameters() if parameter.requires_grad
+        }
+        statistics = {
+            buffer.data_ptr()
+            for module in model.modules()
+            if isinstance(module, AuxiliaryTrainingWrapper)
+            for buffer in module.buffers()
+            if buffer.is_floating_point()
+        }
+        self._tensors = {
+            name: tensor
+            for name, tensor in checkpoint.items()
+            if tensor.data_ptr() in trained or tensor.data_ptr() in statistics or is_scaling(name)
+        }
+        travelling = {tensor.data_ptr() for tensor in self._tensors.values()}
+        _check_coverage(trained, travelling)
+        self._other_buffers = [
+            (buffer, buffer.clone())
+            for name, buffer in model.named_buffers()
+            if buffer.data_ptr() not in travelling and ".ravan_" not in name
+        ]
+
+    def load(self, state: Mapping[str, torch.Tensor]) -> None:
+        """
+        Write a global state into the model. Every scaling becomes 1.
+
+        Args:
+            state (`Mapping[str, torch.Tensor]`): Checkpoint names to tensors, as [`LiveAdapter.read`] gives them.
+        """
+        with torch.no_grad():
+            for name, tensor in checkpoint_state(state, self._tensors).items():
+                self._tensors[name].copy_(tensor)
+            for buffer, first_value in self._other_buffers:
+                buffer.copy_(first_value)
+
+    def read(self) -> dict[str, torch.Tensor]:
+        """
+        Read what a client uploads: products s*H, and all other trained tensors as they are.
+
+        Returns:
+            `dict[str, torch.Tensor]`: Checkpoint names to copies on the CPU.
+        """
+        with torch.no_grad():
+            return {
+                name: tensor.detach().to("cpu", copy=True) for name, tensor in exchange_state(self._tensors).items()
+            }
+
+
+def _single_active_adapter(model: nn.Module) -> str:
+    if not isinstance(model, PeftModel):
+        raise TypeError(
+            f"The FederatedTrainer trains an adapter, but the model is a {type(model).__name__} without one. Wrap it first: "
+            "`model = get_peft_model(model, RavanConfig(...))`."
+        )
+    active = model.active_adapters
+    if len(active) != 1:
+        raise ValueError(
+            f"The FederatedTrainer needs exactly one active adapter, got {active}. Choose one: `model.set_adapter(...)`."
+        )
+    if model.peft_config[active[0]].is_prompt_learning:
+        raise ValueError(
+            f"The FederatedTrainer does not support {model.peft_config[active[0]].peft_type.value}, whose prompts are not "
+            "weights of the model. Use an adapter method, such as Ravan or LoRA."
+        )
+    return active[0]
+
+
+def _check_coverage(trained: Mapping[int, str], travelling: set[int]) -> None:
+    if not trained:
+        raise ValueError(
+            "No parameter of the model is trainable, so clients would have nothing to train. Was the adapter loaded for "
+            "inference? Use `PeftModel.from_pretrained(..., is_trainable=True)`."
+        )
+    for address, name in trained.items():
+        if address not in travelling:
+            raise ValueError(
+                f"The parameter {name!r} is trainable but not part of the adapter's checkpoint, so it would change from "
+                "client to client and never be averaged. Name its module in `modules_to_save`, or freeze it."
+            )

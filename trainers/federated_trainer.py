@@ -1,0 +1,398 @@
+"""A Trainer that runs the rounds of a federation on one machine."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+import os
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCard
+from peft import PeftType
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from transformers import ProgressCallback, Trainer, TrainerControl, TrainerState, set_seed
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import TrainOutput, has_length
+from transformers.training_args import ParallelMode
+
+from peft_ravan.hub import make_model_card
+from peft_ravan.merging import ClientUpdate, MergeResult, merge
+
+from .arguments import FederatedArguments
+from .callbacks import FederatedProgressCallback, LocalCallbackHandler, call_federated_event
+from .clients import LiveAdapter, local_arguments
+from .partition import make_clients
+from .reporting import federation_record
+from .rounds import Round, derive_seed, is_due, learning_rate_factors, sample_clients, serialized_bytes
+
+
+class FederatedTrainer(Trainer):
+    """
+    A [`~transformers.Trainer`] that trains an adapter over simulated clients.
+
+    It takes what `Trainer` takes. In each round some clients train, one after the other, each from the global adapter and
+    with a fresh optimizer; what they train is uploaded (the products s*H of a Ravan adapter, or the matrices of another,
+    and the task head, never bases or the base model) and merged into the next global adapter. A client's local steps are
+    those of `Trainer.train`, so gradient accumulation, mixed precision, clipping and callbacks work as they do there.
+
+    Args:
+        model ([`~peft.PeftModel`]):
+            The model with the adapter to train.
+        args ([`FederatedArguments`], *optional*):
+            The arguments.
+        train_dataset (`Dataset` or `dict[str, Dataset]`, *optional*):
+            One training set, which is split among clients as `args.partition` says, or the data set of each client by
+            its name.
+        **kwargs:
+            As for [`~transformers.Trainer`]. Each client needs an optimizer of its own, so choose it by `args.optim` or
+            `optimizer_cls_and_kwargs`, not by `optimizers`.
+
+    **Attributes**:
+        - **clients** (`dict[str, Dataset]`) -- The data set of each client.
+        - **state.log_history** (`list[dict]`) -- One record a round: `round` (from 1), `clients`, `num_examples`,
+          `train_loss`, the metrics of the evaluation, `upload_bytes` and `download_bytes` (of all clients, counted from
+          the serialised tensors), `round_seconds` (without the evaluation) and `learning_rate`.
+        - **last_merge** ([`~peft_ravan.merging.MergeResult`]) -- The last merge, with its diagnostics.
+
+    Raises:
+        TypeError: if `args` are not [`FederatedArguments`], or the model has no adapter.
+        ValueError: if the data cannot be split, or `optimizers` are given.
+
+    Example:
+
+        ```py
+        >>> from peft import get_peft_model
+        >>> from peft_ravan import RavanConfig
+        >>> from peft_ravan.trainers import FederatedArguments, FederatedTrainer
+
+        >>> model = get_peft_model(model, RavanConfig(task_type="SEQ_CLS"))
+        >>> args = FederatedArguments("out", num_clients=20, clients_per_round=5, num_rounds=30, max_steps=10)
+        >>> trainer = FederatedTrainer(model, args, train_dataset=dataset)
+        >>> trainer.train()
+        ```
+    """
+
+    def __init__(self, model=None, args: FederatedArguments | None = None, *trainer_args, **kwargs):
+        if args is None:
+            args = FederatedArguments(output_dir="tmp_trainer")
+        if not isinstance(args, FederatedArguments):
+            raise TypeError(
+                f"The FederatedTrainer needs `FederatedArguments`, got {type(args).__name__}. They take everything that "
+                "`TrainingArguments` take."
+            )
+        super().__init__(model, args, *trainer_args, **kwargs)
+        if self.optimizer is not None or self.lr_scheduler is not None:
+            raise ValueError(
+                "`optimizers` cannot be given to the FederatedTrainer: every client starts with a fresh optimizer. Use "
+                "`args.optim` or `optimizer_cls_and_kwargs`."
+            )
+        if args.parallel_mode == ParallelMode.DISTRIBUTED:
+            raise ValueError(
+                "The FederatedTrainer runs in one process for now. Start it without a distributed launcher."
+            )
+        self.clients = {}
+        if self.train_dataset is not None:
+            LiveAdapter(self.model)  # raises if the model cannot be trained this way
+            self.clients = make_clients(self.train_dataset, args)
+        self.last_merge: MergeResult | None = None
+        self._learning_rate_factor: float | None = None  # set while a client trains
+        self._log_sink: dict[str, Any] | None = None  # set while logs belong to a round's record
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(FederatedProgressCallback)
+
+    # ---- The run -----------------------------------------------------------------
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval=None
+    ) -> TrainOutput:
+        """
+        Run the rounds. Afterwards the model holds the merged adapter, with every scaling at 1.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*):
+                Not supported yet.
+            trial (*optional*):
+                As for [`~transformers.Trainer.train`].
+            ignore_keys_for_eval (`list[str]`, *optional*):
+                As for [`~transformers.Trainer.train`].
+
+        Returns:
+            [`~transformers.trainer_utils.TrainOutput`]: The number of rounds, the mean training loss over them and, in
+            `metrics`, the bytes sent and the runtime.
+
+        Raises:
+            ValueError: if there is no training data, or `resume_from_checkpoint` is given.
+            UpdateError: if what a client uploads cannot be merged, for example because its training diverged. The model
+                then holds the last merged adapter.
+        """
+        if resume_from_checkpoint:
+            raise ValueError("`resume_from_checkpoint` is not supported by the FederatedTrainer yet.")
+        if not self.clients:
+            raise ValueError("The FederatedTrainer needs a `train_dataset` to train.")
+        if self.model_init is not None:
+            self._init_model_again(trial)
+
+        start_time = time.time()
+        adapter = LiveAdapter(self.model)
+        global_state = adapter.read()
+        self._start_run()
+        try:
+            with _frozen_heap():
+                for number, factor in enumerate(learning_rate_factors(self.args), start=1):
+                    self._learning_rate_factor = factor
+                    global_state = self._run_round(number, adapter, global_state, ignore_keys_for_eval, trial)
+                    if self.control.should_training_stop:
+                        break
+        finally:
+            # also after an error: the model holds the last merged adapter, not that of a client
+            adapter.load(global_state)
+            self._learning_rate_factor = None
+            self.is_in_train = False
+        return self._finish_run(start_time)
+
+    def _init_model_again(self, trial: Any) -> None:
+        # as Trainer does, so that a second train() does not go on from the first
+        set_seed(self.args.seed)
+        self.model = self.call_model_init(trial)
+        self._move_model_to_device(self.model, self.args.device)
+        self.model_wrapped = self.callback_handler.model = self.model
+
+    def _start_run(self) -> None:
+        self.is_in_train = True
+        self.state = TrainerState(
+            max_steps=self.args.num_rounds,
+            is_local_process_zero=self.is_local_process_zero(),
+            is_world_process_zero=self.is_world_process_zero(),
+            stateful_callbacks=[
+                callback
+                for callback in [*self.callback_handler.callbacks, self.control]
+                if isinstance(callback, ExportableState)
+            ],
+        )
+        self.state.compute_steps(self.args, self.args.num_rounds)
+        self.state.epoch = None  # rounds are counted; an epoch means something to a client only
+        self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
+        if self.args.eval_on_start:
+            self.log({"round": 0, **self._evaluate_quietly(None)})
+
+    def _finish_run(self, start_time: float) -> TrainOutput:
+        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+        records = [record for record in self.state.log_history if record.get("round")]
+        train_loss = sum(record["train_loss"] for record in records) / len(records)
+        metrics = {
+            "train_runtime": time.time() - start_time,
+            "train_loss": train_loss,
+            "upload_bytes": sum(record["upload_bytes"] for record in records),
+            "download_bytes": sum(record["download_bytes"] for record in records),
+        }
+        return TrainOutput(self.state.global_step, train_loss, metrics)
+
+    # ---- A round -----------------------------------------------------------------
+
+    def _run_round(
+        self,
+        number: int,
+        adapter: LiveAdapter,
+        global_state: dict[str, torch.Tensor],
+        ignore_keys_for_eval: list[str] | None,
+        trial: Any,
+    ) -> dict[str, torch.Tensor]:
+        start_time = time.perf_counter()
+        this_round = Round(number, sample_clients(list(self.clients), self.args, number))
+        self._tell("on_round_begin", clients=this_round.clients)
+        this_round.download_bytes = serialized_bytes(global_state) * len(this_round.clients)
+        for client in this_round.clients:
+            adapter.load(global_state)
+            train_loss = self._train_client(client, number)
+            this_round.add(ClientUpdate(adapter.read(), self._num_examples(client), client), train_loss)
+            self._tell("on_client_end", client=client)
+
+        self.last_merge = merge(global_state, this_round.updates, self.merge_method, **(self.args.merge_options or {}))
+        adapter.load(self.last_merge.state)
+        round_seconds = time.perf_counter() - start_time
+
+        self.state.global_step = number
+        learning_rate = self.args.learning_rate * self._learning_rate_factor
+        record = {**this_round.record(), "round_seconds": round_seconds, "learning_rate": learning_rate}
+        if is_due(self.args.eval_strategy, self.args.eval_steps, number, self.args.num_rounds):
+            record.update(self._evaluate_quietly(ignore_keys_for_eval))
+        self.log(record)
+        self._tell("on_round_end", record=record)
+        if is_due(self.args.save_strategy, self.args.save_steps, number, self.args.num_rounds, also_last=True):
+            self._save_round(trial)
+        return self.last_merge.state
+
+    @property
+    def merge_method(self) -> str:
+        """The name of the merge method: that of the arguments, or what suits the adapter."""
+        if self.args.merge_method is not None:
+            return self.args.merge_method
+        return "ravan" if self.model.active_peft_config.peft_type == PeftType.RAVAN else "fedavg"
+
+    def _num_examples(self, client: str) -> int:
+        dataset = self.clients[client]
+        if has_length(dataset):
+            return len(dataset)
+        return self.args.max_steps * self.args.gradient_accumulation_steps * self.args.train_batch_size
+
+    def _evaluate_quietly(self, ignore_keys: list[str] | None) -> dict[str, float]:
+        """Evaluate without a log record of its own: the metrics become part of the record of the round."""
+        self._log_sink = {}
+        try:
+            self.evaluate(ignore_keys=ignore_keys)
+            return self._log_sink
+        finally:
+            self._log_sink = None
+
+    def _save_round(self, trial: Any) -> None:
+        # optimizer and scheduler live no longer than a client's training, so there are none to save
+        args, self.args = self.args, copy.copy(self.args)
+        self.args.save_only_model = True
+        try:
+            self._save_checkpoint(self.model, trial)
+        finally:
+            self.args = args
+        self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+
+    def _tell(self, event: str, **kwargs) -> None:
+        call_federated_event(self.callback_handler, event, self.args, self.state, self.control, **kwargs)
+
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
+        """
+        Log a record. While a client trains or a round is evaluated, what is logged goes into the record of the round, or
+        nowhere.
+
+        Args:
+            logs (`dict[str, Any]`): The record.
+            start_time (`float`, *optional*): As for [`~transformers.Trainer.log`].
+        """
+        if self._log_sink is not None:
+            self._log_sink.update(logs)
+            return
+        # the loggers of report_to take numbers only; the history has the names, too
+        names = {key: value for key, value in logs.items() if isinstance(value, list)}
+        super().log({key: value for key, value in logs.items() if key not in names}, start_time)
+        self.state.log_history[-1].update(names)
+
+    # ---- What is shared ----------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """
+        Save the adapter and its card.
+
+        Args:
+            output_dir (`str`, *optional*): The folder, by default `args.output_dir`.
+        """
+        output_dir = self.args.output_dir if output_dir is None else output_dir
+        super().save_model(output_dir, _internal_call=_internal_call)
+        if self.args.should_save:
+            self._model_card().save(os.path.join(output_dir, "README.md"))
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """
+        Write the card of the adapter into `args.output_dir`. Of the arguments of [`~transformers.Trainer`] those that
+        name a base model, tasks or arguments of data sets are not used: the adapter's configuration has the base model.
+
+        Args:
+            language (`str`, *optional*): The language of the model.
+            license (`str`, *optional*): The license of the adapter.
+            tags (`str` or `list[str]`, *optional*): Tags for the metadata.
+            model_name (`str`, *optional*): The title.
+            dataset_tags (`str` or `list[str]`, *optional*): The data sets on the Hub that it was trained on.
+        """
+        if self.is_world_process_zero():
+            card = self._model_card(
+                language=language, license=license, tags=tags, model_name=model_name, datasets=dataset_tags
+            )
+            card.save(os.path.join(self.args.output_dir, "README.md"))
+
+    def _model_card(self, **card_data) -> ModelCard:
+        model = self.accelerator.unwrap_model(self.model)
+        return make_model_card(
+            model.active_peft_config,
+            federation_record(self),
+            auto_class=type(model.get_base_model()).__name__,
+            **card_data,
+        )
+
+    # ---- A client ----------------------------------------------------------------
+
+    def _train_client(self, client: str, round_number: int) -> float:
+        """Train the model as it is on the data of a client. Returns the mean training loss."""
+        with self._as_client(client, round_number):
+            try:
+                return super().train().training_loss
+            except Exception as error:
+                if hasattr(error, "add_note"):  # Python 3.11 and later
+                    error.add_note(f"This happened in round {round_number}, while client {client!r} trained.")
+                raise
+
+    @contextlib.contextmanager
+    def _as_client(self, client: str, round_number: int) -> Iterator[None]:
+        """Make this trainer that of one client: its data, its seed, and nothing that belongs to the federation."""
+        federation = {
+            name: getattr(self, name)
+            for name in ("args", "callback_handler", "control", "model_init", "state", "train_dataset")
+        }
+        self.args = local_arguments(self.args, derive_seed(self.args.federated_seed, "client", round_number, client))
+        self.callback_handler = LocalCallbackHandler(
+            self.callback_handler.callbacks, self.model, self.processing_class, None, None
+        )
+        self.control = TrainerControl()
+        self.model_init = None
+        self.train_dataset = self.clients[client]
+        self.optimizer = self.lr_scheduler = None
+        self._log_sink = {}
+        set_seed(self.args.seed)
+        try:
+            yield
+        finally:
+            for name, value in federation.items():
+                setattr(self, name, value)
+            self.optimizer = self.lr_scheduler = self._log_sink = None
+            self.is_in_train = True  # of the federation, which the local training has set to False
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
+        """
+        Set up the scheduler, which is constant while a client trains.
+
+        Args:
+            num_training_steps (`int`): The number of training steps to do.
+            optimizer (`torch.optim.Optimizer`, *optional*): The optimizer, by default that of the trainer.
+
+        Returns:
+            `torch.optim.lr_scheduler.LRScheduler`: The scheduler.
+        """
+        factor = self._learning_rate_factor
+        if factor is None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, lambda step: factor)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+
+@contextlib.contextmanager
+def _frozen_heap() -> Iterator[None]:
+    # Accelerate collects garbage at the start of each local training. That walks the whole heap, which the imported
+    # modules fill, and takes longer than many a client's steps; what is frozen is left out of the walk.
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
