@@ -1,0 +1,121 @@
+"""Tiny models built from configs, and small data sets that can be learned. Nothing is downloaded."""
+
+from __future__ import annotations
+
+import os
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+
+NUM_LABELS = 4
+VOCAB_SIZE = 64
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+    torch.set_num_threads(1)  # the suite runs in two processes on two cores
+
+
+def tiny_bert() -> BertForSequenceClassification:
+    torch.manual_seed(0)
+    return BertForSequenceClassification(
+        BertConfig(
+            vocab_size=VOCAB_SIZE,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=48,
+            max_position_embeddings=16,
+            num_labels=NUM_LABELS,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
+    )
+
+
+def tiny_llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCAB_SIZE,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+        )
+    )
+
+
+def tiny_gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=VOCAB_SIZE, n_positions=32, n_embd=32, n_layer=2, n_head=2, bos_token_id=None, eos_token_id=None
+        )
+    )
+
+
+@pytest.fixture
+def bert():
+    return tiny_bert()
+
+
+@pytest.fixture(params=[tiny_llama, tiny_gpt2], ids=["llama-Linear", "gpt2-Conv1D"])
+def make_causal_lm(request):
+    """A function that builds a causal LM, always with the same weights."""
+    return request.param
+
+
+@pytest.fixture
+def input_ids():
+    return torch.randint(0, VOCAB_SIZE, (2, 7), generator=torch.Generator().manual_seed(1))
+
+
+def classification_dataset(num_examples: int = 240, seed: int = 0) -> datasets.Dataset:
+    """Sequences whose tokens come mostly from a range that tells the label."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, NUM_LABELS, num_examples)
+    width = VOCAB_SIZE // NUM_LABELS
+    tokens = labels[:, None] * width + rng.integers(0, width, (num_examples, 8))
+    return datasets.Dataset.from_dict(
+        {
+            "input_ids": tokens.tolist(),
+            "attention_mask": np.ones_like(tokens).tolist(),
+            "labels": labels.tolist(),
+        }
+    )
+
+
+@pytest.fixture
+def train_dataset():
+    return classification_dataset()
+
+
+@pytest.fixture
+def eval_dataset():
+    return classification_dataset(num_examples=80, seed=1)
+
+
+def randomize_adapter(model: torch.nn.Module, seed: int = 0, scale: float = 1.0) -> None:
+    """Give every trained parameter of a model a value that shows."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.data.add_(scale * noise.to(parameter))

@@ -1,0 +1,58 @@
+"""The two wings: `trainers/` imports `peft_ravan`, never the reverse."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parent.parent
+TUNER_WING = sorted((ROOT / "src" / "peft_ravan").rglob("*.py"))
+TRAINER_WING = sorted((ROOT / "trainers").rglob("*.py"))
+
+
+def imported_modules(path: Path, package: str) -> set[str]:
+    """The absolute names of all modules that a file imports, also inside functions."""
+    modules = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
+            prefix = ".".join([*base, node.module] if node.module else base)
+            modules |= {prefix} | {f"{prefix}.{alias.name}" for alias in node.names}
+    return modules
+
+
+def test_the_tuner_wing_does_not_import_the_trainer_wing():
+    offenders = {}
+    for path in TUNER_WING:
+        package = ".".join(path.relative_to(ROOT / "src").parent.parts)
+        found = {name for name in imported_modules(path, package) if name.startswith("peft_ravan.trainers")}
+        # transformers.Trainer and the network have no place there either
+        found |= {name for name in imported_modules(path, package) if name.split(".")[0] in ("flwr", "trl", "evaluate")}
+        if found:
+            offenders[path.name] = found
+    assert TUNER_WING and not offenders
+
+
+def test_importing_the_tuner_wing_does_not_load_the_trainer_wing():
+    code = "import sys, peft_ravan, peft_ravan.merging; sys.exit('peft_ravan.trainers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_the_trainer_wing_is_installed_as_a_subpackage():
+    import peft_ravan.trainers
+
+    assert Path(peft_ravan.trainers.__file__).parent == ROOT / "trainers"
+
+
+@pytest.mark.parametrize("path", TUNER_WING + TRAINER_WING, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_module_is_above_400_lines(path):
+    assert len(path.read_text().splitlines()) <= 400
+
+
+def test_the_card_template_is_at_the_top_level():
+    assert (ROOT / "model_card_template.md").resolve() == ROOT / "src" / "peft_ravan" / "model_card_template.md"
