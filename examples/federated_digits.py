@@ -31,7 +31,6 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
-import torch  # noqa: E402
 import transformers  # noqa: E402
 from datasets import Dataset, concatenate_datasets  # noqa: E402
 from datasets.utils.logging import disable_progress_bar  # noqa: E402

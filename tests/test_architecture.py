@@ -32,7 +32,9 @@ def test_the_tuner_wing_does_not_import_the_trainer_wing():
         package = ".".join(path.relative_to(ROOT / "src").parent.parts)
         found = {name for name in imported_modules(path, package) if name.startswith("peft_ravan.trainers")}
         # transformers.Trainer and the network have no place there either
-        found |= {name for name in imported_modules(path, package) if name.split(".")[0] in ("flwr", "trl", "evaluate")}
+        found |= {
+            name for name in imported_modules(path, package) if name.split(".")[0] in ("flwr", "trl", "evaluate")
+        }
         if found:
             offenders[path.name] = found
     assert TUNER_WING and not offenders

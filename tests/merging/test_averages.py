@@ -53,7 +53,9 @@ def test_fedavg_refuses_clients_that_trained_some_heads_only():
 def test_one_client_is_copied_to_the_last_bit():
     state = {CORE: torch.randn(2, 3, 3), "head": torch.randn(5)}
     for method in ("fedavg", "ravan", "fedrpca"):
-        merged = merge({name: torch.randn_like(t) for name, t in state.items()}, [ClientUpdate(state, 17)], method).state
+        merged = merge(
+            {name: torch.randn_like(t) for name, t in state.items()}, [ClientUpdate(state, 17)], method
+        ).state
         assert all(torch.equal(merged[name], tensor) for name, tensor in state.items())
 
 

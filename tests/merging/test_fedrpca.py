@@ -9,7 +9,9 @@ LORA_A, LORA_B = "model.q.lora_A.weight", "model.q.lora_B.weight"
 HEAD = "model.classifier.weight"
 
 
-def planted_updates(num_clients: int = 40, shift: float = 0.0) -> tuple[list[ClientUpdate], torch.Tensor, torch.Tensor]:
+def planted_updates(
+    num_clients: int = 40, shift: float = 0.0
+) -> tuple[list[ClientUpdate], torch.Tensor, torch.Tensor]:
     """Clients that share a direction and have, each, a few entries of their own. Returns mean(L) and mean(S), too."""
     generator = torch.Generator().manual_seed(0)
     common = torch.randn(2000, generator=generator)

@@ -42,7 +42,10 @@ def with_entry(value: float) -> torch.Tensor:
         (bad(**{CORE: torch.ones(2, 2, 2)}), rf"'{CORE}': must have shape \(3, 2, 2\), got \(2, 2, 2\)"),
         (bad(**{CORE: with_entry(torch.nan)}), f"'{CORE}': 1 of 12 entries are NaN or infinite"),
         (bad(**{CORE: with_entry(torch.inf)}), f"'{CORE}': 1 of 12 entries are NaN or infinite"),
-        (bad(**{HEAD: torch.ones(4, dtype=torch.int64)}), f"'{HEAD}': must be a floating point tensor, got torch.int64"),
+        (
+            bad(**{HEAD: torch.ones(4, dtype=torch.int64)}),
+            f"'{HEAD}': must be a floating point tensor, got torch.int64",
+        ),
         (bad(num_examples=0), "num_examples must be an integer of 1 or more, .* got 0"),
         (bad(num_examples=-3), "num_examples must be an integer of 1 or more, .* got -3"),
         (bad(num_examples=2.5), "num_examples must be an integer of 1 or more, .* got 2.5"),

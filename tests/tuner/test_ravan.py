@@ -137,7 +137,9 @@ def test_safe_merge_refuses_a_broken_adapter_and_leaves_the_base(make_causal_lm)
     layer = ravan_layers(model)[0]
     weight = layer.get_base_layer().weight.clone()
     layer.ravan_H["default"].data[0, 0, 0] = torch.nan
-    with pytest.raises(ValueError, match="NaNs detected in the merged weights. The adapter default seems to be broken"):
+    with pytest.raises(
+        ValueError, match="NaNs detected in the merged weights. The adapter default seems to be broken"
+    ):
         model.merge_adapter(safe_merge=True)
     assert torch.equal(layer.get_base_layer().weight, weight)
 
@@ -198,7 +200,9 @@ def test_half_precision_base_model(make_causal_lm, input_ids):
 
 
 def test_all_linear_and_exclude_modules(make_causal_lm):
-    model = get_peft_model(make_causal_lm(), config(target_modules="all-linear", exclude_modules=".*layers?.1.*|.*h.1.*"))
+    model = get_peft_model(
+        make_causal_lm(), config(target_modules="all-linear", exclude_modules=".*layers?.1.*|.*h.1.*")
+    )
     names = model.base_model.targeted_module_names
     assert names and not [name for name in names if ".1." in name or "lm_head" in name]
 

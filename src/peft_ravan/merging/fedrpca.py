@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,10 @@ from .averaging import client_weights, weighted_mean
 from .ravan import trained_on_head
 from .robust_pca import robust_pca
 from .updates import ClientUpdate, MergeResult
+
+
+# a batch of matrices is decomposed in float64 with some copies: this many entries are about a gigabyte
+MAX_BATCH_ENTRIES = 2**24
 
 
 @dataclass(frozen=True)
@@ -43,45 +47,92 @@ class _Options:
             if value is not None and not value > 0:
                 raise ValueError(f"fedrpca: `{name}` must be above 0, got {value!r}.")
 
+    def beta_for(self, sparse_share: float) -> float:
+        """The factor of the sparse part of a matrix, given E = ||mean(S)|| / ||mean(M)||."""
+        if self.beta != "adaptive":
+            return float(self.beta)
+        return min(max(1 / sparse_share, 1.0), self.beta_max) if sparse_share > 0 else 1.0
+
 
 def is_adapter_matrix(name: str) -> bool:
     """Whether FedRPCA decomposes this tensor: Ravan's cores and LoRA's A and B. The task head and biases are averaged."""
     return is_core(name) or ".lora_" in name
 
 
-def _merge_matrix(
-    global_tensor: torch.Tensor, tensors: Sequence[torch.Tensor], weights: torch.Tensor, options: _Options
-) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Merge what C clients uploaded for one matrix. Returns the new matrix, and figures for the diagnostics."""
-    mean = weighted_mean(tensors, weights, like=global_tensor)
-    if len(tensors) < 2:
-        # with one client there is nothing in common to tell apart: the mean is that client's update
-        return mean, {"beta": 1.0, "num_clients": len(tensors)}
+@dataclass(frozen=True)
+class _Matrix:
+    """What C clients uploaded for one matrix: a tensor of LoRA, or one head of a core."""
 
-    M = torch.stack([(tensor.to(global_tensor) - global_tensor).flatten() for tensor in tensors], dim=1)  # [n, C]
+    name: str
+    global_tensor: torch.Tensor
+    tensors: Sequence[torch.Tensor]
+    weights: torch.Tensor  # [C]
+
+    def columns(self) -> torch.Tensor:
+        """The vectorised updates, `[n, C]`."""
+        start = self.global_tensor
+        return torch.stack([(tensor.to(start) - start).flatten() for tensor in self.tensors], dim=1)
+
+
+def _collect_matrices(global_state: Mapping[str, torch.Tensor], updates: Sequence[ClientUpdate]) -> list[_Matrix]:
+    matrices = []
+    for name, tensor in global_state.items():
+        if is_core(name):
+            for head in range(tensor.shape[0]):
+                trainers, products = trained_on_head(name, head, tensor.shape[0], updates)
+                weights = client_weights(trainers) if trainers else torch.empty(0)
+                matrices.append(_Matrix(f"{name}[{head}]", tensor[head], products, weights))
+        elif is_adapter_matrix(name):
+            tensors = [update.state[name] for update in updates]
+            matrices.append(_Matrix(name, tensor, tensors, client_weights(updates)))
+    return matrices
+
+
+def _batches(matrices: Sequence[_Matrix]) -> Iterator[list[_Matrix]]:
+    """Matrices of one shape, which are solved together: for small ones that is much faster than one by one."""
+    groups: dict[tuple[int, int], list[_Matrix]] = {}
+    for matrix in matrices:
+        groups.setdefault((matrix.global_tensor.numel(), len(matrix.tensors)), []).append(matrix)
+    for (n, num_clients), group in groups.items():
+        size = max(1, MAX_BATCH_ENTRIES // (n * max(1, num_clients)))
+        for start in range(0, len(group), size):
+            yield group[start : start + size]
+
+
+def _merge_batch(batch: Sequence[_Matrix], options: _Options) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
+    """Merge matrices of one shape. Yields, for each, the new matrix and the figures for the diagnostics."""
+    num_clients = len(batch[0].tensors)
+    if num_clients < 2:
+        # with one client there is nothing in common to tell apart, and without any nothing changes
+        for matrix in batch:
+            merged = matrix.tensors[0] if num_clients else matrix.global_tensor
+            yield merged.to(matrix.global_tensor, copy=True), {"beta": 1.0, "num_clients": num_clients}
+        return
+
+    M = torch.stack([matrix.columns() for matrix in batch])  # [batch, n, C]
     _, S, info = robust_pca(M, options.lambda_, options.tol, options.max_iter)
-    weights = weights.to(M)
-    mean_S = S @ weights  # [n]
-    norm_M, norm_S = (M @ weights).norm().item(), mean_S.norm().item()
-    sparse_share = norm_S / norm_M if norm_M > 0 else 0.0  # E
-    if options.beta == "adaptive":
-        beta = min(max(1 / sparse_share, 1.0), options.beta_max) if sparse_share > 0 else 1.0
-    else:
-        beta = float(options.beta)
-    figures = {
-        "beta": beta,
-        "num_clients": len(tensors),
-        "sparse_share": sparse_share,
-        "sparsity": info.sparsity.item(),
-        "rank": info.rank.item(),
-        "iterations": info.iterations.item(),
-        "residual": info.residual.item(),
-        "converged": info.converged.item(),
-    }
-    if not figures["converged"]:
-        return mean, {**figures, "beta": 1.0}
-    # mean(L) + beta * mean(S), written with L = M - S so that beta = 1 is FedAvg to the last bit
-    return mean + (beta - 1) * mean_S.reshape(mean.shape).to(mean), figures
+    for index, matrix in enumerate(batch):
+        weights = matrix.weights.to(M)
+        mean_S = S[index] @ weights  # [n]
+        norm_M = (M[index] @ weights).norm().item()
+        sparse_share = mean_S.norm().item() / norm_M if norm_M > 0 else 0.0
+        converged = info.converged[index].item()
+        beta = options.beta_for(sparse_share) if converged else 1.0
+        mean = weighted_mean(matrix.tensors, matrix.weights, like=matrix.global_tensor)
+        # mean(L) + beta * mean(S), written with L = M - S so that beta = 1 is FedAvg to the last bit
+        yield (
+            mean + (beta - 1) * mean_S.reshape(mean.shape).to(mean),
+            {
+                "beta": beta,
+                "num_clients": num_clients,
+                "sparse_share": sparse_share,
+                "sparsity": info.sparsity[index].item(),
+                "rank": info.rank[index].item(),
+                "iterations": info.iterations[index].item(),
+                "residual": info.residual[index].item(),
+                "converged": converged,
+            },
+        )
 
 
 def fedrpca(
@@ -123,25 +174,22 @@ def fedrpca(
     """
     options = _Options(beta, beta_max, lambda_, tol, max_iter)
     weights = client_weights(updates)
-    state, matrices = {}, {}
+    matrices = _collect_matrices(global_state, updates)
+    merged, figures = {}, {}
+    for batch in _batches(matrices):
+        for matrix, (tensor, matrix_figures) in zip(batch, _merge_batch(batch, options), strict=True):
+            merged[matrix.name], figures[matrix.name] = tensor, matrix_figures
+
+    state = {}
     for name, tensor in global_state.items():
-        tensors = [update.state[name] for update in updates]
-        if not is_adapter_matrix(name):
-            state[name] = weighted_mean(tensors, weights, like=tensor)
-        elif not is_core(name):
-            state[name], matrices[name] = _merge_matrix(tensor, tensors, weights, options)
+        if is_core(name):
+            state[name] = torch.stack([merged[f"{name}[{head}]"] for head in range(tensor.shape[0])])
+        elif is_adapter_matrix(name):
+            state[name] = merged[name]
         else:
-            heads = []
-            for head in range(tensor.shape[0]):
-                trainers, products = trained_on_head(name, head, tensor.shape[0], updates)
-                merged, figures = tensor[head].clone(), {"beta": 1.0, "num_clients": 0}
-                if trainers:
-                    merged, figures = _merge_matrix(tensor[head], products, client_weights(trainers), options)
-                heads.append(merged)
-                matrices[f"{name}[{head}]"] = figures
-            state[name] = torch.stack(heads)
-    _warn_of_failures(matrices, max_iter)
-    return MergeResult(state, {"matrices": matrices})
+            state[name] = weighted_mean([update.state[name] for update in updates], weights, like=tensor)
+    _warn_of_failures(figures, max_iter)
+    return MergeResult(state, {"matrices": {matrix.name: figures[matrix.name] for matrix in matrices}})
 
 
 def _warn_of_failures(matrices: Mapping[str, Mapping[str, Any]], max_iter: int) -> None:

@@ -64,32 +64,35 @@ def _solve(
     M: torch.Tensor, lambda_: float, tol: float, max_iter: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Solve a batch `[batch, n, C]` of matrices that are not zero, with n >= C. Returns L, S, iterations, residuals."""
+    all_L, all_S = torch.empty_like(M), torch.empty_like(M)
+    iterations = torch.empty(len(M), dtype=torch.int64, device=M.device)
+    residuals = torch.empty(len(M), dtype=M.dtype, device=M.device)
+
+    active = torch.arange(len(M), device=M.device)  # the matrices that have not converged; what follows is of these
     norm = _frobenius_norm(M)  # [batch]
     spectral_norm = torch.linalg.eigvalsh(M.mT @ M)[..., -1].sqrt()
-    dual_norm = torch.maximum(spectral_norm, M.abs().amax(dim=(-2, -1)) / lambda_)
-    penalty = INITIAL_PENALTY / spectral_norm
-    max_penalty = penalty * MAX_PENALTY_GROWTH
-    Y = M / dual_norm[:, None, None]
-    L, S = torch.zeros_like(M), torch.zeros_like(M)
-    iterations = torch.zeros(M.shape[0], dtype=torch.int64, device=M.device)
-    residual = torch.ones_like(norm)
+    Y = M / torch.maximum(spectral_norm, M.abs().amax(dim=(-2, -1)) / lambda_)[:, None, None]
+    L = torch.zeros_like(M)
+    mu = (INITIAL_PENALTY / spectral_norm)[:, None, None]
+    max_mu = mu * MAX_PENALTY_GROWTH
+    for iteration in range(1, max_iter + 1):
+        shifted = M + Y / mu
+        S = _shrink(shifted - L, lambda_ / mu)
+        L = _shrink_singular_values(shifted - S, 1 / mu[..., 0])
+        gap = M - L - S
+        Y += mu * gap
+        mu = torch.minimum(mu * PENALTY_GROWTH, max_mu)
+        residual = _frobenius_norm(gap) / norm
 
-    active = torch.arange(M.shape[0], device=M.device)  # the matrices that have not converged
-    for _ in range(max_iter):
-        mu = penalty[active][:, None, None]
-        shifted = M[active] + Y[active] / mu
-        S_active = _shrink(shifted - L[active], lambda_ / mu)
-        L_active = _shrink_singular_values(shifted - S_active, 1 / mu[..., 0])
-        gap = M[active] - L_active - S_active
-        L[active], S[active] = L_active, S_active
-        Y[active] += mu * gap
-        penalty[active] = torch.minimum(penalty[active] * PENALTY_GROWTH, max_penalty[active])
-        iterations[active] += 1
-        residual[active] = _frobenius_norm(gap) / norm[active]
-        active = active[residual[active] >= tol]
-        if not len(active):
-            break
-    return L, S, iterations, residual
+        done = residual < tol if iteration < max_iter else torch.ones_like(residual, dtype=torch.bool)
+        if done.any():
+            indices = active[done]
+            all_L[indices], all_S[indices] = L[done], S[done]
+            iterations[indices], residuals[indices] = iteration, residual[done]
+            if done.all():
+                break
+            active, M, Y, L, mu, max_mu, norm = (part[~done] for part in (active, M, Y, L, mu, max_mu, norm))
+    return all_L, all_S, iterations, residuals
 
 
 def robust_pca(

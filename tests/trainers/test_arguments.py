@@ -1,0 +1,48 @@
+import pytest
+from transformers import HfArgumentParser, TrainingArguments
+
+from peft_ravan.trainers import FederatedArguments
+
+
+def test_they_are_training_arguments_with_a_constant_rate():
+    args = FederatedArguments("out")
+    assert isinstance(args, TrainingArguments)
+    assert args.lr_scheduler_type == "constant"
+    assert args.federated_seed == args.seed == 42
+    assert FederatedArguments("out", seed=3).federated_seed == 3
+    assert FederatedArguments("out", seed=3, federated_seed=5).federated_seed == 5
+
+
+def test_they_can_be_parsed_from_a_command_line():
+    line = "--output_dir out --num_rounds 3 --merge_method fedrpca --merge_options".split() + ['{"beta": 2}']
+    [args] = HfArgumentParser(FederatedArguments).parse_args_into_dataclasses(line)
+    assert (args.num_rounds, args.merge_method, args.merge_options) == (3, "fedrpca", {"beta": 2})
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"num_rounds": 0}, "`num_rounds` must be 1 or more, got 0"),
+        ({"num_clients": 0}, "`num_clients` must be 1 or more, got 0"),
+        (
+            {"num_clients": 3, "clients_per_round": 4},
+            "`clients_per_round` must not be above `num_clients`, got 4 and 3",
+        ),
+        ({"partition": "sharded"}, "`partition` must be one of iid, dirichlet, column, got 'sharded'"),
+        ({"partition_alpha": 0.0}, "`partition_alpha` must be above 0, got 0.0"),
+        ({"merge_method": "mean"}, "no merge method 'mean'"),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch"}, "is not supported over rounds"),
+        (
+            {"load_best_model_at_end": True, "eval_strategy": "epoch", "save_strategy": "epoch"},
+            "`load_best_model_at_end` is not supported by the FederatedTrainer yet",
+        ),
+    ],
+)
+def test_values_out_of_range_are_told(fields, message):
+    with pytest.raises(ValueError, match=message):
+        FederatedArguments("out", **fields)
+
+
+def test_options_that_the_merge_method_does_not_have_are_told_early():
+    with pytest.raises(TypeError, match="'ravan' has no option 'beta'"):
+        FederatedArguments("out", merge_method="ravan", merge_options={"beta": 2})

@@ -1,0 +1,69 @@
+import pytest
+import torch
+
+from peft_ravan.merging import ClientUpdate
+from peft_ravan.trainers import FederatedArguments
+from peft_ravan.trainers.rounds import (
+    Round,
+    derive_seed,
+    is_due,
+    learning_rate_factors,
+    sample_clients,
+    serialized_bytes,
+)
+
+
+CLIENTS = [f"client_{index}" for index in range(10)]
+
+
+def test_seeds_depend_on_their_name_only():
+    seeds = {derive_seed(0, "client", round_, client) for round_ in range(20) for client in CLIENTS}
+    assert len(seeds) == 200 and all(0 <= seed < 2**32 for seed in seeds)
+    assert derive_seed(0, "client", 3, "a") == derive_seed(0, "client", 3, "a") != derive_seed(1, "client", 3, "a")
+
+
+def test_participation_is_drawn_anew_in_every_round_and_can_be_repeated():
+    args = FederatedArguments("out", clients_per_round=4)
+    rounds = [sample_clients(CLIENTS, args, number) for number in range(1, 31)]
+    assert all(len(set(chosen)) == 4 and set(chosen) <= set(CLIENTS) for chosen in rounds)
+    assert {client for chosen in rounds for client in chosen} == set(CLIENTS)
+    # round 17 does not depend on the rounds before it, which is what makes a run resumable
+    assert sample_clients(CLIENTS, args, 17) == rounds[16]
+    assert rounds != [
+        sample_clients(CLIENTS, FederatedArguments("out", clients_per_round=4, seed=1), n) for n in range(1, 31)
+    ]
+
+
+def test_by_default_everybody_takes_part():
+    assert sample_clients(CLIENTS, FederatedArguments("out"), 1) == CLIENTS
+
+
+def test_schedules_act_over_rounds():
+    assert learning_rate_factors(FederatedArguments("out", num_rounds=3)) == [1, 1, 1]
+    linear = FederatedArguments("out", num_rounds=4, lr_scheduler_type="linear")
+    assert learning_rate_factors(linear) == pytest.approx([1, 0.75, 0.5, 0.25])
+    warmup = FederatedArguments("out", num_rounds=4, lr_scheduler_type="constant_with_warmup", warmup_steps=2)
+    assert learning_rate_factors(warmup) == pytest.approx([0, 0.5, 1, 1])
+
+
+@pytest.mark.parametrize(
+    "strategy, every, expected",
+    [("no", 1, []), ("epoch", 500, [1, 2, 3, 4, 5]), ("steps", 2, [2, 4]), ("steps", 0.4, [2, 4]), ("steps", 9, [])],
+)
+def test_what_is_due_after_a_round(strategy, every, expected):
+    assert [number for number in range(1, 6) if is_due(strategy, every, number, last=5)] == expected
+
+
+def test_the_last_round_can_be_due_besides():
+    assert is_due("steps", 500, 5, last=5, also_last=True) and not is_due("no", 500, 5, last=5, also_last=True)
+
+
+def test_the_record_weighs_losses_and_counts_what_was_sent():
+    this_round = Round(3, ["a", "b"], download_bytes=11)
+    this_round.add(ClientUpdate({"w": torch.zeros(1000)}, 30, "a"), train_loss=1.0)
+    this_round.add(ClientUpdate({"w": torch.zeros(1000)}, 10, "b"), train_loss=2.0)
+    record = this_round.record()
+    assert (record["round"], record["clients"], record["num_examples"]) == (3, ["a", "b"], 40)
+    assert record["train_loss"] == pytest.approx(1.25)
+    assert record["download_bytes"] == 11
+    assert 2 * 4000 < record["upload_bytes"] == 2 * serialized_bytes({"w": torch.zeros(1000)}) < 2 * 4100
