@@ -31,6 +31,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
+import torch  # noqa: E402
 import transformers  # noqa: E402
 from datasets import Dataset, concatenate_datasets  # noqa: E402
 from datasets.utils.logging import disable_progress_bar  # noqa: E402
@@ -54,6 +55,7 @@ from peft_ravan.trainers import FederatedArguments, FederatedTrainer, make_clien
 
 PUBLIC_DIGITS = range(7)
 PUBLIC_SHARE = 0.5  # of the images of the public digits
+CLASSIFIER_LEARNING_RATE = 3e-3
 TARGET_MODULES = ["q_proj", "k_proj", "v_proj"]
 
 
@@ -64,7 +66,7 @@ class Method:
     name: str
     adapter: PeftConfig
     merge_method: str
-    learning_rate: float
+    learning_rate: float  # of the adapter; the classifier has the same one in all methods
 
 
 def methods() -> list[Method]:
@@ -72,9 +74,9 @@ def methods() -> list[Method]:
     lora = LoraConfig(r=4, lora_alpha=8, target_modules=TARGET_MODULES, modules_to_save=["classifier"])
     ravan = RavanConfig(r=16, num_heads=4, target_modules=TARGET_MODULES, modules_to_save=["classifier"])
     return [
-        Method("LoRA, FedAvg", lora, "fedavg", 5e-3),
-        Method("Ravan", ravan, "ravan", 1e-2),
-        Method("Ravan, FedRPCA", ravan, "fedrpca", 1e-2),
+        Method("LoRA, FedAvg", lora, "fedavg", 6e-3),
+        Method("Ravan", ravan, "ravan", 4e-2),
+        Method("Ravan, FedRPCA", ravan, "fedrpca", 4e-2),
     ]
 
 
@@ -163,10 +165,22 @@ def arguments(method: Method, output_dir: Path, seed: int) -> FederatedArguments
         save_strategy="no",
         report_to="none",
         use_cpu=True,
-        learning_rate=method.learning_rate,
+        learning_rate=CLASSIFIER_LEARNING_RATE,
+        lr_scheduler_type="linear",
         merge_method=method.merge_method,
+        disable_tqdm=False,
         seed=seed,
     )
+
+
+def parameter_groups(model: PeftModel, learning_rate: float) -> list[dict]:
+    """The adapter with a learning rate of its own, and the rest, which is the classifier."""
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    is_classifier = {name: ".classifier." in name for name in trained}
+    return [
+        {"params": [parameter for name, parameter in trained.items() if not is_classifier[name]], "lr": learning_rate},
+        {"params": [parameter for name, parameter in trained.items() if is_classifier[name]]},
+    ]
 
 
 def client_accuracies(trainer: Trainer, test: dict[str, Dataset]) -> np.ndarray:
@@ -205,6 +219,10 @@ def run(method: Method, base_dir: Path, private: Dataset, output_dir: Path, seed
         train_dataset=train,
         eval_dataset=concatenate_datasets(list(test.values())),
         compute_metrics=accuracy,
+        optimizer_cls_and_kwargs=(
+            torch.optim.AdamW,
+            {"params": parameter_groups(model, method.learning_rate), "lr": CLASSIFIER_LEARNING_RATE},
+        ),
     )
     start_time = time.perf_counter()
     trainer.train()
@@ -252,6 +270,7 @@ def save_and_reload(result: Result, base_dir: Path, adapter_dir: Path) -> float:
 
 def silence_libraries() -> None:
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     logging.getLogger("peft").setLevel(logging.ERROR)
     disable_progress_bar()
 

@@ -30,6 +30,18 @@ from .reporting import federation_record
 from .rounds import Round, derive_seed, is_due, learning_rate_factors, sample_clients, serialized_bytes
 
 
+# what a client's local training replaces, and what is put back after it
+_OF_THE_FEDERATION = (
+    "args",
+    "callback_handler",
+    "control",
+    "model_init",
+    "optimizer_cls_and_kwargs",
+    "state",
+    "train_dataset",
+)
+
+
 class FederatedTrainer(Trainer):
     """
     A [`~transformers.Trainer`] that trains an adapter over simulated clients.
@@ -345,10 +357,7 @@ class FederatedTrainer(Trainer):
     @contextlib.contextmanager
     def _as_client(self, client: str, round_number: int) -> Iterator[None]:
         """Make this trainer that of one client: its data, its seed, and nothing that belongs to the federation."""
-        federation = {
-            name: getattr(self, name)
-            for name in ("args", "callback_handler", "control", "model_init", "state", "train_dataset")
-        }
+        federation = {name: getattr(self, name) for name in _OF_THE_FEDERATION}
         self.args = local_arguments(self.args, derive_seed(self.args.federated_seed, "client", round_number, client))
         self.callback_handler = LocalCallbackHandler(
             self.callback_handler.callbacks, self.model, self.processing_class, None, None
@@ -356,6 +365,10 @@ class FederatedTrainer(Trainer):
         self.control = TrainerControl()
         self.model_init = None
         self.train_dataset = self.clients[client]
+        if self.optimizer_cls_and_kwargs is not None:
+            # Trainer takes parameter groups out of the dict, which would leave the next client without them
+            optimizer_cls, kwargs = self.optimizer_cls_and_kwargs
+            self.optimizer_cls_and_kwargs = (optimizer_cls, dict(kwargs))
         self.optimizer = self.lr_scheduler = None
         self._log_sink = {}
         set_seed(self.args.seed)

@@ -12,7 +12,7 @@ from torch import nn
 
 from .bases import BasesShape, make_bases
 from .config import RavanConfig
-from .functional import delta_output, delta_weight
+from .functional import adapted_linear, delta_output, delta_weight, dense_is_cheaper
 
 
 class RavanLayer(BaseTunerLayer):
@@ -175,19 +175,55 @@ class Linear(nn.Module, RavanLayer):
         if self.merged:
             return self.base_layer(x, *args, **kwargs)
 
+        adapter_names = [name for name in self.active_adapters if name in self.ravan_H]
+        if not args and not kwargs and self._can_use_dense_weight(x, adapter_names):
+            return adapted_linear(x, self.base_layer.weight, self.base_layer.bias, *self._tensors(adapter_names[0]))
+
         result = self.base_layer(x, *args, **kwargs)
         result_dtype = result.dtype
         if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
-        for adapter_name in self.active_adapters:
-            if adapter_name not in self.ravan_H:
-                continue
-            core = self.ravan_H[adapter_name]
-            dropped = self.ravan_dropout[adapter_name](self._cast_input_dtype(x, core.dtype))
-            result = result + delta_output(
-                dropped, self.ravan_A[adapter_name], self.ravan_B[adapter_name], core, self.ravan_s[adapter_name]
-            )
+        for adapter_name in adapter_names:
+            x_cast = self._cast_input_dtype(x, self.ravan_H[adapter_name].dtype)
+            result = result + delta_output(self.ravan_dropout[adapter_name](x_cast), *self._tensors(adapter_name))
         return result.to(result_dtype)
+
+    def _tensors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        return (
+            self.ravan_A[adapter_name],
+            self.ravan_B[adapter_name],
+            self.ravan_H[adapter_name],
+            self.ravan_s[adapter_name],
+        )
+
+    def _can_use_dense_weight(self, x: torch.Tensor, adapter_names: list[str]) -> bool:
+        """Whether the layer can be computed by one dense product, and whether that costs less."""
+        if len(adapter_names) != 1:
+            return False
+        base_layer, core = self.base_layer, self.ravan_H[adapter_names[0]]
+        dropout = self.ravan_dropout[adapter_names[0]]
+        if (
+            # exactly: a subclass may compute something else, and a hook would not be called
+            type(base_layer) is not nn.Linear
+            or base_layer._forward_hooks
+            or base_layer._forward_pre_hooks
+            or (self.training and not isinstance(dropout, nn.Identity))
+        ):
+            return False
+        weight = base_layer.weight
+        if (
+            type(weight.data) is not torch.Tensor
+            or not (x.dtype == weight.dtype == core.dtype)
+            # in half precision, a small update would be rounded away when it is added to the weight
+            or core.dtype not in (torch.float32, torch.float64)
+            or torch.is_autocast_enabled(x.device.type)
+        ):
+            return False
+        training = torch.is_grad_enabled() and core.requires_grad
+        num_tokens = x.numel() // self.in_features
+        return dense_is_cheaper(
+            num_tokens, self.in_features, self.out_features, core.shape[0] * core.shape[1], training
+        )
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True

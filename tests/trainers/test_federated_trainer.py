@@ -355,6 +355,30 @@ def test_features_of_trainer_work_within_a_client(tmp_path, feature):
     assert any(not torch.equal(start[name], end[name]) for name in start)
 
 
+def test_parameter_groups_of_an_optimizer_serve_every_client(tmp_path):
+    class Rates(FederatedCallback):
+        rates = []
+
+        def on_epoch_begin(self, args, state, control, optimizer, **kwargs):
+            self.rates.append([group["lr"] for group in optimizer.param_groups])
+
+    model = get_peft_model(tiny_bert(), ravan())
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    groups = [
+        {"params": [parameter for name, parameter in trained.items() if "ravan_" in name], "lr": 1e-2},
+        {"params": [parameter for name, parameter in trained.items() if "ravan_" not in name], "lr": 1e-3},
+    ]
+    trainer = FederatedTrainer(
+        model,
+        arguments(tmp_path, num_rounds=2, num_clients=2, lr_scheduler_type="linear"),
+        train_dataset=classification_dataset(),
+        callbacks=[Rates()],
+        optimizer_cls_and_kwargs=(torch.optim.AdamW, {"params": groups, "lr": 1e-3}),
+    )
+    trainer.train()
+    assert Rates.rates == [[1e-2, 1e-3]] * 2 + [[5e-3, 5e-4]] * 2
+
+
 @pytest.mark.parametrize("merge_method", [None, "fedrpca"])
 def test_lora_on_a_causal_language_model(tmp_path, merge_method):
     import datasets
