@@ -42,6 +42,7 @@ from sklearn.datasets import load_digits  # noqa: E402
 from sklearn.model_selection import train_test_split  # noqa: E402
 from transformers import (  # noqa: E402
     EvalPrediction,
+    PrinterCallback,
     Trainer,
     TrainingArguments,
     ViTConfig,
@@ -130,11 +131,14 @@ def pretrain(public: Dataset, output_dir: Path, seed: int) -> Path:
         save_strategy="no",
         logging_strategy="no",
         report_to="none",
+        disable_tqdm=True,
         use_cpu=True,
         seed=seed,
     )
     model = ViTForImageClassification(config)
-    Trainer(model, args, train_dataset=public).train()
+    trainer = Trainer(model, args, train_dataset=public)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
     model.save_pretrained(output_dir / "base_model")
     return output_dir / "base_model"
 
@@ -265,6 +269,7 @@ def save_and_reload(result: Result, base_dir: Path, adapter_dir: Path) -> float:
     model = PeftModel.from_pretrained(ViTForImageClassification.from_pretrained(base_dir), adapter_dir)
     args = TrainingArguments(result.trainer.args.output_dir, use_cpu=True, report_to="none", disable_tqdm=True)
     trainer = Trainer(model, args, compute_metrics=accuracy)
+    trainer.remove_callback(PrinterCallback)
     return trainer.evaluate(result.trainer.eval_dataset)["eval_accuracy"]
 
 
