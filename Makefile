@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 .PHONY: demo test lint format clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
-	touch $@
+	@echo "Setting up $(VENV), which takes a minute or two."
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	@touch $@
 
 demo: $(VENV)/.installed  ## set up, and run the federation of examples/federated_digits.py
-	$(BIN)/python examples/federated_digits.py --output-dir outputs/digits
+	@$(BIN)/python examples/federated_digits.py --output-dir outputs/digits
 
 test: lint  ## set up, and run the checks and all tests
 	$(BIN)/python -m pytest --numprocesses 2

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import gc
 import os
 import time
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ from peft_ravan.merging import ClientUpdate, MergeResult, merge
 
 from .arguments import FederatedArguments
 from .callbacks import FederatedProgressCallback, LocalCallbackHandler, call_federated_event
-from .clients import LiveAdapter, local_arguments
+from .clients import LiveAdapter, frozen_heap, local_arguments
 from .partition import make_clients
 from .reporting import federation_record
 from .rounds import Round, derive_seed, is_due, learning_rate_factors, sample_clients, serialized_bytes
@@ -153,7 +152,7 @@ class FederatedTrainer(Trainer):
         global_state = adapter.read()
         self._start_run()
         try:
-            with _frozen_heap():
+            with frozen_heap():
                 for number, factor in enumerate(learning_rate_factors(self.args), start=1):
                     self._learning_rate_factor = factor
                     global_state = self._run_round(number, adapter, global_state, ignore_keys_for_eval, trial)
@@ -219,7 +218,7 @@ class FederatedTrainer(Trainer):
         this_round.download_bytes = serialized_bytes(global_state) * len(this_round.clients)
         for client in this_round.clients:
             adapter.load(global_state)
-            train_loss = self._train_client(client, number)
+            train_loss, this_round.learning_rate = self._train_client(client, number)
             this_round.add(ClientUpdate(adapter.read(), self._num_examples(client), client), train_loss)
             self._tell("on_client_end", client=client)
 
@@ -228,8 +227,7 @@ class FederatedTrainer(Trainer):
         round_seconds = time.perf_counter() - start_time
 
         self.state.global_step = number
-        learning_rate = self.args.learning_rate * self._learning_rate_factor
-        record = {**this_round.record(), "round_seconds": round_seconds, "learning_rate": learning_rate}
+        record = {**this_round.record(), "round_seconds": round_seconds}
         if is_due(self.args.eval_strategy, self.args.eval_steps, number, self.args.num_rounds):
             record.update(self._evaluate_quietly(ignore_keys_for_eval))
         self.log(record)
@@ -344,11 +342,12 @@ class FederatedTrainer(Trainer):
 
     # ---- A client ----------------------------------------------------------------
 
-    def _train_client(self, client: str, round_number: int) -> float:
-        """Train the model as it is on the data of a client. Returns the mean training loss."""
+    def _train_client(self, client: str, round_number: int) -> tuple[float, float]:
+        """Train the model as it is on the data of a client. Returns the mean training loss and the learning rate."""
         with self._as_client(client, round_number):
             try:
-                return super().train().training_loss
+                output = super().train()
+                return output.training_loss, self.lr_scheduler.get_last_lr()[0]
             except Exception as error:
                 if hasattr(error, "add_note"):  # Python 3.11 and later
                     error.add_note(f"This happened in round {round_number}, while client {client!r} trained.")
@@ -397,15 +396,3 @@ class FederatedTrainer(Trainer):
         self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, lambda step: factor)
         self._created_lr_scheduler = True
         return self.lr_scheduler
-
-
-@contextlib.contextmanager
-def _frozen_heap() -> Iterator[None]:
-    # Accelerate collects garbage at the start of each local training. That walks the whole heap, which the imported
-    # modules fill, and takes longer than many a client's steps; what is frozen is left out of the walk.
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()

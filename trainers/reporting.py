@@ -41,11 +41,24 @@ def federation_record(trainer: FederatedTrainer) -> FederationRecord | None:
         "Clients per round": args.clients_per_round or len(trainer.clients),
         "Data of the clients": "given by client" if given else partitions[args.partition],
         "Rounds": len(history),
-        "Local training": f"{steps} of {batch_size} examples, {args.optim.value}",
-        "Learning rate": f"{args.learning_rate:g}, {args.lr_scheduler_type.value} over the rounds",
+        "Local training": f"{steps} of {batch_size} examples, {_optimizer(trainer)}",
+        "Learning rate": f"{_learning_rates(trainer)}, {args.lr_scheduler_type.value} over the rounds",
         "Merge method": f"[{method.pretty_name}]({method.reference})",
         "Merge options": {**method.options, **(args.merge_options or {})} or "none",
         "Uploaded": f"{uploaded / 1e6:.2f} MB by all clients",
         "Seed": args.federated_seed,
     }
     return FederationRecord(len(trainer.clients), facts, history)
+
+
+def _optimizer(trainer: FederatedTrainer) -> str:
+    chosen = trainer.optimizer_cls_and_kwargs
+    return trainer.args.optim.value if chosen is None else chosen[0].__name__
+
+
+def _learning_rates(trainer: FederatedTrainer) -> str:
+    _, kwargs = trainer.optimizer_cls_and_kwargs or (None, {})
+    default = kwargs.get("lr", trainer.args.learning_rate)
+    groups = [group for group in kwargs.get("params", []) if isinstance(group, dict)]
+    rates = [group.get("lr", default) for group in groups] or [default]
+    return " and ".join(f"{rate:g}" for rate in rates) + (" by parameter group" if len(rates) > 1 else "")

@@ -124,6 +124,7 @@ class Round:
         clients (`list[str]`): The clients that take part.
         updates (`list[ClientUpdate]`): What they have uploaded so far.
         train_losses (`list[float]`): Their mean local training losses.
+        learning_rate (`float`): The learning rate of the round, of the optimizer's first parameter group.
         upload_bytes (`int`): What they have sent, serialised.
         download_bytes (`int`): What they have been sent, serialised.
     """
@@ -132,6 +133,7 @@ class Round:
     clients: list[str]
     updates: list[ClientUpdate] = field(default_factory=list)
     train_losses: list[float] = field(default_factory=list)
+    learning_rate: float = 0.0
     upload_bytes: int = 0
     download_bytes: int = 0
 
@@ -159,4 +161,5 @@ class Round:
             "train_loss": weighted / sum(num_examples),
             "upload_bytes": self.upload_bytes,
             "download_bytes": self.download_bytes,
+            "learning_rate": self.learning_rate,
         }

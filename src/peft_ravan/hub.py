@@ -109,7 +109,7 @@ def _rounds_table(history: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None
     metrics = [
         key
         for key in dict.fromkeys(key for record in records for key in record)
-        if key.startswith("eval_") and not key.endswith(("_runtime", "_per_second"))
+        if key.startswith("eval_") and not key.endswith(("_runtime", "_per_second", "_preparation_time"))
     ]
     rows = [
         [

@@ -377,6 +377,9 @@ def test_parameter_groups_of_an_optimizer_serve_every_client(tmp_path):
     )
     trainer.train()
     assert Rates.rates == [[1e-2, 1e-3]] * 2 + [[5e-3, 5e-4]] * 2
+    assert [record["learning_rate"] for record in trainer.state.log_history] == [1e-2, 5e-3]
+    trainer.create_model_card()
+    assert "0.01 and 0.001 by parameter group, linear over the rounds" in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.parametrize("merge_method", [None, "fedrpca"])
