@@ -158,7 +158,7 @@ def arguments(method: Method, output_dir: Path, seed: int) -> FederatedArguments
         str(output_dir),
         num_clients=20,
         clients_per_round=5,
-        num_rounds=30,
+        num_rounds=20,
         max_steps=10,
         per_device_train_batch_size=16,
         per_device_eval_batch_size=512,
@@ -235,7 +235,7 @@ def run(method: Method, base_dir: Path, private: Dataset, output_dir: Path, seed
 
 
 def show_table(results: list[Result], console: Console) -> None:
-    table = Table(title="20 clients, 30 rounds of 5 clients, 10 local steps")
+    table = Table(title="20 clients, 20 rounds of 5 clients, 10 local steps")
     for column in ("method", "before", "after", "worst decile of clients", "MB uploaded", "seconds"):
         table.add_column(column, justify="left" if column == "method" else "right")
     for result in results:
