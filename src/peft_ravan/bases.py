@@ -1,5 +1,5 @@
 """
-The frozen bases of a Ravan adapter: B and A of every target, made from a seed.
+The frozen bases of a Ravan adapter: B and A of every target, made from a seed, or from a matrix.
 
 The heads' bases are held stacked: A is `[h*r, d_in]` and B is `[d_out, h*r]`; head i owns rows, respectively columns,
 `i*r` to `(i+1)*r`. Random numbers are always drawn on the CPU in float64, from a generator seeded by the configuration
@@ -14,6 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+
+from .linalg import truncated_svd
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,29 @@ class BasesShape:
         return self.num_heads * self.r
 
 
+@dataclass(frozen=True)
+class BasesKind:
+    """
+    A way to make bases.
+
+    Args:
+        make (`Callable`):
+            From shape, generator and matrix to A `[h*r, d_in]` and B `[d_out, h*r]`. The matrix, `[d_out, d_in]`, is the
+            weight of the target, or its gradient.
+        summary (`str`):
+            What it makes, in one sentence.
+        from_matrix (`str`, *optional*):
+            Which matrix it is made from: `"weight"`, `"gradient"` or none.
+        orthonormal_heads (`str`, *optional*):
+            What has to fit into the smaller side of the target: `"all"` heads, `"one"` head, or nothing.
+    """
+
+    make: Callable[[BasesShape, torch.Generator, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]]
+    summary: str
+    from_matrix: str | None = None
+    orthonormal_heads: str | None = None
+
+
 def _orthonormal_columns(num_rows: int, num_columns: int, generator: torch.Generator) -> torch.Tensor:
     gaussian = torch.randn(num_rows, num_columns, generator=generator, dtype=torch.float64)
     columns, triangle = torch.linalg.qr(gaussian)
@@ -45,23 +70,77 @@ def _orthonormal_columns(num_rows: int, num_columns: int, generator: torch.Gener
     return columns * torch.where(triangle.diagonal() < 0, -1.0, 1.0)
 
 
-def gram_schmidt(shape: BasesShape, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+def gram_schmidt(
+    shape: BasesShape, generator: torch.Generator, matrix: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Orthonormal columns over all heads' B and orthonormal rows over all heads' A (Ravan, section 4)."""
     basis_B = _orthonormal_columns(shape.d_out, shape.total_rank, generator)  # [d_out, h*r]
     basis_A = _orthonormal_columns(shape.d_in, shape.total_rank, generator).T  # [h*r, d_in]
     return basis_A, basis_B
 
 
-def normal(shape: BasesShape, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+def normal(
+    shape: BasesShape, generator: torch.Generator, matrix: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Independent normal entries of variance 1/d: a column of B and a row of A have an expected squared norm of 1."""
     basis_B = torch.randn(shape.d_out, shape.total_rank, generator=generator, dtype=torch.float64)
     basis_A = torch.randn(shape.total_rank, shape.d_in, generator=generator, dtype=torch.float64)
     return basis_A / shape.d_in**0.5, basis_B / shape.d_out**0.5
 
 
-BASES: dict[str, Callable[[BasesShape, torch.Generator], tuple[torch.Tensor, torch.Tensor]]] = {
-    "gram_schmidt": gram_schmidt,
-    "normal": normal,
+def constant(
+    shape: BasesShape, generator: torch.Generator, matrix: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same orthonormal B and A for every head, so that the rank of the update stays r (a control of the paper)."""
+    basis_B = _orthonormal_columns(shape.d_out, shape.r, generator)
+    basis_A = _orthonormal_columns(shape.d_in, shape.r, generator).T
+    return basis_A.repeat(shape.num_heads, 1), basis_B.repeat(1, shape.num_heads)
+
+
+def shared(
+    shape: BasesShape, generator: torch.Generator, matrix: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """B_i = B P_i and A_i = Q_i A with random r x r P_i and Q_i: the rank of the update stays r (likewise)."""
+    basis_B = _orthonormal_columns(shape.d_out, shape.r, generator)
+    basis_A = _orthonormal_columns(shape.d_in, shape.r, generator).T
+    mixers = torch.randn(2, shape.num_heads, shape.r, shape.r, generator=generator, dtype=torch.float64)
+    P, Q = mixers / shape.r**0.5  # entries of variance 1/r keep the expected norms at 1
+    return (Q @ basis_A).flatten(0, 1), torch.cat([basis_B @ P_i for P_i in P], dim=1)
+
+
+def singular_directions(
+    shape: BasesShape, generator: torch.Generator, matrix: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Head i takes the i-th block of r singular directions of a matrix."""
+    U, _, Vh = truncated_svd(matrix, shape.total_rank, generator)
+    return Vh, U
+
+
+BASES: dict[str, BasesKind] = {
+    "gram_schmidt": BasesKind(
+        gram_schmidt,
+        "All columns of all B and all rows of all A are orthonormal.",
+        orthonormal_heads="all",
+    ),
+    "normal": BasesKind(normal, "Independent normal entries of variance 1/d."),
+    "constant": BasesKind(
+        constant, "The same B and A for every head; the rank of the update stays r.", orthonormal_heads="one"
+    ),
+    "shared": BasesKind(
+        shared, "One B and A, mixed by random r x r matrices; the rank stays r.", orthonormal_heads="one"
+    ),
+    "weight_svd": BasesKind(
+        singular_directions,
+        "Blocks of singular directions of the weight (one head: LoRA-XS).",
+        from_matrix="weight",
+        orthonormal_heads="all",
+    ),
+    "gradient_svd": BasesKind(
+        singular_directions,
+        "Blocks of singular directions of a gradient (one head: LoRA-SB).",
+        from_matrix="gradient",
+        orthonormal_heads="all",
+    ),
 }
 
 
@@ -88,15 +167,24 @@ def check_bases_fit(init_bases: str, shape: BasesShape, target_name: str) -> Non
         ValueError: if `init_bases` is unknown, or if such bases cannot be made in this shape.
     """
     check_bases_name(init_bases)
-    if init_bases == "gram_schmidt" and shape.total_rank > min(shape.d_in, shape.d_out):
+    sizes = f"d_in = {shape.d_in} and d_out = {shape.d_out}"
+    way_out = "Use a smaller `r` or `num_heads`, or `init_bases='normal'`."
+    kind = BASES[init_bases]
+    if kind.orthonormal_heads == "all" and shape.total_rank > min(shape.d_in, shape.d_out):
         raise ValueError(
-            "`init_bases='gram_schmidt'` needs num_heads * r <= min(d_in, d_out), but for the target "
-            f"{target_name!r} num_heads * r = {shape.num_heads} * {shape.r} = {shape.total_rank}, d_in = {shape.d_in} "
-            f"and d_out = {shape.d_out}. Use a smaller `r` or `num_heads`, or `init_bases='normal'`."
+            f"`init_bases={init_bases!r}` needs num_heads * r <= min(d_in, d_out), but for the target {target_name!r} "
+            f"num_heads * r = {shape.num_heads} * {shape.r} = {shape.total_rank}, {sizes}. {way_out}"
+        )
+    if kind.orthonormal_heads == "one" and shape.r > min(shape.d_in, shape.d_out):
+        raise ValueError(
+            f"`init_bases={init_bases!r}` needs r <= min(d_in, d_out), but for the target {target_name!r} "
+            f"r = {shape.r}, {sizes}. {way_out}"
         )
 
 
-def make_bases(init_bases: str, shape: BasesShape, seed: int, target_name: str) -> tuple[torch.Tensor, torch.Tensor]:
+def make_bases(
+    init_bases: str, shape: BasesShape, seed: int, target_name: str, matrix: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Make the frozen bases of one target.
 
@@ -110,17 +198,21 @@ def make_bases(init_bases: str, shape: BasesShape, seed: int, target_name: str) 
         target_name (`str`):
             The name of the target within the base model, such as `"model.layers.0.self_attn.q_proj"`. Targets of
             different names get different bases.
+        matrix (`torch.Tensor`, *optional*):
+            The weight or gradient `[d_out, d_in]` that the bases are made from. Without it, bases that need one are
+            those of `"gram_schmidt"` until they are given.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: A `[h*r, d_in]` and B `[d_out, h*r]`, in float32 on the CPU.
 
     Raises:
-        ValueError: if `init_bases` is unknown, or if `"gram_schmidt"` does not fit into the target.
+        ValueError: if `init_bases` is unknown, or does not fit into the target.
     """
     check_bases_fit(init_bases, shape, target_name)
+    kind = BASES["gram_schmidt"] if BASES[init_bases].from_matrix and matrix is None else BASES[init_bases]
     digest = hashlib.sha256(f"{seed}/{target_name}".encode()).digest()
     # explicit device: the model may be built under a default device such as meta or cuda
     with torch.device("cpu"):
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        basis_A, basis_B = BASES[init_bases](shape, generator)
-        return basis_A.float().contiguous(), basis_B.float().contiguous()
+        basis_A, basis_B = kind.make(shape, generator, matrix)
+        return basis_A.float().cpu().contiguous(), basis_B.float().cpu().contiguous()

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import re
+from collections import Counter
 from dataclasses import dataclass, field
 
 from peft.config import PeftConfig
+from peft.utils.other import get_pattern_key
+from torch import nn
 
 from .bases import BASES, check_bases_name
 from .registration import ensure_peft_type
@@ -33,7 +37,11 @@ class RavanConfig(PeftConfig):
         init_bases (`str`, *optional*, defaults to `"gram_schmidt"`):
             How the frozen bases are made. `"gram_schmidt"`: the `num_heads * r` columns of all B and the rows of all A
             are orthonormal, which needs `num_heads * r <= min(d_in, d_out)`. `"normal"`: independent normal entries
-            with variance `1 / d`, so that a row of A and a column of B have an expected norm of 1.
+            with variance `1 / d`, so that a row of A and a column of B have an expected norm of 1. `"constant"` (every
+            head has the same bases) and `"shared"` (random mixtures of one pair) are controls, with an update of rank
+            `r`. `"weight_svd"`: the i-th head takes the i-th block of `r` singular directions of the weight; with one
+            head this is LoRA-XS. `"gradient_svd"`: the same of a gradient, which has to be given by
+            [`initialize_bases_from_gradient`]; with one head this is the adapter of LoRA-SB and Fed-SB.
         projection_seed (`int`, *optional*, defaults to `0`):
             The seed of the bases. Together with the name of the target it determines them, so everybody who uses the
             same seed has the same bases.
@@ -57,6 +65,15 @@ class RavanConfig(PeftConfig):
             The indices of the layers to transform. By default all of them.
         layers_pattern (`list[str]` or `str`, *optional*):
             The name of the `nn.ModuleList` that holds the layers, used with `layers_to_transform`.
+        rank_pattern (`dict[str, int]`, *optional*):
+            Ranks of a head that differ from `r`, by the name of the target or a regular expression for it.
+        heads_pattern (`dict[str, int]`, *optional*):
+            Numbers of heads that differ from `num_heads`, likewise.
+        trainable_token_indices (`list[int]` or `dict[str, list[int]]`, *optional*):
+            The tokens whose embeddings are trained besides the adapter: indices for the input embeddings, or the names
+            of layers to indices.
+        ensure_weight_tying (`bool`, *optional*, defaults to `False`):
+            Whether layers that the base model ties stay tied when they are adapted or in `modules_to_save`.
 
     Raises:
         ValueError: if a field has a value outside its range, or if fields exclude each other.
@@ -96,6 +113,73 @@ class RavanConfig(PeftConfig):
         default=None, metadata={"help": "Name of the nn.ModuleList of the layers, with layers_to_transform."}
     )
 
+    rank_pattern: dict[str, int] | None = field(
+        default_factory=dict, metadata={"help": "Ranks of a head that differ from `r`, by target name or regex."}
+    )
+    heads_pattern: dict[str, int] | None = field(
+        default_factory=dict, metadata={"help": "Numbers of heads that differ, by target name or regex."}
+    )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Tokens whose embeddings are trained besides the adapter."}
+    )
+    ensure_weight_tying: bool = field(default=False, metadata={"help": "Keep layers tied that the base model ties."})
+
+    def size_of(self, target_name: str) -> tuple[int, int]:
+        """
+        The size of the adapter at one target.
+
+        Args:
+            target_name (`str`): The name of the target within the base model.
+
+        Returns:
+            `tuple[int, int]`: The rank of a head and the number of heads.
+        """
+        rank_pattern, heads_pattern = self.rank_pattern or {}, self.heads_pattern or {}
+        return (
+            rank_pattern.get(get_pattern_key(rank_pattern, target_name), self.r),
+            heads_pattern.get(get_pattern_key(heads_pattern, target_name), self.num_heads),
+        )
+
+    @classmethod
+    def from_budget(
+        cls, model: nn.Module, lora_rank: int = 8, num_heads: int = 4, target_modules=None, **kwargs
+    ) -> RavanConfig:
+        """
+        Choose `r` so that the adapter trains as many parameters as LoRA of a given rank on the same targets, or a few
+        less.
+
+        Args:
+            model (`torch.nn.Module`):
+                The base model.
+            lora_rank (`int`, *optional*, defaults to 8):
+                The rank of LoRA.
+            num_heads (`int`, *optional*, defaults to 4):
+                The number of heads.
+            target_modules (`list[str]` or `str`, *optional*):
+                The targets, as in the configuration.
+            **kwargs:
+                The other fields of the configuration.
+
+        Returns:
+            [`RavanConfig`]: The configuration, with `rank_pattern` where targets differ in size.
+
+        Raises:
+            ValueError: if the budget of a target does not suffice for one parameter a head.
+
+        Example:
+
+            ```py
+            >>> config = RavanConfig.from_budget(base_model, lora_rank=8, num_heads=4, task_type="SEQ_CLS")
+            ```
+        """
+        from .budget import ranks_for_budget
+
+        config = cls(num_heads=num_heads, target_modules=target_modules, **kwargs)
+        ranks = ranks_for_budget(model, config, lora_rank)
+        config.r, _ = Counter(ranks.values()).most_common(1)[0]
+        config.rank_pattern = {re.escape(name): r for name, r in ranks.items() if r != config.r}
+        return config
+
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = ensure_peft_type()
@@ -107,8 +191,10 @@ class RavanConfig(PeftConfig):
         self._check_layers()
 
     def _check_numbers(self) -> None:
-        for name in ("r", "num_heads"):
-            value = getattr(self, name)
+        sizes = {"r": self.r, "num_heads": self.num_heads}
+        for name in ("rank_pattern", "heads_pattern"):
+            sizes |= {f"{name}[{key!r}]": value for key, value in (getattr(self, name) or {}).items()}
+        for name, value in sizes.items():
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"`{name}` must be an integer of 1 or more, got {value!r}.")
         if not 0.0 <= self.ravan_dropout < 1.0:
@@ -116,6 +202,11 @@ class RavanConfig(PeftConfig):
         if self.bias not in ("none", "all", "ravan_only"):
             raise ValueError(f"`bias` must be 'none', 'all' or 'ravan_only', got {self.bias!r}.")
         check_bases_name(self.init_bases)
+        if BASES[self.init_bases].from_matrix == "gradient" and not self.save_projection:
+            raise ValueError(
+                f"`init_bases={self.init_bases!r}` needs `save_projection=True`: bases from a gradient cannot be made "
+                "again from the seed when the adapter is loaded."
+            )
 
     def _check_layers(self) -> None:
         if isinstance(self.target_modules, str):

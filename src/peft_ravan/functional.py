@@ -49,6 +49,31 @@ def delta_weight(
     return _project_basis_B(basis_B, scaled_cores(core, scaling)) @ basis_A
 
 
+def expand(inner: torch.Tensor, basis_B: torch.Tensor, core: torch.Tensor, scaling: torch.Tensor) -> torch.Tensor:
+    """
+    From the projected input of all heads to the output: `sum_i s_i B_i H_i u_i` for each token u.
+
+    Args:
+        inner (`torch.Tensor`): The input projected by the stacked A, `[..., h*r]`.
+        basis_B (`torch.Tensor`): The stacked B, `[d_out, h*r]`.
+        core (`torch.Tensor`): H, `[h, r, r]`.
+        scaling (`torch.Tensor`): s, `[h]`.
+
+    Returns:
+        `torch.Tensor`: `[..., d_out]`.
+    """
+    num_heads, r, _ = core.shape
+    products = scaled_cores(core, scaling)
+    if num_heads == 1:
+        inner = F.linear(inner, products[0])
+    else:
+        # heads first, so that the batched product reads a head as a strided slice instead of copying it
+        per_head = inner.reshape(-1, num_heads, r).transpose(0, 1)  # [h, T, r]
+        per_head = torch.bmm(per_head, products.transpose(1, 2))  # [h, T, r]
+        inner = per_head.transpose(0, 1).reshape(inner.shape)
+    return F.linear(inner, basis_B)
+
+
 def delta_output(
     x: torch.Tensor, basis_A: torch.Tensor, basis_B: torch.Tensor, core: torch.Tensor, scaling: torch.Tensor
 ) -> torch.Tensor:
@@ -65,17 +90,7 @@ def delta_output(
     Returns:
         `torch.Tensor`: `[..., d_out]`.
     """
-    num_heads, r, _ = core.shape
-    inner = F.linear(x, basis_A)  # [..., h*r]
-    products = scaled_cores(core, scaling)
-    if num_heads == 1:
-        inner = F.linear(inner, products[0])
-    else:
-        # heads first, so that the batched product reads a head as a strided slice instead of copying it
-        per_head = inner.reshape(-1, num_heads, r).transpose(0, 1)  # [h, T, r]
-        per_head = torch.bmm(per_head, products.transpose(1, 2))  # [h, T, r]
-        inner = per_head.transpose(0, 1).reshape(inner.shape)
-    return F.linear(inner, basis_B)
+    return expand(F.linear(x, basis_A), basis_B, core, scaling)
 
 
 def dense_is_cheaper(num_tokens: int, d_in: int, d_out: int, total_rank: int, training: bool) -> bool:

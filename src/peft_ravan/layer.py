@@ -1,30 +1,35 @@
 from __future__ import annotations
 
 import warnings
+from abc import abstractmethod
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from peft.utils.other import transpose
 from torch import nn
 
-from .bases import BasesShape, make_bases
+from .bases import BASES, BasesShape, make_bases
 from .config import RavanConfig
-from .functional import adapted_linear, delta_output, delta_weight, dense_is_cheaper
+from .functional import adapted_linear, delta_output, delta_weight, dense_is_cheaper, expand
 
 
 class RavanLayer(BaseTunerLayer):
     """
     What every Ravan layer has: per adapter the trained core `ravan_H` `[h, r, r]` and scaling `ravan_s` `[h]`, and the
     frozen bases `ravan_A` `[h*r, d_in]` and `ravan_B` `[d_out, h*r]`.
+
+    A kind of layer says what d_in and d_out are (`bases_size`), how its input is projected (`compute_delta`), and in
+    which layout it keeps its weight (`to_weight_layout`).
     """
 
     # All names of layers that may contain (trainable) adapter weights
     adapter_layer_names: tuple[str, ...] = ("ravan_H", "ravan_s")
     # All names of other parameters that may contain adapter-related parameters
-    other_param_names: tuple[str, ...] = ("ravan_A", "ravan_B", "ravan_dropout", "r", "num_heads")
+    other_param_names: tuple[str, ...] = ("ravan_A", "ravan_B", "ravan_dropout", "r", "num_heads", "init_bases")
 
     def __init__(self, base_layer: nn.Module, config: RavanConfig, **kwargs) -> None:
         self.base_layer = base_layer
@@ -33,6 +38,7 @@ class RavanLayer(BaseTunerLayer):
         )
         self.r: dict[str, int] = {}
         self.num_heads: dict[str, int] = {}
+        self.init_bases: dict[str, str] = {}
         self.ravan_dropout = nn.ModuleDict({})
         self.ravan_H = nn.ParameterDict({})
         self.ravan_s = nn.ParameterDict({})
@@ -50,6 +56,19 @@ class RavanLayer(BaseTunerLayer):
         if self.in_features is None or self.out_features is None:
             raise TypeError(f"Unsupported layer type {type(self.get_base_layer())}")
 
+    @staticmethod
+    def bases_size(base_layer: nn.Module) -> tuple[int, int]:
+        """d_in and d_out of a base layer of this kind."""
+        return _get_in_out_features(base_layer)
+
+    @abstractmethod
+    def compute_delta(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        """What an adapter adds to the output of the base layer."""
+
+    @abstractmethod
+    def to_weight_layout(self, delta: torch.Tensor) -> torch.Tensor:
+        """Bring a weight update `[d_out, d_in]` into the layout of the base weight."""
+
     def update_layer(self, adapter_name: str, target_name: str, config: RavanConfig, **kwargs) -> None:
         """
         Add an adapter to this layer.
@@ -62,21 +81,35 @@ class RavanLayer(BaseTunerLayer):
         Raises:
             ValueError: if the bases do not fit into the layer.
         """
-        shape = BasesShape(self.in_features, self.out_features, config.num_heads, config.r)
-        basis_A, basis_B = make_bases(config.init_bases, shape, config.projection_seed, target_name)
+        r, num_heads = config.size_of(target_name)
+        shape = BasesShape(*self.bases_size(self.get_base_layer()), num_heads, r)
+        from_weight = BASES[config.init_bases].from_matrix == "weight"
+        matrix = self._base_matrix() if from_weight else None
+        basis_A, basis_B = make_bases(config.init_bases, shape, config.projection_seed, target_name, matrix)
 
-        self.r[adapter_name] = config.r
-        self.num_heads[adapter_name] = config.num_heads
+        self.r[adapter_name] = r
+        self.num_heads[adapter_name] = num_heads
+        self.init_bases[adapter_name] = config.init_bases
         self.ravan_dropout[adapter_name] = nn.Dropout(config.ravan_dropout) if config.ravan_dropout else nn.Identity()
-        self.ravan_H[adapter_name] = nn.Parameter(torch.zeros(config.num_heads, config.r, config.r))
+        self.ravan_H[adapter_name] = nn.Parameter(torch.zeros(num_heads, r, r))
         # [h] and never a 0-dim tensor, on which PEFT's check for broken adapters fails
-        self.ravan_s[adapter_name] = nn.Parameter(torch.ones(config.num_heads))
+        self.ravan_s[adapter_name] = nn.Parameter(torch.ones(num_heads))
         self.ravan_A[adapter_name] = basis_A
         self.ravan_B[adapter_name] = basis_B
 
         self.reset_ravan_parameters(adapter_name, config.init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
+        if config.save_projection and self.ravan_H[adapter_name].device.type == "meta":
+            # low_cpu_mem_usage leaves buffers where they are; the checkpoint that will be loaded has these
+            for bases in (self.ravan_A, self.ravan_B):
+                bases[adapter_name] = bases[adapter_name].to("meta")
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _base_matrix(self) -> torch.Tensor:
+        """The base weight as `[d_out, d_in]`."""
+        # the layouts of all kinds of layers are their own inverse
+        weight = self.get_base_weight()
+        return self.to_weight_layout(weight) if weight.dim() == 2 else weight.flatten(1)
 
     def reset_ravan_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
         """
@@ -93,24 +126,6 @@ class RavanLayer(BaseTunerLayer):
             nn.init.zeros_(self.ravan_H[adapter_name])
         else:
             nn.init.normal_(self.ravan_H[adapter_name])
-
-
-class Linear(nn.Module, RavanLayer):
-    # Ravan implemented in a dense layer: nn.Linear, Conv1D and quantised linear layers
-    def __init__(
-        self,
-        base_layer: nn.Module,
-        adapter_name: str,
-        target_name: str,
-        config: RavanConfig,
-        fan_in_fan_out: bool = False,
-        **kwargs,
-    ) -> None:
-        super().__init__()
-        RavanLayer.__init__(self, base_layer, config, **kwargs)
-        self.fan_in_fan_out = fan_in_fan_out
-        self._active_adapter = adapter_name
-        self.update_layer(adapter_name, target_name, config=config)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """
@@ -158,43 +173,126 @@ class Linear(nn.Module, RavanLayer):
             adapter (`str`): The name of the adapter.
 
         Returns:
-            `torch.Tensor`: `[d_out, d_in]`, or `[d_in, d_out]` for `Conv1D`, in the dtype of the adapter.
+            `torch.Tensor`: `[d_out, d_in]` in that layout, in the dtype of the adapter.
         """
-        core = self.ravan_H[adapter]
-        tensors = (self.ravan_A[adapter], self.ravan_B[adapter], core, self.ravan_s[adapter])
+        tensors = self.adapter_tensors(adapter)
+        dtype = tensors[2].dtype
         # some CPUs have slow half precision products, and this one is rounded only once
-        if core.device.type == "cpu" and core.dtype in (torch.float16, torch.bfloat16):
+        if tensors[2].device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
             tensors = tuple(tensor.float() for tensor in tensors)
-        return transpose(delta_weight(*tensors), self.fan_in_fan_out).to(core.dtype)
+        return self.to_weight_layout(delta_weight(*tensors)).to(dtype)
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
-        if self.merged:
-            return self.base_layer(x, *args, **kwargs)
-
-        adapter_names = [name for name in self.active_adapters if name in self.ravan_H]
-        if not args and not kwargs and self._can_use_dense_weight(x, adapter_names):
-            return adapted_linear(x, self.base_layer.weight, self.base_layer.bias, *self._tensors(adapter_names[0]))
-
-        result = self.base_layer(x, *args, **kwargs)
-        result_dtype = result.dtype
-        if self.quantization_backend is not None:
-            result = self.quantization_backend.maybe_clone_base_result(result)
-        for adapter_name in adapter_names:
-            x_cast = self._cast_input_dtype(x, self.ravan_H[adapter_name].dtype)
-            result = result + delta_output(self.ravan_dropout[adapter_name](x_cast), *self._tensors(adapter_name))
-        return result.to(result_dtype)
-
-    def _tensors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def adapter_tensors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """A `[h*r, d_in]`, B `[d_out, h*r]`, H `[h, r, r]` and s `[h]` of an adapter."""
         return (
             self.ravan_A[adapter_name],
             self.ravan_B[adapter_name],
             self.ravan_H[adapter_name],
             self.ravan_s[adapter_name],
         )
+
+    def _cast_to_each_other(self, x: torch.Tensor, adapter_name: str) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """Bring the input to the dtype of the adapter, or the adapter to that of the input if casting inputs is off."""
+        tensors = self.adapter_tensors(adapter_name)
+        if self.cast_input_dtype_enabled:
+            return self._cast_input_dtype(x, tensors[0].dtype), tensors
+        return x, tuple(tensor.to(x.dtype) for tensor in tensors)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        adapter_names = kwargs.pop("adapter_names", None)
+        self._check_forward_args(x, adapter_names)
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        if self.merged:
+            return self.base_layer(x, *args, **kwargs)
+        if adapter_names is not None:
+            return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
+        return self._adapted_forward(x, *args, **kwargs)
+
+    def _adapted_forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        result = self._base_result(x, *args, **kwargs)
+        result_dtype = result.dtype
+        for adapter_name in self.active_adapters:
+            if adapter_name in self.ravan_H:
+                result = result + self.compute_delta(x, adapter_name)
+        return result.to(result_dtype)
+
+    def _mixed_batch_forward(
+        self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any
+    ) -> torch.Tensor:
+        """Each sample of the batch with the adapter that is named for it; `"__base__"` means none."""
+        result = self._base_result(x, *args, **kwargs)
+        for adapter_name in dict.fromkeys(adapter_names):
+            if adapter_name in self.ravan_H:
+                rows = [index for index, name in enumerate(adapter_names) if name == adapter_name]
+                result[rows] += self.compute_delta(x[rows], adapter_name).to(result.dtype)
+        return result
+
+    def _base_result(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        result = self.base_layer(x, *args, **kwargs)
+        return (
+            result if self.quantization_backend is None else self.quantization_backend.maybe_clone_base_result(result)
+        )
+
+    def _check_forward_args(self, x: torch.Tensor, adapter_names: list[str] | None) -> None:
+        if adapter_names is None:
+            return
+        if len(adapter_names) != len(x):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively."
+            )
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
+
+    def __repr__(self) -> str:
+        return "ravan." + super().__repr__()
+
+    def extra_repr(self) -> str:
+        adapters = [
+            f"{name}: {self.num_heads[name]} heads of rank {self.r[name]}, {self.init_bases[name]} bases"
+            for name in self.r
+        ]
+        return "; ".join(part for part in [*adapters, quantization_extra_repr(self)] if part)
+
+
+class Linear(RavanLayer, nn.Module):
+    # Ravan implemented in a dense layer: nn.Linear, Conv1D and quantised linear layers
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        target_name: str,
+        config: RavanConfig,
+        fan_in_fan_out: bool = False,
+        **kwargs,
+    ) -> None:
+        nn.Module.__init__(self)
+        RavanLayer.__init__(self, base_layer, config, **kwargs)
+        self.fan_in_fan_out = fan_in_fan_out
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, target_name, config=config)
+
+    def to_weight_layout(self, delta: torch.Tensor) -> torch.Tensor:
+        return transpose(delta, self.fan_in_fan_out)
+
+    def compute_delta(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        x, tensors = self._cast_to_each_other(x, adapter_name)
+        return delta_output(self.ravan_dropout[adapter_name](x), *tensors)
+
+    def _adapted_forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        adapter_names = [name for name in self.active_adapters if name in self.ravan_H]
+        if not args and not kwargs and self._can_use_dense_weight(x, adapter_names):
+            tensors = self.adapter_tensors(adapter_names[0])
+            return adapted_linear(x, self.base_layer.weight, self.base_layer.bias, *tensors)
+        return super()._adapted_forward(x, *args, **kwargs)
 
     def _can_use_dense_weight(self, x: torch.Tensor, adapter_names: list[str]) -> bool:
         """Whether the layer can be computed by one dense product, and whether that costs less."""
@@ -225,11 +323,56 @@ class Linear(nn.Module, RavanLayer):
             num_tokens, self.in_features, self.out_features, core.shape[0] * core.shape[1], training
         )
 
+
+class Embedding(RavanLayer, nn.Module):
+    # Ravan implemented in an embedding: a token selects a column of A, [h*r, num_embeddings]
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, target_name: str, config: RavanConfig, **kwargs
+    ) -> None:
+        nn.Module.__init__(self)
+        RavanLayer.__init__(self, base_layer, config, **kwargs)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, target_name, config=config)
+
+    def to_weight_layout(self, delta: torch.Tensor) -> torch.Tensor:
+        return delta.T
+
+    def compute_delta(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        basis_A, *tensors = self.adapter_tensors(adapter_name)
+        delta = expand(F.embedding(x, basis_A.T), *tensors)
+        scale = self._get_embed_scale()
+        return delta if scale is None else delta * scale.to(delta.dtype)
+
+
+class Conv2d(RavanLayer, nn.Module):
+    # Ravan implemented in a convolution: A is a convolution of the same kernel into h*r channels, B a pointwise one
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, target_name: str, config: RavanConfig, **kwargs
+    ) -> None:
+        nn.Module.__init__(self)
+        RavanLayer.__init__(self, base_layer, config, **kwargs)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, target_name, config=config)
+
+    @staticmethod
+    def bases_size(base_layer: nn.Module) -> tuple[int, int]:
+        return base_layer.weight[0].numel(), base_layer.out_channels
+
+    def to_weight_layout(self, delta: torch.Tensor) -> torch.Tensor:
+        return delta.reshape(self.get_base_layer().weight.shape)
+
+    def compute_delta(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        x, (basis_A, *tensors) = self._cast_to_each_other(x, adapter_name)
+        x = self.ravan_dropout[adapter_name](x)
+        # the base layer's own convolution, so that its stride and its padding mode apply, too
+        base_layer = self.get_base_layer()
+        if base_layer.groups > 1:
+            kernel = self.to_weight_layout(delta_weight(basis_A, *tensors))
+            return base_layer._conv_forward(x, kernel, None)
+        kernel = basis_A.reshape(-1, *base_layer.weight.shape[1:])  # [h*r, channels, height, width]
+        inner = base_layer._conv_forward(x, kernel, None)  # [N, h*r, height, width]
+        return expand(inner.movedim(1, -1), *tensors).movedim(-1, 1)
+
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return True
-
-    def __repr__(self) -> str:
-        return "ravan." + super().__repr__()
-
-    def extra_repr(self) -> str:
-        return quantization_extra_repr(self)
+        # PEFT converts linear layers only
+        return False

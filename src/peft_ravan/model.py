@@ -1,17 +1,30 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features, _maybe_include_all_linear_layers
-from peft.utils import get_quantization_kwargs, resolve_quantization_backend
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.utils import AuxiliaryTrainingWrapper, get_quantization_kwargs, resolve_quantization_backend
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .bases import BasesShape, check_bases_fit
+from .bases import BASES, BasesShape, check_bases_fit
 from .config import RavanConfig
-from .layer import Linear, RavanLayer
+from .layer import Conv2d, Embedding, Linear, RavanLayer
+from .weighted_adapter import (
+    ON_SHARED_BASES,
+    check_combination,
+    combine_cores,
+    combined_config,
+    concatenate_heads,
+    copy_modules_to_save,
+    have_shared_bases,
+)
 
 
 TRANSFORMERS_MODELS_TO_RAVAN_TARGET_MODULES_MAPPING = {
@@ -22,18 +35,31 @@ TRANSFORMERS_MODELS_TO_RAVAN_TARGET_MODULES_MAPPING = {
 }
 
 
-def _get_supported_base_layer(target: nn.Module, target_name: str) -> nn.Module:
+def _layer_class(target: nn.Module, target_name: str) -> type[RavanLayer]:
+    """The kind of Ravan layer for a target, which may be adapted already."""
     base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    if isinstance(base_layer, nn.Embedding):
+        return Embedding
+    if isinstance(base_layer, nn.Conv2d):
+        return Conv2d
+    # a quantised linear layer is an nn.Linear for some libraries, and a class of its own for others
     if isinstance(base_layer, (nn.Linear, Conv1D)):
-        return base_layer
+        return Linear
     quantization_backend = resolve_quantization_backend(base_layer)
     if quantization_backend is not None and quantization_backend.layer_type == "linear":
-        return base_layer
+        return Linear
     raise TypeError(
         f"Target module {target_name!r} is a {type(base_layer).__name__}, which Ravan does not support. Supported are "
-        "`torch.nn.Linear` (optionally quantized) and `transformers.pytorch_utils.Conv1D`. Name other modules in "
-        "`target_modules`, or leave this one out with `exclude_modules`."
+        "`torch.nn.Linear` (optionally quantized), `torch.nn.Embedding`, `torch.nn.Conv2d` and "
+        "`transformers.pytorch_utils.Conv1D`. Name other modules in `target_modules`, or leave this one out with "
+        "`exclude_modules`."
     )
+
+
+def _pass_adapter_names(
+    module: nn.Module, args: tuple, kwargs: dict[str, Any], adapter_names: list[str]
+) -> tuple[tuple, dict[str, Any]]:
+    return args, {**kwargs, "adapter_names": adapter_names}
 
 
 class RavanModel(BaseTuner):
@@ -73,6 +99,21 @@ class RavanModel(BaseTuner):
     tuner_layer_cls = RavanLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_RAVAN_TARGET_MODULES_MAPPING
 
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        # DistributedDataParallel reads this of the model it wraps, which hands the question on to here. It would send all
+        # buffers to all processes in every forward pass; bases from the seed are the same everywhere already.
+        seeded = {
+            name
+            for name, config in self.peft_config.items()
+            if BASES[getattr(config, "init_bases", "gram_schmidt")].from_matrix != "gradient"
+        }
+        return [
+            f"base_model.{name}"
+            for name, _ in self.named_buffers()
+            if name.split(".")[-2] in ("ravan_A", "ravan_B") and name.split(".")[-1] in seeded
+        ]
+
     def _check_new_adapter_config(self, config: RavanConfig) -> None:
         """
         A helper method to check the config when a new adapter is being added.
@@ -90,16 +131,36 @@ class RavanModel(BaseTuner):
                 "existing one. Set the same value for both."
             )
 
+    @classmethod
+    def target_sizes(cls, model: nn.Module, config: RavanConfig) -> dict[str, tuple[int, int]]:
+        """
+        Find the targets of a configuration in a base model.
+
+        Args:
+            model (`torch.nn.Module`): The base model.
+            config ([`RavanConfig`]): The configuration. Default targets and `"all-linear"` are written into it.
+
+        Returns:
+            `dict[str, tuple[int, int]]`: The names of the targets to d_in and d_out of their bases.
+
+        Raises:
+            TypeError: if a target is of a kind that Ravan does not support.
+        """
+        if config.target_modules is None:
+            config = cls._prepare_adapter_config(cls, config, cls.get_model_config(model))
+        config = _maybe_include_all_linear_layers(config, model)
+        sizes = {}
+        for name, module in model.named_modules():
+            if cls._check_target_module_exists(config, name):
+                base_layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+                sizes[name] = _layer_class(module, name).bases_size(base_layer)
+        return sizes
+
     def _prepare_model(self, peft_config: RavanConfig, model: nn.Module) -> None:
         # Every target is checked before the first one is replaced: an error must not leave a half adapted model.
-        peft_config = _maybe_include_all_linear_layers(peft_config, model)
-        for key, module in model.named_modules():
-            if not self._check_target_module_exists(peft_config, key):
-                continue
-            base_layer = _get_supported_base_layer(module, key)
-            d_in, d_out = _get_in_out_features(base_layer)
-            shape = BasesShape(d_in, d_out, peft_config.num_heads, peft_config.r)
-            check_bases_fit(peft_config.init_bases, shape, key)
+        for name, size in self.target_sizes(model, peft_config).items():
+            r, num_heads = peft_config.size_of(name)
+            check_bases_fit(peft_config.init_bases, BasesShape(*size, num_heads, r), name)
 
     def _create_and_replace(
         self,
@@ -129,9 +190,13 @@ class RavanModel(BaseTuner):
     @staticmethod
     def _create_new_module(
         ravan_config: RavanConfig, adapter_name: str, target: nn.Module, current_key: str, **kwargs
-    ) -> Linear:
+    ) -> RavanLayer:
+        layer_class = _layer_class(target, current_key)
+        if layer_class is not Linear:
+            return layer_class(target, adapter_name, current_key, ravan_config, **kwargs)
         # derived from the layer, not from the config: one model may have both kinds
-        is_conv1d = isinstance(_get_supported_base_layer(target, current_key), Conv1D)
+        base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        is_conv1d = isinstance(base_layer, Conv1D)
         if ravan_config.fan_in_fan_out and not is_conv1d:
             warnings.warn(
                 "fan_in_fan_out is set to True but the target module is `torch.nn.Linear`. "
@@ -152,3 +217,98 @@ class RavanModel(BaseTuner):
             tensors = [*module.parameters(), *module.buffers()]
             if self.prefix in name and not any(tensor.device == torch.device("meta") for tensor in tensors):
                 module.to(weight.device)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args, **kwargs) -> Iterator[None]:
+        # hands `adapter_names` of a mixed batch to the layers, which the base model does not know of
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        layers = [module for module in self.modules() if isinstance(module, (RavanLayer, AuxiliaryTrainingWrapper))]
+        # a layer may lack an adapter, but one that no layer has is a typing mistake
+        known = {name for layer in layers if isinstance(layer, RavanLayer) for name in layer.ravan_H}
+        unknown = sorted({*adapter_names} - known - {"__base__"})
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+
+        # beam search repeats the inputs of the decoder, not those of an encoder
+        repeated = [name for name in adapter_names for _ in range(kwargs.get("num_beams") or 1)]
+        encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else None
+        in_encoder = set() if encoder is None or encoder is self.model else set(encoder.modules())
+        handles = [
+            layer.register_forward_pre_hook(
+                partial(_pass_adapter_names, adapter_names=adapter_names if layer in in_encoder else repeated),
+                with_kwargs=True,
+            )
+            for layer in layers
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+    ) -> None:
+        """
+        Combine adapters into a new one.
+
+        Args:
+            adapters (`list[str]`):
+                The names of the adapters.
+            weights (`list[float]`):
+                Their weights.
+            adapter_name (`str`):
+                The name of the new adapter. If there is one of that name, nothing happens.
+            combination_type (`str`, *optional*):
+                `"linear"` adds the products s*H with the weights and needs adapters with the same bases, whose size it
+                keeps. `"cat"` stacks the heads, for any bases. Both are exact: the weight update is the weighted sum.
+                By default `"linear"` where the bases are the same and `"cat"` where not. `"ties"`, `"dare_linear"`,
+                `"dare_ties"` and `"magnitude_prune"` act on the products, and need the same bases, too.
+            density (`float`, *optional*):
+                The share of entries that is kept, for the combinations that prune.
+            majority_sign_method (`str`, *optional*, defaults to `"total"`):
+                `"total"` or `"frequency"`, for the combinations that elect a sign.
+
+        Raises:
+            ValueError: if the adapters cannot be combined that way. Nothing has changed then.
+        """
+        if adapter_name in self.peft_config:
+            return
+        check_combination(self, adapters, weights, combination_type or "linear", density)
+        layers = {
+            name: module
+            for name, module in self.model.named_modules()
+            if isinstance(module, RavanLayer) and any(adapter in module.ravan_H for adapter in adapters)
+        }
+        present = {name: [a for a in adapters if a in layer.ravan_H] for name, layer in layers.items()}
+        different = [name for name, layer in layers.items() if not have_shared_bases(layer, present[name])]
+        if different and combination_type in ON_SHARED_BASES:
+            raise ValueError(
+                f"combination_type={combination_type!r} needs adapters with the same bases, but at {different[0]!r} they "
+                "differ: they were made with another `projection_seed`, size or `init_bases`. Use 'cat'."
+            )
+        concatenate = combination_type == "cat" or bool(different)
+        self.peft_config[adapter_name] = combined_config(self, layers, adapters, concatenate)
+        self.inject_adapter(self.model, adapter_name)
+        weight_of = dict(zip(adapters, weights, strict=True))
+        with torch.no_grad():
+            for name, layer in layers.items():
+                layer_weights = [weight_of[adapter] for adapter in present[name]]
+                if concatenate:
+                    concatenate_heads(layer, present[name], layer_weights, adapter_name)
+                else:
+                    combination = (combination_type or "linear", density, majority_sign_method)
+                    combine_cores(layer, present[name], layer_weights, adapter_name, *combination)
+        copy_modules_to_save(self, adapters, adapter_name)
+        self.set_requires_grad(adapter_name, requires_grad=False)
