@@ -1,0 +1,213 @@
+"""
+Bases from gradients, `init_bases="gradient_svd"`: for each target, the singular directions of an averaged gradient of its
+weight (LoRA-SB, Ponkshe et al., 2024, with one head).
+
+The gradient itself, `d_out x d_in` for each target, is never kept. It is seen through two random projections, from which
+its largest directions are recovered in one pass over the data (Tropp et al., Practical Sketching Algorithms for Low-Rank
+Matrix Approximation, 2017, algorithms 1 and 7). Sketches are linear in the gradient: the mean of sketches is the sketch
+of the mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import nn
+
+from .bases import BASES, BasesShape, make_bases
+from .layer import Linear, RavanLayer
+from .linalg import OVERSAMPLING
+
+
+class GradientSketch:
+    """
+    Two random projections of a gradient G, `[d_out, d_in]`: `G Omega`, `[d_out, k]`, and `Psi G`, `[l, d_in]`.
+
+    Args:
+        shape ([`~peft_ravan.bases.BasesShape`]): The shape of the target; k is h*r and a few more, l is 2 k + 1.
+        seed (`int`): The seed of the projections; sketches that are added up need the same.
+        device (`torch.device`): Where the sketch is kept.
+    """
+
+    def __init__(self, shape: BasesShape, seed: int, device: torch.device):
+        self.shape = shape
+        num_columns = min(shape.total_rank + OVERSAMPLING, shape.d_in, shape.d_out)
+        num_rows = min(2 * num_columns + 1, shape.d_out)
+        generator = torch.Generator().manual_seed(seed)
+        self.omega = torch.randn(shape.d_in, num_columns, generator=generator).to(device)
+        self.psi = torch.randn(num_rows, shape.d_out, generator=generator).to(device)
+        self.columns = torch.zeros(shape.d_out, num_columns, dtype=torch.float64, device=device)
+        self.rows = torch.zeros(num_rows, shape.d_in, dtype=torch.float64, device=device)
+
+    def add(self, x: torch.Tensor, grad_output: torch.Tensor) -> None:
+        """
+        Add the gradient of one call of the layer, `grad_output.T @ x`.
+
+        Args:
+            x (`torch.Tensor`): The input, `[T, d_in]`.
+            grad_output (`torch.Tensor`): The gradient of the output, `[T, d_out]`.
+        """
+        x, grad_output = x.float(), grad_output.float()
+        self.columns += grad_output.T @ (x @ self.omega)
+        self.rows += (grad_output @ self.psi.T).T @ x
+
+    def add_gradient(self, gradient: torch.Tensor) -> None:
+        """
+        Args:
+            gradient (`torch.Tensor`): A gradient, `[d_out, d_in]`.
+        """
+        gradient = gradient.to(self.omega)
+        self.columns += gradient @ self.omega
+        self.rows += self.psi @ gradient
+
+    def low_rank(self) -> torch.Tensor:
+        """
+        Returns:
+            `torch.Tensor`: The gradient, `[d_out, d_in]`, as far as the sketch tells: of rank k.
+        """
+        Q = torch.linalg.qr(self.columns).Q  # [d_out, k]
+        return Q @ torch.linalg.lstsq(self.psi.double() @ Q, self.rows).solution
+
+
+def initialize_bases_from_gradient(
+    model: nn.Module,
+    dataloader_or_gradients: Iterable[Mapping[str, Any]] | Mapping[str, torch.Tensor],
+    adapter_name: str = "default",
+    num_batches: int | None = None,
+    compute_loss: Callable[[nn.Module, Mapping[str, Any]], torch.Tensor] | None = None,
+) -> None:
+    """
+    Set the bases of an adapter with `init_bases="gradient_svd"`, before it is trained.
+
+    Args:
+        model ([`~peft.PeftModel`]):
+            The model, with a fresh adapter: its cores must still be zero.
+        dataloader_or_gradients (`Iterable[Mapping[str, Any]]` or `Mapping[str, torch.Tensor]`):
+            Batches of keyword arguments of the model, labels included, over which the gradient is averaged. Or the
+            gradients themselves, `[d_out, d_in]`, by the names of the targets within the base model.
+        adapter_name (`str`, *optional*, defaults to `"default"`):
+            The name of the adapter.
+        num_batches (`int`, *optional*):
+            The number of batches to use. By default all.
+        compute_loss (`Callable`, *optional*):
+            The loss, from the model and a batch. By default the loss that the model returns.
+
+    Raises:
+        ValueError: if the adapter has other bases or was trained already, if no batch is given, or if a target got no
+            gradient.
+        TypeError: if a target is not a linear layer.
+
+    Example:
+
+        ```py
+        >>> model = get_peft_model(base_model, RavanConfig(r=16, init_bases="gradient_svd", task_type="SEQ_CLS"))
+        >>> initialize_bases_from_gradient(model, dataloader, num_batches=8)
+        ```
+    """
+    targets = _gradient_targets(model, adapter_name)
+    sketches = {name: _make_sketch(layer, adapter_name, index) for index, (name, layer) in enumerate(targets.items())}
+    if isinstance(dataloader_or_gradients, Mapping):
+        _add_gradients(sketches, dataloader_or_gradients)
+    else:
+        batches = islice(dataloader_or_gradients, num_batches)
+        _add_batches(model, targets, sketches, batches, compute_loss or _loss_of_the_model)
+
+    seed = model.peft_config[adapter_name].projection_seed
+    new_bases = {}
+    for name, sketch in sketches.items():
+        if not torch.isfinite(sketch.columns).all() or not sketch.columns.any():
+            raise ValueError(
+                f"The target {name!r} got a gradient of zero or one that is not finite, so it has no directions. Is it "
+                "used in the forward pass, and does the loss depend on it?"
+            )
+        new_bases[name] = make_bases("gradient_svd", sketch.shape, seed, name, sketch.low_rank())
+    for name, (basis_A, basis_B) in new_bases.items():
+        targets[name].ravan_A[adapter_name].copy_(basis_A)
+        targets[name].ravan_B[adapter_name].copy_(basis_B)
+
+
+def _gradient_targets(model: nn.Module, adapter_name: str) -> dict[str, RavanLayer]:
+    config = model.peft_config[adapter_name]
+    if BASES[getattr(config, "init_bases", "normal")].from_matrix != "gradient":
+        raise ValueError(
+            f"The adapter {adapter_name!r} was not made for bases from a gradient. Use "
+            "`RavanConfig(init_bases='gradient_svd')`."
+        )
+    base_model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    targets = {
+        name: module
+        for name, module in base_model.named_modules()
+        if isinstance(module, RavanLayer) and adapter_name in module.ravan_H
+    }
+    for name, layer in targets.items():
+        if not isinstance(layer, Linear):
+            raise TypeError(
+                f"Bases from a gradient are made for linear layers, but the target {name!r} is a "
+                f"{type(layer.get_base_layer()).__name__}."
+            )
+        if layer.ravan_H[adapter_name].any():
+            raise ValueError(
+                f"The adapter {adapter_name!r} was trained already (its core at {name!r} is not zero). Other bases would "
+                "make it another adapter; set them before training."
+            )
+    return targets
+
+
+def _make_sketch(layer: RavanLayer, adapter_name: str, seed: int) -> GradientSketch:
+    shape = BasesShape(layer.in_features, layer.out_features, layer.num_heads[adapter_name], layer.r[adapter_name])
+    return GradientSketch(shape, seed, layer.ravan_A[adapter_name].device)
+
+
+def _add_gradients(sketches: Mapping[str, GradientSketch], gradients: Mapping[str, torch.Tensor]) -> None:
+    for name, sketch in sketches.items():
+        if name not in gradients:
+            raise ValueError(f"There is no gradient for the target {name!r}. Given are {sorted(gradients)}.")
+        expected = (sketch.shape.d_out, sketch.shape.d_in)
+        if tuple(gradients[name].shape) != expected:
+            raise ValueError(
+                f"The gradient for the target {name!r} must have shape {expected}, got {tuple(gradients[name].shape)}."
+            )
+        sketch.add_gradient(gradients[name])
+
+
+def _loss_of_the_model(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
+    output = model(**batch)
+    return output["loss"] if isinstance(output, dict) else output[0]
+
+
+def _add_batches(
+    model: nn.Module,
+    targets: Mapping[str, RavanLayer],
+    sketches: Mapping[str, GradientSketch],
+    batches: Iterable[Mapping[str, Any]],
+    compute_loss: Callable[[nn.Module, Mapping[str, Any]], torch.Tensor],
+) -> None:
+    calls: list[tuple[str, torch.Tensor, torch.Tensor]] = []  # target, input, output
+    handles = [
+        layer.register_forward_hook(lambda module, args, output, name=name: calls.append((name, args[0], output)))
+        for name, layer in targets.items()
+    ]
+    was_training = model.training
+    model.eval()  # the gradient without the noise of dropout
+    device = next(model.parameters()).device
+    try:
+        num_seen = 0
+        for batch in batches:
+            num_seen += 1
+            batch = {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
+            calls.clear()
+            with torch.enable_grad():
+                loss = compute_loss(model, batch)
+            gradients = torch.autograd.grad(loss, [output for *_, output in calls], allow_unused=True)
+            for (name, x, _), gradient in zip(calls, gradients, strict=True):
+                if gradient is not None:
+                    sketches[name].add(x.detach().flatten(0, -2), gradient.flatten(0, -2))
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.train(was_training)
+    if not num_seen:
+        raise ValueError("Bases from a gradient need at least one batch, got none.")
