@@ -1,0 +1,87 @@
+"""Runs PEFT's own tests over Ravan, each group in a process of its own, and shows what passed and what was skipped."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import pytest
+
+from .plugin import REPORT_VARIABLE
+from .sdist import CACHE, NoSourceDistribution, peft_source_tree
+
+
+GROUPS = {
+    "custom models": ["custom_models"],
+    "decoder models": ["decoder_models"],
+    "other models": ["encoder_decoder_models", "feature_extraction_models", "seq_classifier"],
+    "functions": ["config", "helpers", "lora_conversion", "low_level_api", "quantization"],
+}
+OPTIONS = ["-c", os.devnull, "--rootdir=.", "-p", "peft_suite.plugin", "-p", "no:cacheprovider", "--disable-warnings"]
+# the default would take ten times as long as the tests, when many fail
+OPTIONS += ["--tb=native"]
+
+
+@pytest.fixture(scope="module")
+def source_tree() -> Path:
+    try:
+        return peft_source_tree()
+    except NoSourceDistribution as error:
+        pytest.skip(str(error))
+
+
+def run_suite(source_tree: Path, files: list[str], folder: Path) -> dict[str, dict[str, str]]:
+    """Run PEFT's test files over Ravan and return the outcome and the reason of every test."""
+    report = folder / "report.json"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment |= {
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "HF_HUB_CACHE": str(folder / "hub"),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        REPORT_VARIABLE: str(report),
+    }
+    command = [sys.executable, "-m", "pytest", *OPTIONS, *(f"tests/test_{name}.py" for name in files)]
+    result = subprocess.run(command, cwd=source_tree, env=environment, capture_output=True, text=True)
+    assert report.exists(), f"PEFT's tests could not be run:\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
+    return json.loads(report.read_text())
+
+
+def summary(outcomes: dict[str, dict[str, str]]) -> str:
+    """How many tests passed, were skipped and failed, and why those that did not pass were left out."""
+    counts = Counter(test["outcome"] for test in outcomes.values())
+    left_out = Counter(
+        f"{test['outcome']}: {test['reason']}"
+        for test in outcomes.values()
+        if test["outcome"] in ("skipped", "known failure")
+    )
+    lines = [", ".join(f"{count} {outcome}" for outcome, count in counts.most_common())]
+    return "\n".join(lines + [f"  {count} {reason}" for reason, count in left_out.most_common()])
+
+
+def failures(outcomes: dict[str, dict[str, str]]) -> str:
+    """The failed tests by their error, with the end of one traceback of each."""
+    by_error = defaultdict(list)
+    for name, test in outcomes.items():
+        if test["outcome"] == "failed":
+            errors = [line for line in test["reason"].splitlines() if line and not line.startswith((" ", "+"))]
+            by_error[errors[-1]].append(name)
+    return "\n\n".join(
+        f"{len(names)} times {error}\n" + "\n".join(names[:3]) + f"\n{outcomes[names[0]]['reason'][-1000:]}"
+        for error, names in by_error.items()
+    )
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_ravan_passes_the_tests_of_peft(group, source_tree, tmp_path):
+    outcomes = run_suite(source_tree, GROUPS[group], tmp_path)
+    # also into a file, because pytest shows nothing of a test that passes in another process
+    print(f"PEFT's tests of {group}: {summary(outcomes)}")
+    (CACHE / f"{group.replace(' ', '_')}.txt").write_text(summary(outcomes) + "\n")
+    assert outcomes, "no test has a row of Ravan"
+    if errors := failures(outcomes):
+        pytest.fail(f"PEFT's tests failed with Ravan:\n\n{errors}", pytrace=False)
