@@ -4,23 +4,24 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test lint format clean
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+# the demo needs less than the tests, and should start soon
+$(VENV)/.demo $(VENV)/.dev: $(VENV)/.%: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV), which takes a minute or two."
-	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[$*]"
 	@touch $@
 
-demo: $(VENV)/.installed  ## set up, and run the federation of examples/federated_digits.py
+demo: $(VENV)/.demo  ## set up, and run the federation of examples/federated_digits.py
 	@$(BIN)/python examples/federated_digits.py --output-dir outputs/digits
 
 test: lint  ## set up, and run the checks and all tests
 	$(BIN)/python -m pytest --numprocesses 2
 
-lint: $(VENV)/.installed
+lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-format: $(VENV)/.installed
+format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

@@ -21,8 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 
-# PEFT and transformers announce each other's renamed attributes to whoever uses both
+# PEFT and transformers announce each other's renamed attributes to whoever uses both, and quantisation packages, if there
+# are any, what they do without a GPU
 warnings.filterwarnings("ignore", category=FutureWarning)
+for noisy in ("bitsandbytes", "torch.utils._pytree", "torchao"):
+    logging.getLogger(noisy).setLevel(logging.CRITICAL)
 
 import matplotlib  # noqa: E402
 
