@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import os
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard
 from peft import PeftType
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import ProgressCallback, Trainer, TrainerControl, TrainerState, set_seed
@@ -18,14 +16,13 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput, has_length
 from transformers.training_args import ParallelMode
 
-from peft_ravan.hub import make_model_card
 from peft_ravan.merging import ClientUpdate, MergeResult, merge
 
 from .arguments import FederatedArguments
 from .callbacks import FederatedProgressCallback, LocalCallbackHandler, call_federated_event
 from .clients import LiveAdapter, frozen_heap, local_arguments
 from .partition import make_clients
-from .reporting import federation_record
+from .reporting import SharingMixin
 from .rounds import Round, derive_seed, is_due, learning_rate_factors, sample_clients, serialized_bytes
 
 
@@ -41,7 +38,7 @@ _OF_THE_FEDERATION = (
 )
 
 
-class FederatedTrainer(Trainer):
+class FederatedTrainer(SharingMixin, Trainer):
     """
     A [`~transformers.Trainer`] that trains an adapter over simulated clients.
 
@@ -288,58 +285,6 @@ class FederatedTrainer(Trainer):
         super().log({key: value for key, value in logs.items() if key not in names}, start_time)
         self.state.log_history[-1].update(names)
 
-    # ---- What is shared ----------------------------------------------------------
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """
-        Save the adapter and its card.
-
-        Args:
-            output_dir (`str`, *optional*): The folder, by default `args.output_dir`.
-        """
-        output_dir = self.args.output_dir if output_dir is None else output_dir
-        super().save_model(output_dir, _internal_call=_internal_call)
-        if self.args.should_save:
-            self._model_card().save(os.path.join(output_dir, "README.md"))
-
-    def create_model_card(
-        self,
-        language: str | None = None,
-        license: str | None = None,
-        tags: str | list[str] | None = None,
-        model_name: str | None = None,
-        finetuned_from: str | None = None,
-        tasks: str | list[str] | None = None,
-        dataset_tags: str | list[str] | None = None,
-        dataset: str | list[str] | None = None,
-        dataset_args: str | list[str] | None = None,
-    ) -> None:
-        """
-        Write the card of the adapter into `args.output_dir`. Of the arguments of [`~transformers.Trainer`] those that
-        name a base model, tasks or arguments of data sets are not used: the adapter's configuration has the base model.
-
-        Args:
-            language (`str`, *optional*): The language of the model.
-            license (`str`, *optional*): The license of the adapter.
-            tags (`str` or `list[str]`, *optional*): Tags for the metadata.
-            model_name (`str`, *optional*): The title.
-            dataset_tags (`str` or `list[str]`, *optional*): The data sets on the Hub that it was trained on.
-        """
-        if self.is_world_process_zero():
-            card = self._model_card(
-                language=language, license=license, tags=tags, model_name=model_name, datasets=dataset_tags
-            )
-            card.save(os.path.join(self.args.output_dir, "README.md"))
-
-    def _model_card(self, **card_data) -> ModelCard:
-        model = self.accelerator.unwrap_model(self.model)
-        return make_model_card(
-            model.active_peft_config,
-            federation_record(self),
-            auto_class=type(model.get_base_model()).__name__,
-            **card_data,
-        )
-
     # ---- A client ----------------------------------------------------------------
 
     def _train_client(self, client: str, round_number: int) -> tuple[float, float]:
@@ -378,6 +323,18 @@ class FederatedTrainer(Trainer):
                 setattr(self, name, value)
             self.optimizer = self.lr_scheduler = self._log_sink = None
             self.is_in_train = True  # of the federation, which the local training has set to False
+
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        """
+        The parameters that weight decay is applied to: as for [`~transformers.Trainer`], without Ravan's scalings.
+
+        Args:
+            model (`torch.nn.Module`): The model.
+
+        Returns:
+            `list[str]`: The names of the parameters.
+        """
+        return [name for name in super().get_decay_parameter_names(model) if ".ravan_s." not in name]
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
         """

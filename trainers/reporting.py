@@ -2,15 +2,72 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from peft_ravan.hub import FederationRecord
+from huggingface_hub import ModelCard
+
+from peft_ravan.hub import FederationRecord, make_model_card
 from peft_ravan.merging import get_merge_method
 
 
 if TYPE_CHECKING:
     from .federated_trainer import FederatedTrainer
+
+
+class SharingMixin:
+    """Saves the adapter of a [`~transformers.Trainer`] with a card that tells how the federation trained it."""
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """
+        Save the adapter and its card.
+
+        Args:
+            output_dir (`str`, *optional*): The folder, by default `args.output_dir`.
+        """
+        output_dir = self.args.output_dir if output_dir is None else output_dir
+        super().save_model(output_dir, _internal_call=_internal_call)
+        if self.args.should_save:
+            self._model_card().save(os.path.join(output_dir, "README.md"))
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """
+        Write the card of the adapter into `args.output_dir`. Of the arguments of [`~transformers.Trainer`] those that
+        name a base model, tasks or arguments of data sets are not used: the adapter's configuration has the base model.
+
+        Args:
+            language (`str`, *optional*): The language of the model.
+            license (`str`, *optional*): The license of the adapter.
+            tags (`str` or `list[str]`, *optional*): Tags for the metadata.
+            model_name (`str`, *optional*): The title.
+            dataset_tags (`str` or `list[str]`, *optional*): The data sets on the Hub that it was trained on.
+        """
+        if self.is_world_process_zero():
+            card = self._model_card(
+                language=language, license=license, tags=tags, model_name=model_name, datasets=dataset_tags
+            )
+            card.save(os.path.join(self.args.output_dir, "README.md"))
+
+    def _model_card(self, **card_data) -> ModelCard:
+        model = self.accelerator.unwrap_model(self.model)
+        return make_model_card(
+            model.active_peft_config,
+            federation_record(self),
+            auto_class=type(model.get_base_model()).__name__,
+            **card_data,
+        )
 
 
 def federation_record(trainer: FederatedTrainer) -> FederationRecord | None:

@@ -73,7 +73,14 @@ class RavanConfig(PeftConfig):
             The tokens whose embeddings are trained besides the adapter: indices for the input embeddings, or the names
             of layers to indices.
         ensure_weight_tying (`bool`, *optional*, defaults to `False`):
-            Whether layers that the base model ties stay tied when they are adapted or in `modules_to_save`.
+            Whether layers that the base model ties stay tied when they are in `modules_to_save`. For tied layers that
+            are adapted there is a warning: their adapters stay apart.
+        target_parameters (`list[str]`, *optional*):
+            The names of parameters to adapt that are not weights of layers, such as those of a mixture of experts,
+            `[experts, d_in, d_out]`. The experts share the bases, and each has its own cores.
+        layer_replication (`list[tuple[int, int]]`, *optional*):
+            Ranges of layers to stack to a deeper model with shared weights, of which each layer gets an adapter of its
+            own, as for LoRA.
 
     Raises:
         ValueError: if a field has a value outside its range, or if fields exclude each other.
@@ -140,6 +147,13 @@ class RavanConfig(PeftConfig):
             heads_pattern.get(get_pattern_key(heads_pattern, target_name), self.num_heads),
         )
 
+    target_parameters: list[str] | None = field(
+        default=None, metadata={"help": "Names of parameters to adapt that are not weights of layers."}
+    )
+    layer_replication: list[tuple[int, int]] | None = field(
+        default=None, metadata={"help": "Ranges of layers to stack to a deeper model with shared weights."}
+    )
+
     @classmethod
     def from_budget(
         cls, model: nn.Module, lora_rank: int = 8, num_heads: int = 4, target_modules=None, **kwargs
@@ -187,6 +201,10 @@ class RavanConfig(PeftConfig):
             value = getattr(self, name)
             if isinstance(value, (list, tuple)):
                 setattr(self, name, set(value))
+        if self.ensure_weight_tying:
+            # filled in by the model, and never saved
+            self.modules_to_tie = None
+            self.target_modules_to_tie = None
         self._check_numbers()
         self._check_layers()
 

@@ -52,9 +52,21 @@ class RavanLayer(BaseTunerLayer):
         self.cast_input_dtype_enabled = True
         self.kwargs = kwargs
 
-        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+        self.in_features, self.out_features = self._layer_features()
         if self.in_features is None or self.out_features is None:
             raise TypeError(f"Unsupported layer type {type(self.get_base_layer())}")
+
+    @property
+    def num_experts(self) -> int:
+        """How many sets of heads share the bases."""
+        return 1
+
+    def _layer_features(self) -> tuple[int | None, int | None]:
+        return _get_in_out_features(self.get_base_layer())
+
+    def bases_dimensions(self) -> tuple[int, int]:
+        """d_in and d_out of the bases of this layer."""
+        return self.bases_size(self.get_base_layer())
 
     @staticmethod
     def bases_size(base_layer: nn.Module) -> tuple[int, int]:
@@ -82,7 +94,7 @@ class RavanLayer(BaseTunerLayer):
             ValueError: if the bases do not fit into the layer.
         """
         r, num_heads = config.size_of(target_name)
-        shape = BasesShape(*self.bases_size(self.get_base_layer()), num_heads, r)
+        shape = BasesShape(*self.bases_dimensions(), num_heads, r)
         from_weight = BASES[config.init_bases].from_matrix == "weight"
         matrix = self._base_matrix() if from_weight else None
         basis_A, basis_B = make_bases(config.init_bases, shape, config.projection_seed, target_name, matrix)
@@ -91,9 +103,10 @@ class RavanLayer(BaseTunerLayer):
         self.num_heads[adapter_name] = num_heads
         self.init_bases[adapter_name] = config.init_bases
         self.ravan_dropout[adapter_name] = nn.Dropout(config.ravan_dropout) if config.ravan_dropout else nn.Identity()
-        self.ravan_H[adapter_name] = nn.Parameter(torch.zeros(num_heads, r, r))
+        num_cores = self.num_experts * num_heads
+        self.ravan_H[adapter_name] = nn.Parameter(torch.zeros(num_cores, r, r))
         # [h] and never a 0-dim tensor, on which PEFT's check for broken adapters fails
-        self.ravan_s[adapter_name] = nn.Parameter(torch.ones(num_heads))
+        self.ravan_s[adapter_name] = nn.Parameter(torch.ones(num_cores))
         self.ravan_A[adapter_name] = basis_A
         self.ravan_B[adapter_name] = basis_B
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +8,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _maybe_include_all_linear_layers,
+    replicate_layers,
+)
 from peft.utils import AuxiliaryTrainingWrapper, get_quantization_kwargs, resolve_quantization_backend
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
@@ -16,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from .bases import BASES, BasesShape, check_bases_fit
 from .config import RavanConfig
 from .layer import Conv2d, Embedding, Linear, RavanLayer
+from .param_wrapper import ParamWrapper
 from .weighted_adapter import (
     ON_SHARED_BASES,
     check_combination,
@@ -145,9 +152,12 @@ class RavanModel(BaseTuner):
 
         Raises:
             TypeError: if a target is of a kind that Ravan does not support.
+            ValueError: if no targets are named, and the architecture has no default.
         """
         if config.target_modules is None:
-            config = cls._prepare_adapter_config(cls, config, cls.get_model_config(model))
+            config.target_modules = cls.target_module_mapping.get(cls.get_model_config(model)["model_type"])
+            if config.target_modules is None:
+                raise ValueError("Please specify `target_modules` in `peft_config`")
         config = _maybe_include_all_linear_layers(config, model)
         sizes = {}
         for name, module in model.named_modules():
@@ -156,7 +166,15 @@ class RavanModel(BaseTuner):
                 sizes[name] = _layer_class(module, name).bases_size(base_layer)
         return sizes
 
+    def _prepare_adapter_config(self, peft_config: RavanConfig, model_config: dict) -> RavanConfig:
+        if peft_config.target_modules is None and peft_config.target_parameters:
+            # who names parameters does not ask for the default modules besides
+            peft_config.target_modules = set()
+        return super()._prepare_adapter_config(peft_config, model_config)
+
     def _prepare_model(self, peft_config: RavanConfig, model: nn.Module) -> None:
+        if peft_config.layer_replication:
+            replicate_layers(model, peft_config.layer_replication)
         # Every target is checked before the first one is replaced: an error must not leave a half adapted model.
         for name, size in self.target_sizes(model, peft_config).items():
             r, num_heads = peft_config.size_of(name)
@@ -175,13 +193,18 @@ class RavanModel(BaseTuner):
         if current_key is None:
             raise ValueError("Current Key shouldn't be `None`")
 
-        if isinstance(target, RavanLayer):
+        if parameter_name is not None:
+            # a wrapper of another parameter of the same module is wrapped once more
+            if isinstance(target, ParamWrapper) and target.parameter_name == parameter_name:
+                target.update_layer(adapter_name, current_key, config=ravan_config)
+                return
+            new_module = ParamWrapper(target, adapter_name, current_key, ravan_config, parameter_name)
+        elif isinstance(target, RavanLayer):
             target.update_layer(adapter_name, current_key, config=ravan_config)
             return
-
-        new_module = self._create_new_module(
-            ravan_config, adapter_name, target, current_key, **get_quantization_kwargs(self)
-        )
+        else:
+            kwargs = get_quantization_kwargs(self)
+            new_module = self._create_new_module(ravan_config, adapter_name, target, current_key, **kwargs)
         if adapter_name not in self.active_adapters:
             # adding an additional adapter: it is not automatically trainable
             new_module.requires_grad_(False)
@@ -217,6 +240,19 @@ class RavanModel(BaseTuner):
             tensors = [*module.parameters(), *module.buffers()]
             if self.prefix in name and not any(tensor.device == torch.device("meta") for tensor in tensors):
                 module.to(weight.device)
+
+    def _add_modules_to_save_to_tie(self, peft_config: RavanConfig, tied_weight_keys: list[str]) -> None:
+        # The input embeddings are saved, and PEFT ties to them what the base model has tied to them.
+        peft_config.modules_to_tie = set(tied_weight_keys)
+        embeddings = self.model.get_input_embeddings()
+        name = next(name for name, module in self.model.named_modules() if module is embeddings)
+        is_tied = [
+            module
+            for module in peft_config.modules_to_save or ()
+            if any(re.match(rf"(^|.*\.){module}($|\..*)", key) for key in tied_weight_keys)
+        ]
+        kept = [module for module in peft_config.modules_to_save or () if module not in is_tied]
+        peft_config.modules_to_save = list(dict.fromkeys([*kept, name]))
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs) -> Iterator[None]:

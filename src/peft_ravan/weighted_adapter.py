@@ -42,6 +42,10 @@ def check_combination(
     for adapter in adapters:
         if adapter not in model.peft_config:
             raise ValueError(f"Adapter {adapter} does not exist")
+        if model.peft_config[adapter].target_parameters:
+            raise ValueError(
+                f"add_weighted_adapter does not support targeting nn.Parameter (problematic adapter '{adapter}')"
+            )
     if len(weights) != len(adapters):
         raise ValueError(f"There must be one weight an adapter, got {len(weights)} for {len(adapters)} adapters.")
     if combination_type not in COMBINATION_TYPES:

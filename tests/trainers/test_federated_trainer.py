@@ -382,6 +382,13 @@ def test_parameter_groups_of_an_optimizer_serve_every_client(tmp_path):
     assert "0.01 and 0.001 by parameter group, linear over the rounds" in (tmp_path / "README.md").read_text()
 
 
+def test_scalings_have_no_weight_decay(tmp_path):
+    trainer = make_trainer(tmp_path)
+    decayed = trainer.get_decay_parameter_names(trainer.model)
+    kinds = {name.split(".")[-2] for name in decayed if "ravan_" in name}
+    assert kinds == {"ravan_H"}
+
+
 @pytest.mark.parametrize("merge_method", [None, "fedrpca"])
 def test_lora_on_a_causal_language_model(tmp_path, merge_method):
     import datasets

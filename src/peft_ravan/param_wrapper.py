@@ -1,0 +1,157 @@
+"""Ravan on an `nn.Parameter` that is not the weight of a layer, such as the stacked weights of a mixture of experts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from .bases import BASES
+from .config import RavanConfig
+from .functional import scaled_cores
+from .layer import RavanLayer
+
+
+# the name is one that PEFT looks for when it injects parameters
+class ParamWrapper(RavanLayer, nn.Module):
+    """
+    Adapts one parameter of a module, `[d_out, d_in]`, or that of E experts, `[E, d_out, d_in]` (`[E, d_in, d_out]` if the
+    module says `is_transposed`). The bases are common to all experts, and each expert has h heads of its own: `ravan_H`
+    is `[E*h, r, r]` and `ravan_s` `[E*h]`, expert by expert.
+
+    Several parameters of one module are adapted by wrappers around wrappers.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        target_name: str,
+        config: RavanConfig,
+        parameter_name: str,
+        **kwargs,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.parameter_name = parameter_name
+        RavanLayer.__init__(self, base_layer, config, **kwargs)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, target_name, config=config)
+
+    def get_param(self) -> nn.Parameter:
+        """The parameter of the base module, without the adapter."""
+        return self.get_base_layer()._parameters[self.parameter_name]
+
+    def get_base_weight(self) -> torch.Tensor:
+        return self.get_param().data
+
+    def set_base_weight(self, weight_data: torch.Tensor) -> None:
+        self.get_param().data = weight_data
+
+    @property
+    def num_experts(self) -> int:
+        parameter = self.get_param()
+        return parameter.shape[0] if parameter.dim() == 3 else 1
+
+    @property
+    def is_transposed(self) -> bool:
+        return self.get_param().dim() == 3 and getattr(self.get_base_layer(), "is_transposed", False)
+
+    def _layer_features(self) -> tuple[int, int]:
+        parameter = self.get_param()
+        if parameter.dim() not in (2, 3):
+            raise ValueError(
+                f"Ravan adapts parameters of 2 or 3 dimensions, but {self.parameter_name!r} has {parameter.dim()}."
+            )
+        d_out, d_in = parameter.shape[-2:]
+        return (d_out, d_in) if self.is_transposed else (d_in, d_out)
+
+    def bases_dimensions(self) -> tuple[int, int]:
+        return self.in_features, self.out_features
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
+        parameter = self.get_param()
+        return parameter.device, parameter.dtype
+
+    def update_layer(self, adapter_name: str, target_name: str, config: RavanConfig, **kwargs) -> None:
+        """
+        Add an adapter, as for any layer.
+
+        Raises:
+            ValueError: if the configuration has a dropout, or bases that are made from a weight or a gradient.
+        """
+        if config.ravan_dropout:
+            raise ValueError(
+                "`target_parameters` does not work with `ravan_dropout` other than 0: the input is not known."
+            )
+        if BASES[config.init_bases].from_matrix:
+            raise ValueError(
+                f"`target_parameters` does not work with init_bases={config.init_bases!r}: experts share their bases. Use "
+                "'gram_schmidt' or 'normal'."
+            )
+        super().update_layer(adapter_name, target_name, config, **kwargs)
+
+    def to_weight_layout(self, delta: torch.Tensor) -> torch.Tensor:
+        delta = delta.transpose(1, 2) if self.is_transposed else delta
+        return delta.reshape(self.get_param().shape)
+
+    def compute_delta(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        raise NotImplementedError("The output of the module is computed from the adapted parameter.")
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """
+        Compute the update of the parameter, in its layout.
+
+        Args:
+            adapter (`str`): The name of the adapter.
+
+        Returns:
+            `torch.Tensor`: A tensor of the shape and the dtype of the parameter.
+        """
+        basis_A, basis_B, core, scaling = self.adapter_tensors(adapter)
+        r, num_heads = self.r[adapter], self.num_heads[adapter]
+        products = scaled_cores(core, scaling).reshape(self.num_experts, num_heads, r, r)
+        per_head_B = basis_B.reshape(-1, num_heads, r)  # [d_out, h, r]
+        projected = torch.einsum("ohr,ehrs->eohs", per_head_B, products).flatten(2)  # [E, d_out, h*r]
+        return self.to_weight_layout(projected @ basis_A).to(self.get_param().dtype)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if kwargs.pop("adapter_names", None) is not None:
+            raise ValueError("Ravan on `target_parameters` does not support mixed adapter batches.")
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if self.disable_adapters or self.merged:
+            return self.base_layer(x, *args, **kwargs)
+        with self._adapted_parameter():
+            return self.base_layer(x, *args, **kwargs)
+
+    @contextmanager
+    def _adapted_parameter(self) -> Iterator[None]:
+        # An attribute of the instance hides the registered parameter from the module's own code, and from nothing else.
+        active = [name for name in self.active_adapters if name in self.ravan_H]
+        attributes = self.get_base_layer().__dict__
+        if active:
+            attributes[self.parameter_name] = self.get_param() + sum(self.get_delta_weight(name) for name in active)
+        try:
+            yield
+        finally:
+            attributes.pop(self.parameter_name, None)
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """Take this wrapper, and those it wraps, off the module. PEFT calls this instead of `merge`."""
+        module = self
+        while isinstance(module, ParamWrapper):
+            if merge:
+                module.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            module = module.base_layer
+        return module
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return False
+
+    def extra_repr(self) -> str:
+        return f"parameter_name={self.parameter_name!r}; {super().extra_repr()}"
