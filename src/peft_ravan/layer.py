@@ -17,7 +17,7 @@ from .config import RavanConfig
 from .functional import adapted_linear, delta_output, delta_weight, dense_is_cheaper, expand
 
 
-class RavanLayer(BaseTunerLayer):
+class RavanLayer(BaseTunerLayer, nn.Module):
     """
     What every Ravan layer has: per adapter the trained core `ravan_H` `[h, r, r]` and scaling `ravan_s` `[h]`, and the
     frozen bases `ravan_A` `[h*r, d_in]` and `ravan_B` `[d_out, h*r]`.
@@ -31,7 +31,10 @@ class RavanLayer(BaseTunerLayer):
     # All names of other parameters that may contain adapter-related parameters
     other_param_names: tuple[str, ...] = ("ravan_A", "ravan_B", "ravan_dropout", "r", "num_heads", "init_bases")
 
-    def __init__(self, base_layer: nn.Module, config: RavanConfig, **kwargs) -> None:
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, target_name: str, config: RavanConfig, **kwargs
+    ) -> None:
+        nn.Module.__init__(self)
         self.base_layer = base_layer
         self.quantization_backend = resolve_quantization_backend(
             self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
@@ -55,6 +58,8 @@ class RavanLayer(BaseTunerLayer):
         self.in_features, self.out_features = self._layer_features()
         if self.in_features is None or self.out_features is None:
             raise TypeError(f"Unsupported layer type {type(self.get_base_layer())}")
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, target_name, config=config)
 
     @property
     def num_experts(self) -> int:
@@ -276,7 +281,7 @@ class RavanLayer(BaseTunerLayer):
         return "; ".join(part for part in [*adapters, quantization_extra_repr(self)] if part)
 
 
-class Linear(RavanLayer, nn.Module):
+class Linear(RavanLayer):
     # Ravan implemented in a dense layer: nn.Linear, Conv1D and quantised linear layers
     def __init__(
         self,
@@ -287,11 +292,8 @@ class Linear(RavanLayer, nn.Module):
         fan_in_fan_out: bool = False,
         **kwargs,
     ) -> None:
-        nn.Module.__init__(self)
-        RavanLayer.__init__(self, base_layer, config, **kwargs)
         self.fan_in_fan_out = fan_in_fan_out
-        self._active_adapter = adapter_name
-        self.update_layer(adapter_name, target_name, config=config)
+        super().__init__(base_layer, adapter_name, target_name, config, **kwargs)
 
     def to_weight_layout(self, delta: torch.Tensor) -> torch.Tensor:
         return transpose(delta, self.fan_in_fan_out)
@@ -337,16 +339,8 @@ class Linear(RavanLayer, nn.Module):
         )
 
 
-class Embedding(RavanLayer, nn.Module):
+class Embedding(RavanLayer):
     # Ravan implemented in an embedding: a token selects a column of A, [h*r, num_embeddings]
-    def __init__(
-        self, base_layer: nn.Module, adapter_name: str, target_name: str, config: RavanConfig, **kwargs
-    ) -> None:
-        nn.Module.__init__(self)
-        RavanLayer.__init__(self, base_layer, config, **kwargs)
-        self._active_adapter = adapter_name
-        self.update_layer(adapter_name, target_name, config=config)
-
     def to_weight_layout(self, delta: torch.Tensor) -> torch.Tensor:
         return delta.T
 
@@ -357,16 +351,8 @@ class Embedding(RavanLayer, nn.Module):
         return delta if scale is None else delta * scale.to(delta.dtype)
 
 
-class Conv2d(RavanLayer, nn.Module):
+class Conv2d(RavanLayer):
     # Ravan implemented in a convolution: A is a convolution of the same kernel into h*r channels, B a pointwise one
-    def __init__(
-        self, base_layer: nn.Module, adapter_name: str, target_name: str, config: RavanConfig, **kwargs
-    ) -> None:
-        nn.Module.__init__(self)
-        RavanLayer.__init__(self, base_layer, config, **kwargs)
-        self._active_adapter = adapter_name
-        self.update_layer(adapter_name, target_name, config=config)
-
     @staticmethod
     def bases_size(base_layer: nn.Module) -> tuple[int, int]:
         return base_layer.weight[0].numel(), base_layer.out_channels

@@ -16,7 +16,7 @@ from .layer import RavanLayer
 
 
 # the name is one that PEFT looks for when it injects parameters
-class ParamWrapper(RavanLayer, nn.Module):
+class ParamWrapper(RavanLayer):
     """
     Adapts one parameter of a module, `[d_out, d_in]`, or that of E experts, `[E, d_out, d_in]` (`[E, d_in, d_out]` if the
     module says `is_transposed`). The bases are common to all experts, and each expert has h heads of its own: `ravan_H`
@@ -34,11 +34,8 @@ class ParamWrapper(RavanLayer, nn.Module):
         parameter_name: str,
         **kwargs,
     ) -> None:
-        nn.Module.__init__(self)
         self.parameter_name = parameter_name
-        RavanLayer.__init__(self, base_layer, config, **kwargs)
-        self._active_adapter = adapter_name
-        self.update_layer(adapter_name, target_name, config=config)
+        super().__init__(base_layer, adapter_name, target_name, config, **kwargs)
 
     def get_param(self) -> nn.Parameter:
         """The parameter of the base module, without the adapter."""
