@@ -77,7 +77,8 @@ class RavanConfig(PeftConfig):
             are adapted there is a warning: their adapters stay apart.
         target_parameters (`list[str]`, *optional*):
             The names of parameters to adapt that are not weights of layers, such as those of a mixture of experts,
-            `[experts, d_in, d_out]`. The experts share the bases, and each has its own cores.
+            `[experts, d_out, d_in]`, or `[experts, d_in, d_out]` if their module says `is_transposed`. The experts share
+            the bases, and each has its own cores. All adapters of a model must name the same.
         layer_replication (`list[tuple[int, int]]`, *optional*):
             Ranges of layers to stack to a deeper model with shared weights, of which each layer gets an adapter of its
             own, as for LoRA.
@@ -207,6 +208,7 @@ class RavanConfig(PeftConfig):
             self.target_modules_to_tie = None
         self._check_numbers()
         self._check_layers()
+        self._check_target_parameters()
 
     def _check_numbers(self) -> None:
         sizes = {"r": self.r, "num_heads": self.num_heads}
@@ -224,6 +226,20 @@ class RavanConfig(PeftConfig):
             raise ValueError(
                 f"`init_bases={self.init_bases!r}` needs `save_projection=True`: bases from a gradient cannot be made "
                 "again from the seed when the adapter is loaded."
+            )
+
+    def _check_target_parameters(self) -> None:
+        if not self.target_parameters:
+            return
+        if self.ravan_dropout:
+            raise ValueError(
+                "`target_parameters` does not work with `ravan_dropout` other than 0, since the input is not known, got "
+                f"{self.ravan_dropout!r}."
+            )
+        if BASES[self.init_bases].from_matrix:
+            raise ValueError(
+                f"`target_parameters` does not work with init_bases={self.init_bases!r}: experts share their bases. Use "
+                "'gram_schmidt' or 'normal'."
             )
 
     def _check_layers(self) -> None:

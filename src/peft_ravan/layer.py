@@ -268,7 +268,8 @@ class RavanLayer(BaseTunerLayer, nn.Module):
             )
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return True
+        # PEFT converts what it can write into an `nn.Linear` layer
+        return False
 
     def __repr__(self) -> str:
         return "ravan." + super().__repr__()
@@ -297,6 +298,9 @@ class Linear(RavanLayer):
 
     def to_weight_layout(self, delta: torch.Tensor) -> torch.Tensor:
         return transpose(delta, self.fan_in_fan_out)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
 
     def compute_delta(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
         x, tensors = self._cast_to_each_other(x, adapter_name)
@@ -371,7 +375,3 @@ class Conv2d(RavanLayer):
         kernel = basis_A.reshape(-1, *base_layer.weight.shape[1:])  # [h*r, channels, height, width]
         inner = base_layer._conv_forward(x, kernel, None)  # [N, h*r, height, width]
         return expand(inner.movedim(1, -1), *tensors).movedim(-1, 1)
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        # PEFT converts linear layers only
-        return False

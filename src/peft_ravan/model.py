@@ -17,6 +17,7 @@ from peft.tuners.tuners_utils import (
 from peft.utils import AuxiliaryTrainingWrapper, get_quantization_kwargs, resolve_quantization_backend
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from .bases import BASES, BasesShape, check_bases_fit
@@ -45,6 +46,11 @@ TRANSFORMERS_MODELS_TO_RAVAN_TARGET_MODULES_MAPPING = {
 def _layer_class(target: nn.Module, target_name: str) -> type[RavanLayer]:
     """The kind of Ravan layer for a target, which may be adapted already."""
     base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    if isinstance(base_layer, NonDynamicallyQuantizableLinear):
+        raise TypeError(
+            f"Target module {target_name!r} is the output projection of an `nn.MultiheadAttention`, which reads its weight "
+            "without calling it: an adapter would have no effect. Leave it out with `exclude_modules`."
+        )
     if isinstance(base_layer, nn.Embedding):
         return Embedding
     if isinstance(base_layer, nn.Conv2d):
@@ -138,6 +144,14 @@ class RavanModel(BaseTuner):
                 "existing one. Set the same value for both."
             )
 
+        # wrappers of parameters are nested, so an adapter that lacks one of them would be saved under other names
+        parameters = {tuple(sorted(existing.target_parameters or ())) for existing in self.peft_config.values()} - {()}
+        if len(parameters) > 1:
+            raise ValueError(
+                "All adapters of a model must have the same `target_parameters`, or none, but got "
+                f"{' and '.join(str(list(names)) for names in sorted(parameters))}."
+            )
+
     @classmethod
     def target_sizes(cls, model: nn.Module, config: RavanConfig) -> dict[str, tuple[int, int]]:
         """
@@ -173,12 +187,12 @@ class RavanModel(BaseTuner):
         return super()._prepare_adapter_config(peft_config, model_config)
 
     def _prepare_model(self, peft_config: RavanConfig, model: nn.Module) -> None:
-        if peft_config.layer_replication:
-            replicate_layers(model, peft_config.layer_replication)
         # Every target is checked before the first one is replaced: an error must not leave a half adapted model.
         for name, size in self.target_sizes(model, peft_config).items():
             r, num_heads = peft_config.size_of(name)
             check_bases_fit(peft_config.init_bases, BasesShape(*size, num_heads, r), name)
+        if peft_config.layer_replication:
+            replicate_layers(model, peft_config.layer_replication)
 
     def _create_and_replace(
         self,

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from .bases import BASES
 from .config import RavanConfig
 from .functional import scaled_cores
 from .layer import RavanLayer
@@ -72,24 +71,6 @@ class ParamWrapper(RavanLayer):
         parameter = self.get_param()
         return parameter.device, parameter.dtype
 
-    def update_layer(self, adapter_name: str, target_name: str, config: RavanConfig, **kwargs) -> None:
-        """
-        Add an adapter, as for any layer.
-
-        Raises:
-            ValueError: if the configuration has a dropout, or bases that are made from a weight or a gradient.
-        """
-        if config.ravan_dropout:
-            raise ValueError(
-                "`target_parameters` does not work with `ravan_dropout` other than 0: the input is not known."
-            )
-        if BASES[config.init_bases].from_matrix:
-            raise ValueError(
-                f"`target_parameters` does not work with init_bases={config.init_bases!r}: experts share their bases. Use "
-                "'gram_schmidt' or 'normal'."
-            )
-        super().update_layer(adapter_name, target_name, config, **kwargs)
-
     def to_weight_layout(self, delta: torch.Tensor) -> torch.Tensor:
         delta = delta.transpose(1, 2) if self.is_transposed else delta
         return delta.reshape(self.get_param().shape)
@@ -146,9 +127,6 @@ class ParamWrapper(RavanLayer):
                 module.merge(safe_merge=safe_merge, adapter_names=adapter_names)
             module = module.base_layer
         return module
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return False
 
     def extra_repr(self) -> str:
         return f"parameter_name={self.parameter_name!r}; {super().extra_repr()}"

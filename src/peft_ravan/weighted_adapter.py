@@ -46,6 +46,10 @@ def check_combination(
             raise ValueError(
                 f"add_weighted_adapter does not support targeting nn.Parameter (problematic adapter '{adapter}')"
             )
+        if model.peft_config[adapter].trainable_token_indices:
+            raise ValueError(
+                f"add_weighted_adapter does not combine the embeddings of `trainable_token_indices` (adapter '{adapter}')."
+            )
     if len(weights) != len(adapters):
         raise ValueError(f"There must be one weight an adapter, got {len(weights)} for {len(adapters)} adapters.")
     if combination_type not in COMBINATION_TYPES:

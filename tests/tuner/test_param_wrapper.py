@@ -145,6 +145,12 @@ def test_what_is_not_supported_is_told(fields, message):
         get_peft_model(Model(), config(**fields))
 
 
+def test_adapters_must_name_the_same_parameters():
+    model = get_peft_model(Model(), config())
+    with pytest.raises(ValueError, match="same `target_parameters`, or none, but got .* and "):
+        model.add_adapter("other", config(target_parameters=["experts.up"]))
+
+
 def test_layer_replication():
     from ..conftest import tiny_llama
 
@@ -154,6 +160,15 @@ def test_layer_replication():
     assert layers[1].self_attn.q_proj.base_layer.weight is layers[2].self_attn.q_proj.base_layer.weight
     first, second = (layers[i].self_attn.q_proj.ravan_A["default"] for i in (1, 2))
     assert not torch.equal(first, second)
+
+
+def test_layers_are_not_replicated_if_the_adapter_does_not_fit():
+    from ..conftest import tiny_llama
+
+    model = tiny_llama()
+    with pytest.raises(ValueError, match="d_in = 32"):
+        get_peft_model(model, RavanConfig(r=16, num_heads=4, layer_replication=[(0, 2), (1, 2)]))
+    assert len(model.model.layers) == 2
 
 
 def test_tied_modules_to_save_stay_tied(tmp_path):

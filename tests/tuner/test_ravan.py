@@ -214,6 +214,12 @@ def test_targets_that_are_not_supported_are_refused_before_anything_changes():
     assert type(model["a"]) is nn.Linear
 
 
+def test_the_projection_of_multihead_attention_is_refused():
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(16, 2)})
+    with pytest.raises(TypeError, match="'attention.out_proj' is the output projection of an `nn.MultiheadAttention`"):
+        get_peft_model(model, RavanConfig(r=2, target_modules=["out_proj"]))
+
+
 def test_bases_that_do_not_fit_are_refused_before_anything_changes():
     model = nn.ModuleDict({"a": nn.Linear(64, 64), "b": nn.Linear(64, 8)})
     with pytest.raises(ValueError, match="target 'b' num_heads . r = 4 . 16 = 64, d_in = 64 and d_out = 8"):
