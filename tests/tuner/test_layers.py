@@ -157,6 +157,12 @@ def test_the_rank_of_the_update_is_that_of_the_bases():
     assert ranks == {"gram_schmidt": 12, "normal": 12, "weight_svd": 12, "constant": 4, "shared": 4}
 
 
+def test_one_head_with_shared_bases_is_of_rank_r():
+    config = RavanConfig(r=4, num_heads=1, target_modules=["0"], init_bases="shared", init_weights=False)
+    layer = get_peft_model(nn.Sequential(nn.Linear(40, 30)), config).base_model.model[0]
+    assert torch.linalg.matrix_rank(layer.get_delta_weight("default"), rtol=1e-5) == 4
+
+
 def test_delta_weight_of_layers_is_that_of_their_tensors(adapted):
     _, layer, _ = adapted
     dense = delta_weight(*layer.adapter_tensors("default"))

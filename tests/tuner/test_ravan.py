@@ -1,5 +1,7 @@
 """What a PEFT method does, done with Ravan, on nn.Linear (Llama) and on Conv1D (GPT-2)."""
 
+import pickle
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
@@ -225,6 +227,35 @@ def test_bases_that_do_not_fit_are_refused_before_anything_changes():
     with pytest.raises(ValueError, match="target 'b' num_heads . r = 4 . 16 = 64, d_in = 64 and d_out = 8"):
         get_peft_model(model, RavanConfig(target_modules=["a", "b"]))
     assert type(model["a"]) is nn.Linear
+
+
+@pytest.mark.parametrize("bias", ["all", "ravan_only"])
+def test_biases_are_trained_saved_and_warned_of(bias, tmp_path, input_ids):
+    from ..conftest import tiny_bert
+
+    model = get_peft_model(tiny_bert(), config(bias=bias, task_type=None)).eval()
+    randomize_adapter(model)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad and name.endswith(".bias")}
+    adapted = {name for name in trained if ".query." in name or ".value." in name}
+    assert len(adapted) == 4 and (trained == adapted) == (bias == "ravan_only")
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_bert(), tmp_path).eval()
+    assert torch.equal(loaded(input_ids).logits, model(input_ids).logits)
+    with pytest.warns(UserWarning, match=f"bias configured to be '{bias}'"), model.disable_adapter():
+        pass
+
+
+def test_pickling(make_causal_lm, input_ids):
+    model = adapted(make_causal_lm)
+    copy = pickle.loads(pickle.dumps(model))
+    assert torch.equal(copy(input_ids).logits, model(input_ids).logits)
+    assert copy.peft_config["default"].peft_type is model.peft_config["default"].peft_type
+
+
+def test_layers_to_transform(make_causal_lm):
+    model = get_peft_model(make_causal_lm(), config(layers_to_transform=[1]))
+    names = model.base_model.targeted_module_names
+    assert names and all(".1." in name for name in names)
 
 
 def test_default_targets_of_the_usual_architectures(bert):

@@ -1,5 +1,6 @@
 """Ravan where people train: Trainer, TRL, several processes, torch.compile."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -92,19 +93,25 @@ def test_dpo_trainer_of_trl_takes_the_base_model_as_reference(tmp_path, tokenize
             "rejected": [f" {sentence(index + 30)}" for index in range(16)],
         }
     )
-    args = arguments(tmp_path, trl.DPOConfig, bf16=False, save_strategy="no", logging_steps=1)
-    trainer = trl.DPOTrainer(
-        tiny_llama(),
-        args=args,
-        train_dataset=dataset,
-        processing_class=tokenizer,
-        peft_config=RavanConfig(r=3, num_heads=2, task_type="CAUSAL_LM"),
-    )
+
+    def make():
+        return trl.DPOTrainer(
+            tiny_llama(),
+            args=arguments(tmp_path, trl.DPOConfig, bf16=False, logging_steps=1),
+            train_dataset=dataset,
+            processing_class=tokenizer,
+            peft_config=RavanConfig(r=3, num_heads=2, task_type="CAUSAL_LM"),
+        )
+
+    trainer = make()
     assert trainer.ref_model is None
     trainer.train()
     losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
     # a fresh adapter is its own reference: log 2
     assert losses[0] == pytest.approx(0.6931, abs=1e-3) and losses[-1] < losses[0]
+    resumed = make()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert_same(adapter(resumed.model), adapter(trainer.model))
 
 
 def test_gradient_checkpointing_gives_the_same_gradients():
@@ -206,13 +213,69 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("code", [TWO_PROCESSES, SHARDED], ids=["DDP", "FSDP"])
+ZERO_3 = """
+import deepspeed
+import torch
+from peft import get_peft_model, get_peft_model_state_dict
+from peft_ravan import RavanConfig
+from tests.conftest import tiny_llama
+
+deepspeed.init_distributed("gloo")
+
+
+def train(zero):
+    model = get_peft_model(tiny_llama(), RavanConfig(r=4, num_heads=2, task_type="CAUSAL_LM"))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.1)
+    if zero:
+        config = {
+            "train_micro_batch_size_per_gpu": 2,
+            "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+        }
+        engine, *_ = deepspeed.initialize(model=model, model_parameters=trained, optimizer=optimizer, config=config)
+    for step in range(3):
+        tokens = torch.randint(0, 64, (2, 8), generator=torch.Generator().manual_seed(step))
+        if zero:
+            engine.backward(engine(input_ids=tokens, labels=tokens).loss)
+            engine.step()
+        else:
+            model(input_ids=tokens, labels=tokens).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=zero):
+        return {name: tensor.detach().clone() for name, tensor in get_peft_model_state_dict(model).items()}
+
+
+zero, whole = train(True), train(False)
+assert zero.keys() == whole.keys()
+for name in whole:
+    torch.testing.assert_close(zero[name], whole[name], atol=1e-6, rtol=1e-5)
+assert any(tensor.any() for name, tensor in whole.items() if "ravan_H" in name)
+"""
+# it has to be built against the torch of the environment, so the package's extras leave it out
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None,
+    reason="deepspeed is not installed: pip install --no-build-isolation deepspeed",
+)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        pytest.param(TWO_PROCESSES, id="DDP"),
+        pytest.param(SHARDED, id="FSDP"),
+        pytest.param(ZERO_3, id="ZeRO-3", marks=needs_deepspeed),
+    ],
+)
 def test_two_processes_have_the_same_bases_and_cores(tmp_path, code):
     script = tmp_path / "train.py"
     script.write_text(code)
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    on_cpu = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "DS_ACCELERATOR": "cpu"}
+    environment = {**os.environ, **on_cpu, "PYTHONPATH": root}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
 
