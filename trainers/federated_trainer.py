@@ -147,6 +147,7 @@ class FederatedTrainer(SharingMixin, Trainer):
         start_time = time.time()
         adapter = LiveAdapter(self.model)
         global_state = adapter.read()
+        self.last_merge = None
         self._start_run()
         try:
             with frozen_heap():
@@ -157,7 +158,7 @@ class FederatedTrainer(SharingMixin, Trainer):
                         break
         finally:
             # also after an error: the model holds the last merged adapter, not that of a client
-            adapter.load(global_state)
+            adapter.load(global_state if self.last_merge is None else self.last_merge.state)
             self._learning_rate_factor = None
             self.is_in_train = False
         return self._finish_run(start_time)

@@ -455,6 +455,19 @@ def test_an_error_within_a_client_names_round_and_client(tmp_path):
     assert trainer.args is args and trainer.train_dataset is train_dataset
 
 
+def test_an_error_after_the_merge_keeps_the_merge(tmp_path):
+    class Fail(FederatedCallback):
+        def on_evaluate(self, args, state, control, **kwargs):
+            raise RuntimeError("metric not found")
+
+    trainer = make_trainer(tmp_path, callbacks=[Fail()], eval_strategy="epoch")
+    start = adapter_state(trainer)
+    with pytest.raises(RuntimeError, match="metric not found"):
+        trainer.train()
+    assert_same(adapter_state(trainer), trainer.last_merge.state)
+    assert any(not torch.equal(start[name], tensor) for name, tensor in adapter_state(trainer).items())
+
+
 def test_arguments_of_trainer_are_refused(tmp_path):
     model = get_peft_model(tiny_bert(), ravan())
     with pytest.raises(TypeError, match="needs `FederatedArguments`, got TrainingArguments"):
