@@ -31,6 +31,7 @@ from .weighted_adapter import (
     combined_config,
     concatenate_heads,
     copy_modules_to_save,
+    core_combination,
     have_shared_bases,
 )
 
@@ -43,9 +44,14 @@ TRANSFORMERS_MODELS_TO_RAVAN_TARGET_MODULES_MAPPING = {
 }
 
 
+def _base_layer_of(target: nn.Module) -> nn.Module:
+    """The layer of the base model that a target is, or wraps."""
+    return target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+
+
 def _layer_class(target: nn.Module, target_name: str) -> type[RavanLayer]:
     """The kind of Ravan layer for a target, which may be adapted already."""
-    base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    base_layer = _base_layer_of(target)
     if isinstance(base_layer, NonDynamicallyQuantizableLinear):
         raise TypeError(
             f"Target module {target_name!r} is the output projection of an `nn.MultiheadAttention`, which reads its weight "
@@ -117,9 +123,7 @@ class RavanModel(BaseTuner):
         # DistributedDataParallel reads this of the model it wraps, which hands the question on to here. It would send all
         # buffers to all processes in every forward pass; bases from the seed are the same everywhere already.
         seeded = {
-            name
-            for name, config in self.peft_config.items()
-            if BASES[getattr(config, "init_bases", "gram_schmidt")].from_matrix != "gradient"
+            name for name, config in self.peft_config.items() if BASES[config.init_bases].from_matrix != "gradient"
         }
         return [
             f"base_model.{name}"
@@ -176,8 +180,7 @@ class RavanModel(BaseTuner):
         sizes = {}
         for name, module in model.named_modules():
             if cls._check_target_module_exists(config, name):
-                base_layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-                sizes[name] = _layer_class(module, name).bases_size(base_layer)
+                sizes[name] = _layer_class(module, name).bases_size(_base_layer_of(module))
         return sizes
 
     def _prepare_adapter_config(self, peft_config: RavanConfig, model_config: dict) -> RavanConfig:
@@ -232,8 +235,7 @@ class RavanModel(BaseTuner):
         if layer_class is not Linear:
             return layer_class(target, adapter_name, current_key, ravan_config, **kwargs)
         # derived from the layer, not from the config: one model may have both kinds
-        base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        is_conv1d = isinstance(base_layer, Conv1D)
+        is_conv1d = isinstance(_base_layer_of(target), Conv1D)
         if ravan_config.fan_in_fan_out and not is_conv1d:
             warnings.warn(
                 "fan_in_fan_out is set to True but the target module is `torch.nn.Linear`. "
@@ -352,13 +354,13 @@ class RavanModel(BaseTuner):
         self.peft_config[adapter_name] = combined_config(self, layers, adapters, concatenate)
         self.inject_adapter(self.model, adapter_name)
         weight_of = dict(zip(adapters, weights, strict=True))
+        combine = core_combination(combination_type or "linear", density, majority_sign_method)
         with torch.no_grad():
             for name, layer in layers.items():
                 layer_weights = [weight_of[adapter] for adapter in present[name]]
                 if concatenate:
                     concatenate_heads(layer, present[name], layer_weights, adapter_name)
                 else:
-                    combination = (combination_type or "linear", density, majority_sign_method)
-                    combine_cores(layer, present[name], layer_weights, adapter_name, *combination)
+                    combine_cores(layer, present[name], layer_weights, adapter_name, combine)
         copy_modules_to_save(self, adapters, adapter_name)
         self.set_requires_grad(adapter_name, requires_grad=False)

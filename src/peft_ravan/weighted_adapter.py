@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -134,16 +134,10 @@ def concatenate_heads(layer: RavanLayer, adapters: Sequence[str], weights: Seque
     layer.ravan_s[new].copy_(torch.cat(scalings))
 
 
-def combine_cores(
-    layer: RavanLayer,
-    adapters: Sequence[str],
-    weights: Sequence[float],
-    new: str,
-    combination_type: str,
-    density: float | None,
-    majority_sign_method: str,
-) -> None:
-    """Combine the products s*H of adapters with shared bases, as task vectors. Every new scaling is 1."""
+def core_combination(
+    combination_type: str, density: float | None, majority_sign_method: str
+) -> Callable[[list[torch.Tensor], torch.Tensor], torch.Tensor] | None:
+    """PEFT's combination of task vectors with its options, from products and weights; none for `"cat"`."""
     combinations = {
         "linear": task_arithmetic,
         "ties": partial(ties, density=density, majority_sign_method=majority_sign_method),
@@ -151,8 +145,19 @@ def combine_cores(
         "dare_ties": partial(dare_ties, density=density, majority_sign_method=majority_sign_method),
         "magnitude_prune": partial(magnitude_prune, density=density),
     }
+    return combinations.get(combination_type)
+
+
+def combine_cores(
+    layer: RavanLayer,
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    new: str,
+    combine: Callable[[list[torch.Tensor], torch.Tensor], torch.Tensor],
+) -> None:
+    """Combine the products s*H of adapters with shared bases, as task vectors. Every new scaling is 1."""
     products = [scaled_cores(layer.ravan_H[name], layer.ravan_s[name]) for name in adapters]
     layer.ravan_A[new].copy_(layer.ravan_A[adapters[0]])
     layer.ravan_B[new].copy_(layer.ravan_B[adapters[0]])
-    layer.ravan_H[new].copy_(combinations[combination_type](products, torch.tensor(weights).to(products[0])))
+    layer.ravan_H[new].copy_(combine(products, torch.tensor(weights).to(products[0])))
     layer.ravan_s[new].fill_(1)
