@@ -46,3 +46,36 @@ def truncated_svd(
     signs = torch.sign(U.gather(0, U.abs().argmax(dim=0, keepdim=True)))  # [1, rank]
     signs = torch.where(signs == 0, 1.0, signs)
     return U * signs, S, Vh * signs.T
+
+
+def svd_of_product(
+    left: torch.Tensor, right: torch.Tensor | None, rank: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
+    """
+    The largest singular values of a product and their directions, from the factors: the product is formed only where it
+    is smaller than they are.
+
+    Args:
+        left (`torch.Tensor`): `[d_out, k]`, or the whole product `[d_out, d_in]`.
+        right (`torch.Tensor`, *optional*): `[k, d_in]`, or `None` if `left` is the whole product.
+        rank (`int`): The number of singular values wanted.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]`: U `[d_out, q]`, the singular values `[q]` in descending
+        order and V transposed `[q, d_in]` in float64, with q <= rank, and the share of the squared
+        Frobenius norm of the product that they hold (1 for a product of zeros).
+    """
+    generator = torch.Generator().manual_seed(0)
+    left = left.double()
+    right = None if right is None else right.double()
+    if right is not None and left.shape[1] < min(left.shape[0], right.shape[1]):
+        Q_left, R_left = torch.linalg.qr(left)  # [d_out, k], [k, k]
+        Q_right, R_right = torch.linalg.qr(right.T)
+        core = R_left @ R_right.T
+        U, S, Vh = truncated_svd(core, min(rank, len(core)), generator)
+        U, Vh = Q_left @ U, Vh @ Q_right.T
+    else:
+        core = left if right is None else left @ right
+        U, S, Vh = truncated_svd(core, min(rank, *core.shape), generator)
+    energy = core.square().sum().item()
+    return U, S, Vh, S.square().sum().item() / energy if energy > 0 else 1.0

@@ -17,7 +17,7 @@ def head(value: float) -> torch.Tensor:
     return torch.full((1, 1), value)
 
 
-def update(num_examples: int, heads: dict[int, float], num_heads: int = 3, client_id: str = "c") -> ClientUpdate:
+def update(num_examples: int, heads: dict[int, float], num_heads: int = 3, client_id: str = "") -> ClientUpdate:
     """A client that trained some heads, each a 1 x 1 matrix."""
     mask = torch.tensor([index in heads for index in range(num_heads)])
     products = torch.stack([head(heads[index]) for index in sorted(heads)]) if heads else torch.empty(0, 1, 1)

@@ -6,32 +6,56 @@ Merging what clients upload: pure functions that know nothing of rounds, files o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
+from peft import PeftConfig
 
 from ..state import checkpoint_state, exchange_state
-from .registry import MERGE_METHODS, MergeMethod, get_merge_method
+from .base_deltas import BaseDelta, add_base_deltas
+from .checking import UpdateChecker
+from .lora import lora_state_for_client
+from .method import MergeMethod, ServerOptimizer
+from .registry import MERGE_METHODS, SERVER_OPTIMIZERS, get_merge_method, get_server_optimizer, methods_table
 from .robust_pca import RobustPCAInfo, robust_pca
-from .updates import ClientUpdate, MergeResult, UpdateError, check_updates
+from .safetensors_state import SafetensorsState
+from .updates import ClientUpdate, MergeResult, UpdateError
 
 
 __all__ = [
     "MERGE_METHODS",
+    "SERVER_OPTIMIZERS",
+    "BaseDelta",
     "ClientUpdate",
     "MergeMethod",
     "MergeResult",
     "RobustPCAInfo",
+    "SafetensorsState",
+    "ServerOptimizer",
+    "UpdateChecker",
     "UpdateError",
-    "check_updates",
+    "add_base_deltas",
     "get_merge_method",
+    "get_server_optimizer",
+    "lora_state_for_client",
     "merge",
+    "methods_table",
     "robust_pca",
 ]
 
 
 def merge(
-    global_state: Mapping[str, torch.Tensor], updates: Sequence[ClientUpdate], method: str = "ravan", **options
+    global_state: Mapping[str, torch.Tensor],
+    updates: Iterable[ClientUpdate],
+    method: str = "ravan",
+    *,
+    config: PeftConfig | None = None,
+    on_bad_update: str = "raise",
+    server_optimizer: str | None = None,
+    server_options: Mapping[str, Any] | None = None,
+    server_state: Mapping[str, torch.Tensor] | None = None,
+    **options,
 ) -> MergeResult:
     """
     Merge what clients uploaded into a new global state.
@@ -41,22 +65,35 @@ def merge(
             The state the clients started from: checkpoint names of the adapter to tensors. Names that end in `ravan_H`
             hold the products s*H of all heads, `[h, r, r]`. A whole Ravan checkpoint, with scalings and bases, can be
             given too: its products are formed, its bases kept, and its scalings returned as 1.
-        updates (`Sequence[ClientUpdate]`):
-            What the clients uploaded.
+        updates (`Iterable[ClientUpdate]`):
+            What the clients uploaded. Methods that stream take one update after the other from an iterator and keep none.
         method (`str`, *optional*, defaults to `"ravan"`):
             The name of a merge method, one of `MERGE_METHODS`.
+        config ([`~peft.PeftConfig`], *optional*):
+            The configuration of the adapter. Some LoRA methods need it for alpha / r.
+        on_bad_update (`str`, *optional*, defaults to `"raise"`):
+            What happens to an update that does not fit: `"raise"`, or `"drop"` to merge the others and say so in the
+            diagnostics.
+        server_optimizer (`str`, *optional*):
+            The name of a server optimizer, one of `SERVER_OPTIMIZERS`, which takes a step towards the merged state.
+        server_options (`Mapping[str, Any]`, *optional*):
+            The options of the server optimizer.
+        server_state (`Mapping[str, torch.Tensor]`, *optional*):
+            The `server_state` of the last round's result, for server optimizers and methods that remember something.
         **options:
             The options of the method.
 
     Returns:
-        [`MergeResult`]: The new state, with the names and shapes of `global_state`, and the diagnostics of the method.
-        Neither `global_state` nor the updates are changed.
+        [`MergeResult`]: The new state, with the names and shapes of `global_state`, and the diagnostics of the method:
+        plain numbers and strings, among them `dropped`, the `client` and `reason` of the updates left out. Neither
+        `global_state` nor the updates are changed.
 
     Raises:
-        UpdateError: if an update does not fit the global state: tensors that are missing or not expected, other shapes,
-            NaN or infinite entries, or no examples. Nothing is merged then.
+        UpdateError: if an update does not fit the global state: tensors that are missing or not expected, other shapes
+            or dtypes, NaN or infinite entries, heads that the method cannot leave out, no examples, a client that is
+            there twice; or if no update is left. Nothing is merged then.
         TypeError: if the method does not have one of the options.
-        ValueError: if the method does not exist or an option is out of range.
+        ValueError: if the method does not exist, does not suit the adapter, or an option is out of range.
 
     Example:
 
@@ -77,15 +114,30 @@ def merge(
     """
     merge_method = get_merge_method(method)
     merge_method.check_options(options)
+    optimizer = None if server_optimizer is None else get_server_optimizer(server_optimizer)
+    server_options = dict(server_options or {})
+    if optimizer is not None:
+        optimizer.check_options(server_options)
+    context = {"config": config, "server_state": server_state or {}}
+    options.update({name: value for name, value in context.items() if merge_method.takes(name)})
+
     products = exchange_state(global_state)
-    updates = list(updates)
-    check_updates(products, updates)
+    checker = UpdateChecker(products, merge_method, on_bad_update)
+    passing = checker.passing(updates)
     with torch.no_grad():
-        result = merge_method.function(products, updates, **options)
+        result = merge_method.function(products, passing if merge_method.streaming else list(passing), **options)
+        state, new_server_state = result.state, dict(result.server_state)
+        if optimizer is not None:
+            state, remembered = optimizer.function(products, state, server_state or {}, **server_options)
+            new_server_state.update(remembered)
     diagnostics = {
         "method": method,
-        "num_clients": len(updates),
-        "num_examples": sum(update.num_examples for update in updates),
+        **({} if optimizer is None else {"server_optimizer": server_optimizer}),
+        "num_clients": checker.num_clients,
+        "num_examples": checker.num_examples,
+        "dropped": checker.dropped,
         **result.diagnostics,
     }
-    return MergeResult(checkpoint_state(result.state, global_state), diagnostics)
+    return MergeResult(
+        checkpoint_state(state, global_state), diagnostics, result.base_deltas, result.config, new_server_state
+    )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
+from ..state import is_core
 from .updates import ClientUpdate
 
 
@@ -21,18 +22,104 @@ def client_weights(updates: Sequence[ClientUpdate]) -> torch.Tensor:
     return num_examples / num_examples.sum()
 
 
-def weighted_mean(tensors: Sequence[torch.Tensor], weights: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def _accumulator(like: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(like.shape, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+
+
+def weighted_mean(tensors: Iterable[torch.Tensor], weights: Iterable[float], like: torch.Tensor) -> torch.Tensor:
     """
     Args:
-        tensors (`Sequence[torch.Tensor]`): C tensors of one shape.
-        weights (`torch.Tensor`): Their weights, `[C]`, with sum 1.
+        tensors (`Iterable[torch.Tensor]`): Tensors of the shape of `like`.
+        weights (`Iterable[float]`): Their weights, of any sum.
         like (`torch.Tensor`): The tensor whose dtype and device the mean gets.
 
     Returns:
-        `torch.Tensor`: The mean, summed in at least float32.
+        `torch.Tensor`: The mean, taken in at least float32. That of one tensor is the tensor, to the last bit.
     """
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    total = torch.zeros(tensors[0].shape, dtype=dtype, device=like.device)
-    for tensor, weight in zip(tensors, weights.tolist(), strict=True):
-        total.add_(tensor.to(device=like.device, dtype=dtype), alpha=weight)
-    return total.to(like.dtype)
+    mean, total = _accumulator(like), 0.0
+    for tensor, weight in zip(tensors, weights, strict=True):
+        total += weight
+        mean.lerp_(tensor.to(mean), weight / total)
+    return mean.to(like.dtype)
+
+
+class StateMean:
+    """
+    The mean of what clients upload, taken update by update, so that memory does not grow with their number. A head of a
+    core is averaged over the clients that trained it.
+
+    Args:
+        global_state (`Mapping[str, torch.Tensor]`):
+            The state the clients started from. What nobody uploads keeps its value.
+        leave_out (`tuple[str, ...]`, *optional*):
+            Parts of names of tensors that are not averaged.
+    """
+
+    def __init__(self, global_state: Mapping[str, torch.Tensor], leave_out: tuple[str, ...] = ()):
+        self._global_state = global_state
+        self._means = {
+            name: _accumulator(tensor)
+            for name, tensor in global_state.items()
+            if not any(part in name for part in leave_out)
+        }
+        self._total = 0
+        # the examples and the clients of each head of a core
+        self._head_totals = {name: [0] * len(mean) for name, mean in self._means.items() if is_core(name)}
+        self.clients_per_head = {name: [0] * len(totals) for name, totals in self._head_totals.items()}
+
+    def add(self, update: ClientUpdate) -> None:
+        """
+        Args:
+            update ([`ClientUpdate`]): What a client uploaded.
+        """
+        self._total += update.num_examples
+        for name, mean in self._means.items():
+            tensor = update.state[name].to(mean)
+            if name in self._head_totals:
+                self._add_heads(name, mean, tensor, update)
+            else:
+                mean.lerp_(tensor, update.num_examples / self._total)
+
+    def _add_heads(self, name: str, mean: torch.Tensor, products: torch.Tensor, update: ClientUpdate) -> None:
+        totals, counts = self._head_totals[name], self.clients_per_head[name]
+        trained = update.heads(name, len(totals)).nonzero().flatten().tolist()
+        for head in trained:
+            totals[head] += update.num_examples
+            counts[head] += 1
+        shares = [update.num_examples / totals[head] for head in trained]
+        if len(trained) == len(totals) and len(set(shares)) == 1:
+            mean.lerp_(products, shares[0])
+            return
+        for head, product, share in zip(trained, products, shares, strict=True):
+            mean[head].lerp_(product, share)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """
+        Returns:
+            `dict[str, torch.Tensor]`: The mean state, with the names, dtypes and devices of the global state.
+        """
+        state = {}
+        for name, tensor in self._global_state.items():
+            state[name] = self._means[name].to(tensor.dtype) if name in self._means else tensor.clone()
+            for head, count in enumerate(self.clients_per_head.get(name, ())):
+                if not count:
+                    state[name][head] = tensor[head]
+        return state
+
+
+def mean_state(
+    global_state: Mapping[str, torch.Tensor], updates: Iterable[ClientUpdate], leave_out: tuple[str, ...] = ()
+) -> dict[str, torch.Tensor]:
+    """
+    Args:
+        global_state (`Mapping[str, torch.Tensor]`): The state the clients started from.
+        updates (`Iterable[ClientUpdate]`): What they uploaded.
+        leave_out (`tuple[str, ...]`, *optional*): Parts of names of tensors that keep their value.
+
+    Returns:
+        `dict[str, torch.Tensor]`: The mean state, see [`StateMean`].
+    """
+    mean = StateMean(global_state, leave_out)
+    for update in updates:
+        mean.add(update)
+    return mean.state()

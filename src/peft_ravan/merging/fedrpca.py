@@ -3,8 +3,8 @@ FedRPCA: split the clients' updates into what they have in common and what is th
 
 Jhunjhunwala et al., FedRPCA: Enhancing Federated LoRA Aggregation Using Robust PCA, 2025, algorithm 1. The vectorised
 updates of one matrix are the columns of M = L + S (robust PCA), and the merged update is mean(L) + beta * mean(S). LoRA's
-A and B are taken each on its own, as in the paper; for Ravan M holds the products s*H of one head, which enter the weight
-linearly, so the merge acts on the true update.
+A and B are taken each on its own, as in the paper, or their product; for Ravan M holds the products s*H of one head, which
+enter the weight linearly, so the merge acts on the true update.
 """
 
 from __future__ import annotations
@@ -16,15 +16,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import LoraConfig
 
-from ..state import is_core
-from .averaging import client_weights, weighted_mean
-from .ravan import trained_on_head
+from .averaging import mean_state
+from .lora import client_factors, is_lora_matrix, product_targets
+from .matrices import Matrix, is_adapter_matrix, join, split
+from .method import MergeMethod
 from .robust_pca import robust_pca
+from .truncation import truncated_factors
 from .updates import ClientUpdate, MergeResult
 
 
-# a batch of matrices is decomposed in float64 with some copies: this many entries are about a gigabyte
+# matrices of one shape are solved together up to this many entries, of which the solver keeps some copies
 MAX_BATCH_ENTRIES = 2**24
 
 
@@ -33,8 +36,9 @@ class _Options:
     beta: float | str
     beta_max: float
     lambda_: float | None
-    tol: float
+    tol: float | None
     max_iter: int
+    lora: str
 
     def __post_init__(self):
         is_number = isinstance(self.beta, (int, float)) and not isinstance(self.beta, bool)
@@ -47,6 +51,9 @@ class _Options:
             if value is not None and not value > 0:
                 raise ValueError(f"fedrpca: `{name}` must be above 0, got {value!r}.")
 
+        if self.lora not in ("factors", "products"):
+            raise ValueError(f"fedrpca: `lora` must be 'factors' or 'products', got {self.lora!r}.")
+
     def beta_for(self, sparse_share: float) -> float:
         """The factor of the sparse part of a matrix, given E = ||mean(S)|| / ||mean(M)||."""
         if self.beta != "adaptive":
@@ -54,63 +61,28 @@ class _Options:
         return min(max(1 / sparse_share, 1.0), self.beta_max) if sparse_share > 0 else 1.0
 
 
-def is_adapter_matrix(name: str) -> bool:
-    """Whether FedRPCA decomposes this tensor: Ravan's cores and LoRA's A and B. The task head and biases are averaged."""
-    return is_core(name) or ".lora_" in name
-
-
-@dataclass(frozen=True)
-class _Matrix:
-    """What C clients uploaded for one matrix: a tensor of LoRA, or one head of a core."""
-
-    name: str
-    global_tensor: torch.Tensor
-    tensors: Sequence[torch.Tensor]
-    weights: torch.Tensor  # [C]
-
-    def columns(self) -> torch.Tensor:
-        """The vectorised updates, `[n, C]`."""
-        start = self.global_tensor
-        return torch.stack([(tensor.to(start) - start).flatten() for tensor in self.tensors], dim=1)
-
-
-def _collect_matrices(global_state: Mapping[str, torch.Tensor], updates: Sequence[ClientUpdate]) -> list[_Matrix]:
-    matrices = []
-    for name, tensor in global_state.items():
-        if is_core(name):
-            for head in range(tensor.shape[0]):
-                trainers, products = trained_on_head(name, head, tensor.shape[0], updates)
-                weights = client_weights(trainers) if trainers else torch.empty(0)
-                matrices.append(_Matrix(f"{name}[{head}]", tensor[head], products, weights))
-        elif is_adapter_matrix(name):
-            tensors = [update.state[name] for update in updates]
-            matrices.append(_Matrix(name, tensor, tensors, client_weights(updates)))
-    return matrices
-
-
-def _batches(matrices: Sequence[_Matrix]) -> Iterator[list[_Matrix]]:
+def _batches(matrices: Sequence[Matrix]) -> Iterator[list[Matrix]]:
     """Matrices of one shape, which are solved together: for small ones that is much faster than one by one."""
-    groups: dict[tuple[int, int], list[_Matrix]] = {}
+    groups: dict[tuple[int, int], list[Matrix]] = {}
     for matrix in matrices:
-        groups.setdefault((matrix.global_tensor.numel(), len(matrix.tensors)), []).append(matrix)
+        groups.setdefault((matrix.start.numel(), len(matrix.updates)), []).append(matrix)
     for (n, num_clients), group in groups.items():
         size = max(1, MAX_BATCH_ENTRIES // (n * max(1, num_clients)))
         for start in range(0, len(group), size):
             yield group[start : start + size]
 
 
-def _merge_batch(batch: Sequence[_Matrix], options: _Options) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
+def _merge_batch(batch: Sequence[Matrix], options: _Options) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
     """Merge matrices of one shape. Yields, for each, the new matrix and the figures for the diagnostics."""
-    num_clients = len(batch[0].tensors)
+    num_clients = len(batch[0].updates)
     if num_clients < 2:
         # with one client there is nothing in common to tell apart, and without any nothing changes
         for matrix in batch:
-            merged = matrix.tensors[0] if num_clients else matrix.global_tensor
-            yield merged.to(matrix.global_tensor, copy=True), {"beta": 1.0, "num_clients": num_clients}
+            yield matrix.mean() if num_clients else matrix.start, {"beta": 1.0, "num_clients": num_clients}
         return
 
     M = torch.stack([matrix.columns() for matrix in batch])  # [batch, n, C]
-    _, S, info = robust_pca(M, options.lambda_, options.tol, options.max_iter)
+    _, S, info = robust_pca(M, options.lambda_, options.tol or 1e-7, options.max_iter)
     for index, matrix in enumerate(batch):
         weights = matrix.weights.to(M)
         mean_S = S[index] @ weights  # [n]
@@ -118,7 +90,7 @@ def _merge_batch(batch: Sequence[_Matrix], options: _Options) -> Iterator[tuple[
         sparse_share = mean_S.norm().item() / norm_M if norm_M > 0 else 0.0
         converged = info.converged[index].item()
         beta = options.beta_for(sparse_share) if converged else 1.0
-        mean = weighted_mean(matrix.tensors, matrix.weights, like=matrix.global_tensor)
+        mean = matrix.mean()
         # mean(L) + beta * mean(S), written with L = M - S so that beta = 1 is FedAvg to the last bit
         yield (
             mean + (beta - 1) * mean_S.reshape(mean.shape).to(mean),
@@ -138,11 +110,13 @@ def _merge_batch(batch: Sequence[_Matrix], options: _Options) -> Iterator[tuple[
 def fedrpca(
     global_state: Mapping[str, torch.Tensor],
     updates: Sequence[ClientUpdate],
+    config: LoraConfig | None = None,
     beta: float | str = "adaptive",
     beta_max: float = 5.0,
     lambda_: float | None = None,
-    tol: float = 1e-7,
+    tol: float | None = None,
     max_iter: int = 500,
+    lora: str = "factors",
 ) -> MergeResult:
     """
     Merge by robust PCA.
@@ -152,6 +126,8 @@ def fedrpca(
             The state the clients started from.
         updates (`Sequence[ClientUpdate]`):
             What the clients uploaded.
+        config ([`~peft.LoraConfig`], *optional*):
+            The configuration of the adapter.
         beta (`float` or `str`, *optional*, defaults to `"adaptive"`):
             The factor of the sparse part. 1 is FedAvg. `"adaptive"` takes `1 / E` for each matrix, with
             `E = ||mean(S)|| / ||mean(M)||`, kept within 1 and `beta_max`.
@@ -159,37 +135,62 @@ def fedrpca(
             The largest adaptive beta.
         lambda_ (`float`, *optional*):
             The weight of the sparse part in robust PCA. By default `1 / sqrt(max(n, C))` for each matrix.
-        tol (`float`, *optional*, defaults to `1e-7`):
-            The relative residual at which robust PCA stops.
+        tol (`float`, *optional*):
+            The relative residual at which robust PCA stops, by default that of [`robust_pca`].
         max_iter (`int`, *optional*, defaults to 500):
             The largest number of iterations. A matrix that does not converge is averaged, with a warning.
+        lora (`str`, *optional*, defaults to `"factors"`):
+            What is decomposed of a LoRA adapter: `"factors"`, A and B each on its own as in the paper, or `"products"`,
+            the products B A. These are whole `d_out x d_in` matrices, C of them for one module at a time, and what
+            comes out is cut to the rank of the adapter.
 
     Returns:
-        [`MergeResult`]: The new state. The diagnostics have under `matrices`, for each matrix (a head of a core is
-        `name[i]`), the figures of its decomposition: `beta`, `sparse_share` (E), `sparsity` (the share of entries of S
-        that are not 0), `rank` (of L), `iterations`, `residual` and `converged`.
+        [`MergeResult`]: The new state. The task head and biases are averaged. The diagnostics have under `matrices`, for
+        each matrix (a head of a core is `name[i]`, a product the name of its module), the figures of its decomposition:
+        `beta`, `sparse_share` (E), `sparsity` (the share of entries of S that are not 0), `rank` (of L), `iterations`,
+        `residual`, `converged`, and for a product `kept_energy`, the share of its squared norm that the cut has kept.
 
     Raises:
         ValueError: if an option is out of range.
     """
-    options = _Options(beta, beta_max, lambda_, tol, max_iter)
-    weights = client_weights(updates)
-    matrices = _collect_matrices(global_state, updates)
+    options = _Options(beta, beta_max, lambda_, tol, max_iter, lora)
+    products = lora == "products"
+    selected = [name for name in global_state if is_adapter_matrix(name) and not (products and is_lora_matrix(name))]
+    state = mean_state(global_state, updates, leave_out=tuple(filter(is_adapter_matrix, global_state)))
+    by_tensor = {name: split(name, global_state[name], updates) for name in selected}
+    matrices = [matrix for group in by_tensor.values() for matrix in group]
     merged, figures = {}, {}
     for batch in _batches(matrices):
         for matrix, (tensor, matrix_figures) in zip(batch, _merge_batch(batch, options), strict=True):
             merged[matrix.name], figures[matrix.name] = tensor, matrix_figures
-
-    state = {}
-    for name, tensor in global_state.items():
-        if is_core(name):
-            state[name] = torch.stack([merged[f"{name}[{head}]"] for head in range(tensor.shape[0])])
-        elif is_adapter_matrix(name):
-            state[name] = merged[name]
-        else:
-            state[name] = weighted_mean([update.state[name] for update in updates], weights, like=tensor)
+    figures = {matrix.name: figures[matrix.name] for matrix in matrices}
+    state.update({name: join(name, [merged[matrix.name] for matrix in group]) for name, group in by_tensor.items()})
+    if products:
+        _merge_products(global_state, updates, config, options, state, figures)
     _warn_of_failures(figures, max_iter)
-    return MergeResult(state, {"matrices": {matrix.name: figures[matrix.name] for matrix in matrices}})
+    return MergeResult({name: state[name] for name in global_state}, {"matrices": figures})
+
+
+def _merge_products(
+    global_state: Mapping[str, torch.Tensor],
+    updates: Sequence[ClientUpdate],
+    config: LoraConfig | None,
+    options: _Options,
+    state: dict[str, torch.Tensor],
+    figures: dict[str, dict[str, Any]],
+) -> None:
+    """Merge the products B A module by module, into `state` and `figures`."""
+    for target in product_targets(global_state, config):
+
+        def read(update: ClientUpdate, target=target) -> torch.Tensor:
+            B, A = client_factors(target, update, global_state, config)
+            return B @ A
+
+        B, A = target.factors(global_state)
+        [(merged, matrix_figures)] = _merge_batch([Matrix(target.module, B @ A, updates, read)], options)
+        tensors, kept_energy = truncated_factors(target, merged, None, like=global_state)
+        state.update(tensors)
+        figures[target.module] = {**matrix_figures, "kept_energy": kept_energy}
 
 
 def _warn_of_failures(matrices: Mapping[str, Mapping[str, Any]], max_iter: int) -> None:
@@ -201,3 +202,16 @@ def _warn_of_failures(matrices: Mapping[str, Mapping[str, Any]], max_iter: int) 
             f"which were averaged instead, such as {name!r} (residual {figures['residual']:.1e}, rank {figures['rank']}). "
             "Raise `max_iter` or `tol`."
         )
+
+
+METHOD = MergeMethod(
+    name="fedrpca",
+    pretty_name="FedRPCA",
+    summary="Robust PCA splits the updates into a common and a sparse part, and the sparse part is amplified.",
+    reference="https://huggingface.co/papers/2506.01194",
+    function=fedrpca,
+    averages="the common and the sparse part of s*H of each head, or of A and B, apart, or of BA",
+    exact="with beta = 1 as FedAvg",
+    cost="layer by layer; some 50 products with C x C matrices",
+    different_heads=True,
+)

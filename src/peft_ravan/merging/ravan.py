@@ -7,66 +7,43 @@ common and frozen, the mean of the products is the mean of the clients' weight u
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import torch
 
-from ..state import is_core
-from .averaging import client_weights, weighted_mean
+from .averaging import StateMean
+from .method import MergeMethod
 from .updates import ClientUpdate, MergeResult
 
 
-def trained_on_head(
-    name: str, head: int, num_heads: int, updates: Sequence[ClientUpdate]
-) -> tuple[list[ClientUpdate], list[torch.Tensor]]:
-    """
-    Find who trained a head.
-
-    Args:
-        name (`str`): A checkpoint name that ends in `ravan_H`.
-        head (`int`): The index of the head.
-        num_heads (`int`): The number of heads, h.
-        updates (`Sequence[ClientUpdate]`): What the clients uploaded.
-
-    Returns:
-        `tuple[list[ClientUpdate], list[torch.Tensor]]`: The updates of the clients that trained it, and the products
-        `[r, r]` that they uploaded for it.
-    """
-    trainers, products = [], []
-    for update in updates:
-        mask = update.heads(name, num_heads)
-        if mask[head]:
-            trainers.append(update)
-            # the upload has only the trained heads, in order: the position is the number of trained heads before this
-            products.append(update.state[name][int(mask[:head].sum())])
-    return trainers, products
-
-
-def ravan(global_state: Mapping[str, torch.Tensor], updates: Sequence[ClientUpdate]) -> MergeResult:
+def ravan(global_state: Mapping[str, torch.Tensor], updates: Iterable[ClientUpdate]) -> MergeResult:
     """
     Average each head over the clients that trained it, and all other tensors over all clients.
 
     Args:
         global_state (`Mapping[str, torch.Tensor]`): The state the clients started from.
-        updates (`Sequence[ClientUpdate]`): What the clients uploaded.
+        updates (`Iterable[ClientUpdate]`): What the clients uploaded.
 
     Returns:
         [`MergeResult`]: The mean state. A head that nobody trained keeps its value. The diagnostics have, for each
         core, the number of clients that trained each head (`clients_per_head`).
     """
-    weights = client_weights(updates)
-    state, clients_per_head = {}, {}
-    for name, tensor in global_state.items():
-        if not is_core(name):
-            state[name] = weighted_mean([update.state[name] for update in updates], weights, like=tensor)
-            continue
-        heads, counts = [], []
-        for head in range(tensor.shape[0]):
-            trainers, products = trained_on_head(name, head, tensor.shape[0], updates)
-            counts.append(len(trainers))
-            heads.append(
-                weighted_mean(products, client_weights(trainers), like=tensor) if trainers else tensor[head].clone()
-            )
-        state[name] = torch.stack(heads)
-        clients_per_head[name] = counts
-    return MergeResult(state, {"clients_per_head": clients_per_head})
+    mean = StateMean(global_state)
+    for update in updates:
+        mean.add(update)
+    return MergeResult(mean.state(), {"clients_per_head": mean.clients_per_head})
+
+
+METHOD = MergeMethod(
+    name="ravan",
+    pretty_name="Ravan",
+    summary="Each head's product s*H is averaged over the clients that trained it, which is exact.",
+    reference="https://huggingface.co/papers/2506.05568",
+    function=ravan,
+    averages="s*H of each head over the clients that trained it",
+    exact="yes",
+    cost="one pass",
+    secure_aggregation=True,
+    different_heads=True,
+    streaming=True,
+)

@@ -1,81 +1,62 @@
-"""The merge methods by name, with what documentation, command line help and model cards say of them."""
+"""The merge methods and server optimizers by name, and what documentation, command line help and model cards say of them."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from typing import TypeVar
 
-from .fedavg import fedavg
-from .fedrpca import fedrpca
-from .ravan import ravan
-from .updates import MergeResult
+from . import (
+    fed_sb,
+    fedadam,
+    fedavg,
+    fedavgm,
+    fedex_lora,
+    fedit,
+    fedrpca,
+    fedsa_lora,
+    fedyogi,
+    ffa_lora,
+    flexlora,
+    flora,
+    hetlora,
+    krum,
+    median,
+    multi_krum,
+    ravan,
+    task_arithmetic,
+    ties,
+    trimmed_mean,
+)
+from .method import Described, MergeMethod, ServerOptimizer
 
 
-@dataclass(frozen=True)
-class MergeMethod:
-    """
-    A merge method.
-
-    Args:
-        name (`str`): The name it is chosen by.
-        pretty_name (`str`): The name for people.
-        summary (`str`): What it does, in one sentence.
-        reference (`str`): The address of the paper.
-        function (`Callable`): The pure function `(global_state, updates, **options) -> MergeResult`.
-    """
-
-    name: str
-    pretty_name: str
-    summary: str
-    reference: str
-    function: Callable[..., MergeResult]
-
-    @property
-    def options(self) -> dict[str, object]:
-        """The options of the method with their defaults."""
-        parameters = list(inspect.signature(self.function).parameters.values())
-        return {parameter.name: parameter.default for parameter in parameters[2:]}
-
-    def check_options(self, options: dict[str, object]) -> None:
-        """
-        Args:
-            options (`dict[str, object]`): Options by name.
-
-        Raises:
-            TypeError: if the method does not have one of them.
-        """
-        unknown = sorted(set(options) - set(self.options))
-        if unknown:
-            known = ", ".join(self.options) or "none"
-            raise TypeError(f"Merge method {self.name!r} has no option {unknown[0]!r}. Its options are: {known}.")
-
+AnyDescribed = TypeVar("AnyDescribed", bound=Described)
 
 MERGE_METHODS: dict[str, MergeMethod] = {
-    method.name: method
-    for method in (
-        MergeMethod(
-            name="fedavg",
-            pretty_name="FedAvg",
-            summary="Every tensor is averaged over the clients, weighted by their examples.",
-            reference="https://huggingface.co/papers/1602.05629",
-            function=fedavg,
-        ),
-        MergeMethod(
-            name="ravan",
-            pretty_name="Ravan",
-            summary="Each head's product s*H is averaged over the clients that trained it, which is exact.",
-            reference="https://huggingface.co/papers/2506.05568",
-            function=ravan,
-        ),
-        MergeMethod(
-            name="fedrpca",
-            pretty_name="FedRPCA",
-            summary="Robust PCA splits the updates into a common and a sparse part, and the sparse part is amplified.",
-            reference="https://huggingface.co/papers/2506.01194",
-            function=fedrpca,
-        ),
+    module.METHOD.name: module.METHOD
+    for module in (
+        fedavg,
+        ravan,
+        fedrpca,
+        fedit,
+        ffa_lora,
+        fedsa_lora,
+        fedex_lora,
+        flora,
+        flexlora,
+        hetlora,
+        fed_sb,
+        task_arithmetic,
+        ties,
+        median,
+        trimmed_mean,
+        krum,
+        multi_krum,
     )
+}
+
+SERVER_OPTIMIZERS: dict[str, ServerOptimizer] = {
+    module.OPTIMIZER.name: module.OPTIMIZER for module in (fedavgm, fedadam, fedyogi)
 }
 
 
@@ -90,6 +71,51 @@ def get_merge_method(name: str) -> MergeMethod:
     Raises:
         ValueError: if there is none of that name.
     """
-    if name not in MERGE_METHODS:
-        raise ValueError(f"There is no merge method {name!r}. Choose one of: {', '.join(MERGE_METHODS)}.")
-    return MERGE_METHODS[name]
+    if name in SERVER_OPTIMIZERS:
+        raise ValueError(
+            f"{name!r} is a server optimizer, which takes its step after a merge method. Use `server_optimizer={name!r}`."
+        )
+    return _get(MERGE_METHODS, name, "merge method")
+
+
+def get_server_optimizer(name: str) -> ServerOptimizer:
+    """
+    Args:
+        name (`str`): The name of a server optimizer.
+
+    Returns:
+        [`ServerOptimizer`]: The server optimizer.
+
+    Raises:
+        ValueError: if there is none of that name.
+    """
+    return _get(SERVER_OPTIMIZERS, name, "server optimizer")
+
+
+def _get(registry: Mapping[str, AnyDescribed], name: str, kind: str) -> AnyDescribed:
+    if name not in registry:
+        raise ValueError(f"There is no {kind} {name!r}. Choose one of: {', '.join(registry)}.")
+    return registry[name]
+
+
+def methods_table() -> str:
+    """
+    Returns:
+        `str`: The merge methods as a markdown table, one row each.
+    """
+    rows = [
+        ("Method", "What is averaged", "Exact", "Different ranks", "Different heads", "Secure aggregation", "Cost"),
+        ("---",) * 7,
+    ]
+    for method in MERGE_METHODS.values():
+        flags = (method.different_ranks, method.different_heads, method.secure_aggregation)
+        rows.append(
+            (
+                f"[{method.pretty_name}]({method.reference})<br>`{method.name}`",
+                method.averages,
+                method.exact,
+                *("yes" if flag else "no" for flag in flags),
+                method.cost,
+            )
+        )
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)

@@ -1,14 +1,15 @@
-"""What clients upload, what a merge returns, and the checks that stand between the two."""
+"""What clients upload, and what a merge returns."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from peft import LoraConfig, PeftConfig
 
-from ..state import is_basis, is_core, is_scaling
+from .base_deltas import BaseDelta
 
 
 class UpdateError(ValueError):
@@ -23,20 +24,25 @@ class ClientUpdate:
     Args:
         state (`Mapping[str, torch.Tensor]`):
             Checkpoint names of the adapter to tensors. A name that ends in `ravan_H` holds the products s*H of the heads
-            that this client trained, `[k, r, r]` in the order of the heads. Scalings and bases are never in it.
+            that this client trained, `[k, r, r]` in the order of the heads. Scalings and bases are never in it. The
+            mapping may read its tensors only when asked for them, such as [`SafetensorsState`].
         num_examples (`int`):
             The number of examples the client trained on, its weight in every mean.
         client_id (`str`, *optional*, defaults to `""`):
-            The name of the client, for messages and diagnostics.
+            The name of the client, for messages and diagnostics. Two updates of one name are refused.
         trained_heads (`Mapping[str, torch.Tensor]`, *optional*):
             For names that end in `ravan_H`, which heads the client trained: a bool tensor `[h]` with k true entries. No
             entry, or `None`, means all heads.
+        config ([`~peft.LoraConfig`], *optional*):
+            The client's own LoRA configuration, for methods that allow different ranks. By default the global one, with
+            the ranks that the tensors have.
     """
 
     state: Mapping[str, torch.Tensor]
     num_examples: int
     client_id: str = ""
     trained_heads: Mapping[str, torch.Tensor] | None = None
+    config: LoraConfig | None = None
 
     def heads(self, name: str, num_heads: int) -> torch.Tensor:
         """
@@ -60,83 +66,22 @@ class MergeResult:
 
     Args:
         state (`dict[str, torch.Tensor]`):
-            The new global state, with the names, shapes and dtypes of the one that went in.
+            The new global state, with the names and dtypes of the one that went in, and its shapes unless the method
+            changes the rank (`"flora"`).
         diagnostics (`dict[str, Any]`):
             What the method has to tell: plain numbers and strings, which can be written as JSON.
+        base_deltas (`dict[str, BaseDelta]`):
+            What has to be added to weights of the base model, by the name of the adapted module, for methods that need
+            it (`"fedex_lora"`). [`add_base_deltas`] does it.
+        config ([`~peft.PeftConfig`], *optional*):
+            The configuration that belongs to the new state, where the method changes it (`"flora"`).
+        server_state (`dict[str, torch.Tensor]`):
+            What the server remembers until the next round, such as the moments of a server optimizer: to be given to the
+            next merge. Tensors by name, which can be saved as safetensors.
     """
 
     state: dict[str, torch.Tensor]
     diagnostics: dict[str, Any] = field(default_factory=dict)
-
-
-def check_updates(global_state: Mapping[str, torch.Tensor], updates: Sequence[ClientUpdate]) -> None:
-    """
-    Check that every update fits the global state.
-
-    Args:
-        global_state (`Mapping[str, torch.Tensor]`): The state the clients started from.
-        updates (`Sequence[ClientUpdate]`): What they uploaded.
-
-    Raises:
-        UpdateError: at the first update that does not fit. The message names the client and the tensor.
-    """
-    if not updates:
-        raise UpdateError("A merge needs at least one client update, got none.")
-    for index, update in enumerate(updates):
-        client = f"client {update.client_id!r}" if update.client_id else f"client number {index} (without a name)"
-        _check_update(global_state, update, client)
-
-
-def _check_update(global_state: Mapping[str, torch.Tensor], update: ClientUpdate, client: str) -> None:
-    num_examples = update.num_examples
-    if isinstance(num_examples, bool) or not isinstance(num_examples, int) or num_examples < 1:
-        raise UpdateError(
-            f"{client}: num_examples must be an integer of 1 or more, since it weighs the mean, got {num_examples!r}. "
-            "Leave out clients that did not train."
-        )
-    for name in global_state.keys() - update.state.keys():
-        raise UpdateError(
-            f"{client}, tensor {name!r}: missing from the update. An update holds every tensor of the global state; was "
-            "it made by another adapter configuration?"
-        )
-    for name in update.state.keys() - global_state.keys():
-        reason = (
-            "scalings and bases are never uploaded, only the products s*H"
-            if is_scaling(name) or is_basis(name)
-            else "the global state has no such tensor; was the update made by another adapter configuration?"
-        )
-        raise UpdateError(f"{client}, tensor {name!r}: not expected in the update: {reason}")
-    for name in (update.trained_heads or {}).keys() - {name for name in global_state if is_core(name)}:
-        raise UpdateError(f"{client}, tensor {name!r}: trained_heads names it, but it is not a core (`ravan_H`).")
-    for name, tensor in update.state.items():
-        _check_tensor(name, tensor, global_state[name], update, client)
-
-
-def _check_tensor(
-    name: str, tensor: torch.Tensor, global_tensor: torch.Tensor, update: ClientUpdate, client: str
-) -> None:
-    if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
-        found = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-        raise UpdateError(f"{client}, tensor {name!r}: must be a floating point tensor, got {found}.")
-    expected_shape = global_tensor.shape
-    if is_core(name):
-        mask = (update.trained_heads or {}).get(name)
-        if mask is not None:
-            num_heads = global_tensor.shape[0]
-            if mask.dtype != torch.bool or mask.shape != (num_heads,):
-                raise UpdateError(
-                    f"{client}, tensor {name!r}: trained_heads must be a bool tensor of shape ({num_heads},), one entry a "
-                    f"head, got {mask.dtype} of shape {tuple(mask.shape)}."
-                )
-            expected_shape = torch.Size([int(mask.sum()), *global_tensor.shape[1:]])
-    if tensor.shape != expected_shape:
-        raise UpdateError(
-            f"{client}, tensor {name!r}: must have shape {tuple(expected_shape)}, got {tuple(tensor.shape)}. Every client "
-            "needs the rank and the number of heads of the global adapter."
-        )
-    if not torch.isfinite(tensor).all():
-        bad = int((~torch.isfinite(tensor)).sum())
-        raise UpdateError(
-            f"{client}, tensor {name!r}: {bad} of {tensor.numel()} entries are NaN or infinite. The client's training "
-            "diverged: lower its learning rate, or leave the client out."
-        )
+    base_deltas: dict[str, BaseDelta] = field(default_factory=dict)
+    config: PeftConfig | None = None
+    server_state: dict[str, torch.Tensor] = field(default_factory=dict)

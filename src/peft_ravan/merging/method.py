@@ -1,0 +1,105 @@
+"""What a merge method is: a pure function, and what documentation, command line help and model cards say of it."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+# what `merge` itself hands to a function that has such a parameter; all others are the user's options
+CONTEXT = ("global_state", "updates", "merged_state", "config", "server_state")
+
+
+@dataclass(frozen=True)
+class Described:
+    """
+    A function that is chosen by name.
+
+    Args:
+        name (`str`): The name it is chosen by.
+        pretty_name (`str`): The name for people.
+        summary (`str`): What it does, in one sentence.
+        reference (`str`): The address of the paper.
+        function (`Callable`): The pure function.
+    """
+
+    name: str
+    pretty_name: str
+    summary: str
+    reference: str
+    function: Callable
+
+    @property
+    def options(self) -> dict[str, object]:
+        """The options with their defaults."""
+        parameters = inspect.signature(self.function).parameters.values()
+        return {parameter.name: parameter.default for parameter in parameters if parameter.name not in CONTEXT}
+
+    @property
+    def options_help(self) -> dict[str, str]:
+        """What the docstring says of each option, in one line."""
+        arguments = inspect.getdoc(self.function).split("Args:\n")[1].split("\nReturns:")[0]
+        entries = re.findall(r"^    (\w+) \(.*?\):\s*(.*?)(?=^    \w|\Z)", arguments, flags=re.MULTILINE | re.DOTALL)
+        return {name: " ".join(text.split()) for name, text in entries if name in self.options}
+
+    def takes(self, parameter: str) -> bool:
+        """
+        Args:
+            parameter (`str`): The name of a parameter, such as `"config"`.
+
+        Returns:
+            `bool`: Whether the function has it.
+        """
+        return parameter in inspect.signature(self.function).parameters
+
+    def check_options(self, options: dict[str, object]) -> None:
+        """
+        Args:
+            options (`dict[str, object]`): Options by name.
+
+        Raises:
+            TypeError: if the function does not have one of them.
+        """
+        unknown = sorted(set(options) - set(self.options))
+        if unknown:
+            known = ", ".join(self.options) or "none"
+            raise TypeError(f"{self.name!r} has no option {unknown[0]!r}. Its options are: {known}.")
+
+
+@dataclass(frozen=True)
+class MergeMethod(Described):
+    """
+    A merge method: a pure function `(global_state, updates, **options) -> MergeResult`. Where it has a parameter `config`
+    it gets the configuration of the adapter, and where it has `server_state`, what it returned as such in the last round.
+
+    Args:
+        averages (`str`): What is averaged, for the table of methods.
+        exact (`str`): Whether the merged weight is the mean of the clients' weights, for the table of methods.
+        cost (`str`): What a merge costs, for the table of methods.
+        secure_aggregation (`bool`): Whether the server needs no more than sums over clients.
+        different_ranks (`bool`): Whether the LoRA ranks of clients may differ.
+        different_heads (`bool`): Whether clients may have trained different heads.
+        streaming (`bool`): Whether the function takes an iterator and keeps no update.
+        frozen_parts (`tuple[str, ...]`): Parts of names of tensors that clients must not change and may leave out.
+        personal_parts (`tuple[str, ...]`): Parts of names of tensors that clients must not upload.
+    """
+
+    averages: str = ""
+    exact: str = ""
+    cost: str = ""
+    secure_aggregation: bool = False
+    different_ranks: bool = False
+    different_heads: bool = False
+    streaming: bool = False
+    frozen_parts: tuple[str, ...] = ()
+    personal_parts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ServerOptimizer(Described):
+    """
+    A server optimizer: a pure function `(global_state, merged_state, server_state, **options)` that takes a step from the
+    global towards the merged state, and returns the new state and the new server state.
+    """

@@ -1,0 +1,121 @@
+"""
+Server optimizers: the difference between the merged and the global state is taken as a gradient.
+
+What they remember is a dict of tensors, which can be saved as safetensors and given to the next merge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+
+State = dict[str, torch.Tensor]
+
+
+def step_by_tensor(
+    global_state: Mapping[str, torch.Tensor],
+    merged_state: Mapping[str, torch.Tensor],
+    server_state: Mapping[str, torch.Tensor],
+    moments: Mapping[str, float],
+    step: Callable[..., tuple[torch.Tensor, ...]],
+) -> tuple[State, State]:
+    """
+    Take a step, tensor by tensor.
+
+    Args:
+        global_state (`Mapping[str, torch.Tensor]`):
+            The state the clients started from.
+        merged_state (`Mapping[str, torch.Tensor]`):
+            What a merge method made of their updates.
+        server_state (`Mapping[str, torch.Tensor]`):
+            What the last step returned, or nothing in the first round.
+        moments (`Mapping[str, float]`):
+            The names of the moments and the values they start with.
+        step (`Callable`):
+            Makes of the difference and the moments of a tensor the step and the new moments.
+
+    Returns:
+        `tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]`: The new state and the new server state, in at least
+        float32.
+
+    Raises:
+        ValueError: if the merge has changed shapes, or the server state belongs to another adapter.
+    """
+    new_state, new_server_state = {}, {}
+    for name, start in global_state.items():
+        merged = merged_state[name]
+        if merged.shape != start.shape:
+            raise ValueError(
+                f"Tensor {name!r}: the merge has changed its shape from {tuple(start.shape)} to {tuple(merged.shape)}, so a "
+                "server optimizer has no difference to follow. Use a merge method that keeps the rank."
+            )
+        start = start.to(torch.promote_types(start.dtype, torch.float32))
+        old = []
+        for moment, first_value in moments.items():
+            value = server_state.get(f"{moment}.{name}")
+            if value is not None and value.shape != start.shape:
+                raise ValueError(
+                    f"Server state {moment}.{name!r}: has shape {tuple(value.shape)}, but the tensor has "
+                    f"{tuple(start.shape)}. Give the server state that the last merge of this adapter returned."
+                )
+            old.append(torch.full_like(start, first_value) if value is None else value.to(start))
+        update, *new = step(merged.to(start) - start, *old)
+        new_state[name] = (start + update).to(merged.dtype)
+        new_server_state.update({f"{moment}.{name}": value for moment, value in zip(moments, new, strict=True)})
+    return new_state, new_server_state
+
+
+def step_with_two_moments(
+    global_state: Mapping[str, torch.Tensor],
+    merged_state: Mapping[str, torch.Tensor],
+    server_state: Mapping[str, torch.Tensor],
+    name: str,
+    second_moment: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    *,
+    learning_rate: float,
+    beta_1: float,
+    tau: float,
+) -> tuple[State, State]:
+    """
+    Take a step of the size of the mean difference against its root mean square (Reddi et al., algorithm 2).
+
+    Args:
+        global_state (`Mapping[str, torch.Tensor]`): The state the clients started from.
+        merged_state (`Mapping[str, torch.Tensor]`): What a merge method made of their updates.
+        server_state (`Mapping[str, torch.Tensor]`): What the last step returned.
+        name (`str`): The name of the server optimizer.
+        second_moment (`Callable`): Makes of the second moment and the squared difference the new second moment.
+        learning_rate (`float`): The learning rate of the server.
+        beta_1 (`float`): The decay of the first moment.
+        tau (`float`): Is added to the root of the second moment, which starts at `tau^2`.
+
+    Returns:
+        `tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]`: The new state and the new server state.
+    """
+
+    def step(difference: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        mean = beta_1 * mean + (1 - beta_1) * difference
+        variance = second_moment(variance, difference.square())
+        return learning_rate * mean / (variance.sqrt() + tau), mean, variance
+
+    moments = {f"{name}.mean": 0.0, f"{name}.variance": tau**2}
+    return step_by_tensor(global_state, merged_state, server_state, moments, step)
+
+
+def check_options(name: str, learning_rate: float, *decays: float, tau: float = 1.0) -> None:
+    """
+    Args:
+        name (`str`): The name of the server optimizer.
+        learning_rate (`float`): Must be above 0.
+        *decays (`float`): Must be at least 0 and below 1.
+        tau (`float`, *optional*, defaults to 1.0): Must be above 0.
+
+    Raises:
+        ValueError: if one of them is not.
+    """
+    if not (learning_rate > 0 and tau > 0):
+        raise ValueError(f"{name}: `learning_rate` and `tau` must be above 0, got {learning_rate!r} and {tau!r}.")
+    if not all(0 <= decay < 1 for decay in decays):
+        raise ValueError(f"{name}: momentum and betas must be at least 0 and below 1, got {decays!r}.")
