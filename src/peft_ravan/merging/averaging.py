@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 from ..state import is_core
 from .updates import ClientUpdate
+
+
+# below this number of tensors starting threads costs more than it gains
+MIN_TENSORS_FOR_THREADS = 32
 
 
 def client_weights(updates: Sequence[ClientUpdate]) -> torch.Tensor:
@@ -63,6 +68,7 @@ class StateMean:
             if not any(part in name for part in leave_out)
         }
         self._total = 0
+        self._threads = ThreadPoolExecutor(torch.get_num_threads())
         # the examples and the clients of each head of a core
         self._head_totals = {name: [0] * len(mean) for name, mean in self._means.items() if is_core(name)}
         self.clients_per_head = {name: [0] * len(totals) for name, totals in self._head_totals.items()}
@@ -73,25 +79,41 @@ class StateMean:
             update ([`ClientUpdate`]): What a client uploaded.
         """
         self._total += update.num_examples
+        whole = []
         for name, mean in self._means.items():
-            tensor = update.state[name].to(mean)
-            if name in self._head_totals:
-                self._add_heads(name, mean, tensor, update)
-            else:
-                mean.lerp_(tensor, update.num_examples / self._total)
+            totals = self._head_totals.get(name)
+            trained = () if totals is None else self._count_heads(name, update)
+            if totals is None or (len(trained) == len(totals) and all(total == self._total for total in totals)):
+                whole.append(name)
+                continue
+            for head, product in zip(trained, update.state[name], strict=True):
+                mean[head].lerp_(product.to(mean), update.num_examples / totals[head])
+        means = [self._means[name] for name in whole]
+        tensors = [update.state[name].to(mean) for name, mean in zip(whole, means, strict=True)]
+        if means:
+            self._lerp(means, tensors, update.num_examples / self._total)
 
-    def _add_heads(self, name: str, mean: torch.Tensor, products: torch.Tensor, update: ClientUpdate) -> None:
+    def _lerp(self, means: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor], share: float) -> None:
+        # An upload is many small tensors, on each of which torch works with one thread. One call for all of them instead
+        # of one each, and a thread for every part of them, takes about the time that it takes to read them from memory.
+        @torch.no_grad()
+        def lerp(part: slice) -> None:
+            torch._foreach_lerp_(means[part], tensors[part], share)
+
+        num_parts = torch.get_num_threads() if len(means) >= MIN_TENSORS_FOR_THREADS else 1
+        if num_parts == 1:
+            lerp(slice(None))
+        else:
+            list(self._threads.map(lerp, (slice(start, None, num_parts) for start in range(num_parts))))
+
+    def _count_heads(self, name: str, update: ClientUpdate) -> Sequence[int]:
         totals, counts = self._head_totals[name], self.clients_per_head[name]
-        trained = update.heads(name, len(totals)).nonzero().flatten().tolist()
+        mask = (update.trained_heads or {}).get(name)
+        trained = range(len(totals)) if mask is None else mask.nonzero().flatten().tolist()
         for head in trained:
             totals[head] += update.num_examples
             counts[head] += 1
-        shares = [update.num_examples / totals[head] for head in trained]
-        if len(trained) == len(totals) and len(set(shares)) == 1:
-            mean.lerp_(products, shares[0])
-            return
-        for head, product, share in zip(trained, products, shares, strict=True):
-            mean[head].lerp_(product, share)
+        return trained
 
     def state(self) -> dict[str, torch.Tensor]:
         """
