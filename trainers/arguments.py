@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import SchedulerType, TrainingArguments
 
-from peft_ravan.merging import get_merge_method
+from peft_ravan.merging import SERVER_OPTIMIZERS, get_merge_method, get_server_optimizer
 
 from .partition import PARTITIONS
 
@@ -41,6 +41,10 @@ class FederatedArguments(TrainingArguments):
             Ravan adapter and `"fedavg"` for any other.
         merge_options (`dict[str, Any]`, *optional*):
             The options of the merge method, such as `{"beta": "adaptive"}`. A string is read as JSON.
+        server_optimizer (`str`, *optional*):
+            The server optimizer that takes a step towards what was merged: `"fedavgm"`, `"fedadam"` or `"fedyogi"`.
+        server_optimizer_options (`dict[str, Any]`, *optional*):
+            The options of the server optimizer, such as `{"learning_rate": 0.01}`. A string is read as JSON.
         federated_seed (`int`, *optional*):
             The seed of the partition, of who takes part in each round and of each client's local training. By default
             `seed`.
@@ -66,6 +70,12 @@ class FederatedArguments(TrainingArguments):
     merge_options: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Options of the merge method, as JSON."}
     )
+    server_optimizer: str | None = field(
+        default=None, metadata={"help": f"Server optimizer: {', '.join(SERVER_OPTIMIZERS)}. By default none."}
+    )
+    server_optimizer_options: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Options of the server optimizer, as JSON."}
+    )
     federated_seed: int | None = field(
         default=None, metadata={"help": "Seed of partition, participation and local training. By default `seed`."}
     )
@@ -80,10 +90,7 @@ class FederatedArguments(TrainingArguments):
             raise ValueError(f"`partition` must be one of {', '.join(PARTITIONS)}, got {self.partition!r}.")
         if not self.partition_alpha > 0:
             raise ValueError(f"`partition_alpha` must be above 0, got {self.partition_alpha!r}.")
-        if isinstance(self.merge_options, str):
-            self.merge_options = json.loads(self.merge_options)
-        if self.merge_method is not None:
-            get_merge_method(self.merge_method).check_options(self.merge_options or {})
+        self._check_merge()
         if self.federated_seed is None:
             self.federated_seed = self.seed
         if self.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY):
@@ -95,6 +102,23 @@ class FederatedArguments(TrainingArguments):
             raise ValueError(
                 "`load_best_model_at_end` is not supported by the FederatedTrainer yet. Set save_strategy='epoch', which "
                 "saves the adapter after every round, and load the one you want."
+            )
+
+    def _check_merge(self) -> None:
+        for name in ("merge_options", "server_optimizer_options"):
+            if isinstance(getattr(self, name), str):
+                setattr(self, name, json.loads(getattr(self, name)))
+        if self.server_optimizer is not None:
+            get_server_optimizer(self.server_optimizer).check_options(self.server_optimizer_options or {})
+        if self.merge_method is None:
+            return
+        method = get_merge_method(self.merge_method)
+        method.check_options(self.merge_options or {})
+        if method.changes_model or method.personal_parts:
+            reason = "changes the base model or the rank" if method.changes_model else "keeps a part with each client"
+            raise ValueError(
+                f"`merge_method={self.merge_method!r}` {reason}, which the rounds of the FederatedTrainer do not support yet. "
+                "Choose another method, or call `peft_ravan.merging.merge` on what the clients trained."
             )
 
     def _check_counts(self) -> None:

@@ -58,6 +58,19 @@ def frozen_heap() -> Iterator[None]:
         gc.unfreeze()
 
 
+def freeze(model: nn.Module, parts: tuple[str, ...]) -> None:
+    """
+    Freeze what a merge method keeps common, such as LoRA's A for FFA-LoRA. It then neither trains nor travels.
+
+    Args:
+        model (`torch.nn.Module`): The model.
+        parts (`tuple[str, ...]`): Parts of the names of the parameters.
+    """
+    for name, parameter in model.named_parameters():
+        if any(part in name for part in parts):
+            parameter.requires_grad_(False)
+
+
 class LiveAdapter:
     """
     The tensors of the active adapter of a model that travel between server and clients, by the names of the adapter's

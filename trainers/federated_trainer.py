@@ -9,18 +9,18 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from peft import PeftType
+from peft import PeftModel, PeftType
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import ProgressCallback, Trainer, TrainerControl, TrainerState, set_seed
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput, has_length
 from transformers.training_args import ParallelMode
 
-from peft_ravan.merging import ClientUpdate, MergeResult, merge
+from peft_ravan.merging import ClientUpdate, MergeResult, get_merge_method, merge
 
 from .arguments import FederatedArguments
 from .callbacks import FederatedProgressCallback, LocalCallbackHandler, call_federated_event
-from .clients import LiveAdapter, frozen_heap, local_arguments
+from .clients import LiveAdapter, freeze, frozen_heap, local_arguments
 from .partition import make_clients
 from .reporting import SharingMixin
 from .rounds import Round, derive_seed, is_due, learning_rate_factors, sample_clients, serialized_bytes
@@ -104,7 +104,7 @@ class FederatedTrainer(SharingMixin, Trainer):
             )
         self.clients = {}
         if self.train_dataset is not None:
-            LiveAdapter(self.model)  # raises if the model cannot be trained this way
+            self._live_adapter()  # raises if the model cannot be trained this way
             self.clients = make_clients(self.train_dataset, args)
         self.last_merge: MergeResult | None = None
         self._learning_rate_factor: float | None = None  # set while a client trains
@@ -145,7 +145,7 @@ class FederatedTrainer(SharingMixin, Trainer):
             self._init_model_again(trial)
 
         start_time = time.time()
-        adapter = LiveAdapter(self.model)
+        adapter = self._live_adapter()
         global_state = adapter.read()
         self.last_merge = None
         self._start_run()
@@ -220,7 +220,7 @@ class FederatedTrainer(SharingMixin, Trainer):
             this_round.add(ClientUpdate(adapter.read(), self._num_examples(client), client), train_loss)
             self._tell("on_client_end", client=client)
 
-        self.last_merge = merge(global_state, this_round.updates, self.merge_method, **(self.args.merge_options or {}))
+        self.last_merge = self._merge(global_state, this_round.updates)
         adapter.load(self.last_merge.state)
         round_seconds = time.perf_counter() - start_time
 
@@ -233,6 +233,24 @@ class FederatedTrainer(SharingMixin, Trainer):
         if is_due(self.args.save_strategy, self.args.save_steps, number, self.args.num_rounds, also_last=True):
             self._save_round(trial)
         return self.last_merge.state
+
+    def _live_adapter(self) -> LiveAdapter:
+        if isinstance(self.model, PeftModel):
+            freeze(self.model, get_merge_method(self.merge_method).frozen_parts)
+        return LiveAdapter(self.model)
+
+    def _merge(self, global_state: dict[str, torch.Tensor], updates: list[ClientUpdate]) -> MergeResult:
+        args = self.args
+        return merge(
+            global_state,
+            updates,
+            self.merge_method,
+            config=self.model.active_peft_config,
+            server_optimizer=args.server_optimizer,
+            server_options=args.server_optimizer_options,
+            server_state=None if self.last_merge is None else self.last_merge.server_state,
+            **(args.merge_options or {}),
+        )
 
     @property
     def merge_method(self) -> str:

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 from huggingface_hub import ModelCard
 
 from peft_ravan.hub import FederationRecord, make_model_card
-from peft_ravan.merging import get_merge_method
+from peft_ravan.merging import get_merge_method, get_server_optimizer
 
 
 if TYPE_CHECKING:
+    from .arguments import FederatedArguments
     from .federated_trainer import FederatedTrainer
 
 
@@ -102,10 +103,19 @@ def federation_record(trainer: FederatedTrainer) -> FederationRecord | None:
         "Learning rate": f"{_learning_rates(trainer)}, {args.lr_scheduler_type.value} over the rounds",
         "Merge method": f"[{method.pretty_name}]({method.reference})",
         "Merge options": {**method.options, **(args.merge_options or {})} or "none",
+        **_server_optimizer(args),
         "Uploaded": f"{uploaded / 1e6:.2f} MB by all clients",
         "Seed": args.federated_seed,
     }
     return FederationRecord(len(trainer.clients), facts, history)
+
+
+def _server_optimizer(args: FederatedArguments) -> dict[str, str]:
+    if args.server_optimizer is None:
+        return {}
+    optimizer = get_server_optimizer(args.server_optimizer)
+    options = {**optimizer.options, **(args.server_optimizer_options or {})}
+    return {"Server optimizer": f"[{optimizer.pretty_name}]({optimizer.reference}), {options}"}
 
 
 def _optimizer(trainer: FederatedTrainer) -> str:

@@ -67,4 +67,5 @@ METHOD = MergeMethod(
     averages="A and B, apart; the rest of mean(BA) goes to the base weight",
     exact="yes",
     cost="layer by layer; a residual of rank C·r",
+    changes_model=True,
 )

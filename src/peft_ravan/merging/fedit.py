@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from .averaging import mean_state
-from .lora import product_targets
+from .lora import A_PARTS, require_lora
 from .method import MergeMethod
 from .updates import ClientUpdate, MergeResult
 
@@ -31,7 +31,7 @@ def fedit(global_state: Mapping[str, torch.Tensor], updates: Iterable[ClientUpda
     Raises:
         ValueError: if there are no LoRA matrices.
     """
-    product_targets(global_state, required="FedIT")
+    require_lora(global_state, A_PARTS, "FedIT")
     return MergeResult(mean_state(global_state, updates))
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from .averaging import mean_state
-from .lora import B_PARTS, product_targets
+from .lora import A_PARTS, B_PARTS, require_lora
 from .method import MergeMethod
 from .updates import ClientUpdate, MergeResult
 
@@ -33,7 +33,7 @@ def fedsa_lora(global_state: Mapping[str, torch.Tensor], updates: Iterable[Clien
     Raises:
         ValueError: if there are no LoRA matrices.
     """
-    product_targets(global_state, required="FedSA-LoRA")
+    require_lora(global_state, A_PARTS, "FedSA-LoRA")
     return MergeResult(mean_state(global_state, updates, leave_out=B_PARTS))
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from .averaging import mean_state
-from .lora import A_PARTS, product_targets
+from .lora import A_PARTS, B_PARTS, require_lora
 from .method import MergeMethod
 from .updates import ClientUpdate, MergeResult
 
@@ -33,7 +33,7 @@ def ffa_lora(global_state: Mapping[str, torch.Tensor], updates: Iterable[ClientU
     Raises:
         ValueError: if there are no LoRA matrices.
     """
-    product_targets(global_state, required="FFA-LoRA")
+    require_lora(global_state, B_PARTS, "FFA-LoRA")
     return MergeResult(mean_state(global_state, updates, leave_out=A_PARTS))
 
 

@@ -64,4 +64,5 @@ METHOD = MergeMethod(
     exact="yes",
     cost="layer by layer; the result has the size of all uploads",
     different_ranks=True,
+    changes_model=True,
 )

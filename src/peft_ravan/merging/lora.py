@@ -96,6 +96,22 @@ def lora_targets(state: Mapping[str, torch.Tensor]) -> list[LoraTarget]:
     return [LoraTarget(module, A_name, f"{module}.lora_{B_name}") for module, A_name, B_name in names]
 
 
+def require_lora(state: Mapping[str, torch.Tensor], parts: tuple[str, ...], method: str) -> None:
+    """
+    Args:
+        state (`Mapping[str, torch.Tensor]`): Checkpoint names to tensors.
+        parts (`tuple[str, ...]`): Parts of names, `A_PARTS` or `B_PARTS`.
+        method (`str`): The name of the method for people.
+
+    Raises:
+        ValueError: if there are no such tensors.
+    """
+    if not any(part in name for name in state for part in parts):
+        raise ValueError(
+            f"{method} merges LoRA adapters, but the global state has no LoRA matrices. For Ravan use method='ravan'."
+        )
+
+
 def product_targets(
     state: Mapping[str, torch.Tensor], config: LoraConfig | None = None, required: str = ""
 ) -> list[LoraTarget]:
@@ -133,10 +149,8 @@ def product_targets(
                 f"Tensor {target.B_name!r}: its rank is {B.shape[1]}, but that of A is {A.shape[0]}. Grouped convolutions "
                 "have no product B A. Use a method that averages tensors, such as 'fedavg'."
             )
-    if required and not targets:
-        raise ValueError(
-            f"{required} merges LoRA adapters, but the global state has no LoRA matrices. For Ravan use method='ravan'."
-        )
+    if required:
+        require_lora(state, A_PARTS, required)
     return targets
 
 

@@ -82,6 +82,7 @@ class MergeMethod(Described):
         different_ranks (`bool`): Whether the LoRA ranks of clients may differ.
         different_heads (`bool`): Whether clients may have trained different heads.
         streaming (`bool`): Whether the function takes an iterator and keeps no update.
+        changes_model (`bool`): Whether the result is more than a new state: base weights to change, or another rank.
         frozen_parts (`tuple[str, ...]`): Parts of names of tensors that clients must not change and may leave out.
         personal_parts (`tuple[str, ...]`): Parts of names of tensors that clients must not upload.
     """
@@ -93,6 +94,7 @@ class MergeMethod(Described):
     different_ranks: bool = False
     different_heads: bool = False
     streaming: bool = False
+    changes_model: bool = False
     frozen_parts: tuple[str, ...] = ()
     personal_parts: tuple[str, ...] = ()
 
