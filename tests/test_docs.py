@@ -14,23 +14,13 @@ from peft_ravan.bases import BASES
 from peft_ravan.weighted_adapter import COMBINATION_TYPES
 
 from .conftest import classification_dataset
+from .markdown import code_blocks, dead_links, rows, section
 from .test_readme import make_model
 
 
 PAGE = Path(__file__).parent.parent / "docs" / "ravan.md"
 TEXT = PAGE.read_text()
 SNIPPETS = re.findall(r"<!-- run -->\n```python\n(.*?)```", TEXT, flags=re.DOTALL)
-
-
-def section(title: str) -> str:
-    [found] = re.findall(rf"^## {title}\n(.*?)(?=^## |\Z)", TEXT, flags=re.DOTALL | re.MULTILINE)
-    return found
-
-
-def rows(text: str) -> list[list[str]]:
-    """The cells of the first table of a text, without its header."""
-    [table] = re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE)[:1]
-    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table.splitlines()[2:]]
 
 
 def from_budget(d_in: int, d_out: int, lora_rank: int) -> RavanConfig:
@@ -69,7 +59,7 @@ def test_the_code_runs_in_order(tmp_path, monkeypatch):
     ]
 
 
-@pytest.mark.parametrize("snippet", re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL))
+@pytest.mark.parametrize("snippet", code_blocks(TEXT))
 def test_code_that_is_not_run_is_at_least_python(snippet):
     compile(snippet, str(PAGE), "exec")
 
@@ -77,7 +67,7 @@ def test_code_that_is_not_run_is_at_least_python(snippet):
 def test_the_table_of_fields_has_every_field_and_its_default():
     inherited = {field.name for field in dataclasses.fields(PeftConfig)}
     fields = {field.name for field in dataclasses.fields(RavanConfig)} - inherited
-    table = {row[0].strip("`"): row[1].strip("`") for row in rows(section("RavanConfig"))}
+    table = {row[0].strip("`"): row[1].strip("`") for row in rows(section(TEXT, "RavanConfig"))}
     assert set(table) == fields
     config = RavanConfig()
     assert table == {name: repr(getattr(config, name)).replace("'", '"') for name in table}
@@ -97,7 +87,7 @@ def test_the_table_of_budgets_is_what_from_budget_gives():
 
 
 def test_where_gram_schmidt_no_longer_fits():
-    text = section("Budget")
+    text = section(TEXT, "Budget")
     square = re.findall(r"([\d,]+) at d = ([\d,]+)", text.split("<!-- fits -->")[1].split("<!-- /fits -->")[0])
     sizes = [(number(d), number(d), int(lora_rank)) for lora_rank, d in square]
     other = re.findall(r"([\d,]+) × ([\d,]+) (?:the largest|it) is (\d+)", text)
@@ -109,20 +99,20 @@ def test_where_gram_schmidt_no_longer_fits():
 
 
 def test_the_kinds_of_bases_and_of_combinations_are_all_there():
-    assert [row[0].strip('`"') for row in rows(section("Bases"))] == list(BASES)
-    combinations = re.findall(r'`"(\w+)"`', " ".join(row[0] for row in rows(section("Combining adapters"))))
+    assert [row[0].strip('`"') for row in rows(section(TEXT, "Bases"))] == list(BASES)
+    combinations = re.findall(r'`"(\w+)"`', " ".join(row[0] for row in rows(section(TEXT, "Combining adapters"))))
     assert sorted(combinations) == sorted(COMBINATION_TYPES)
 
 
 def test_links_within_the_page():
-    anchors = {
-        re.sub(r"[^\w\- ]", "", title).lower().replace(" ", "-") for title in re.findall(r"^## (.*)$", TEXT, re.M)
-    }
-    assert set(re.findall(r"\]\(#([\w-]+)\)", TEXT)) <= anchors
+    assert not dead_links(TEXT)
 
 
 def test_the_counts_of_skips_add_up():
-    passed, skipped = rows(section("How it is tested")), rows(section("How it is tested").split("| Skipped |")[1])
+    passed, skipped = (
+        rows(section(TEXT, "How it is tested")),
+        rows(section(TEXT, "How it is tested").split("| Skipped |")[1]),
+    )
     *groups, total = [[number(cell.strip("* ") or "0") for cell in row[1:3]] for row in passed]
     assert [sum(column) for column in zip(*groups, strict=True)] == total
     reasons = re.findall(r"^\| (\d+) \|", TEXT.split("| Skipped | Reason |")[1], flags=re.M)

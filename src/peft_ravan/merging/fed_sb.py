@@ -2,7 +2,7 @@
 Fed-SB: one head between bases from the gradient, averaged exactly.
 
 Singhal et al., Fed-SB: A Silver Bullet for Extreme Communication Efficiency and Performance in (Private) Federated LoRA
-Fine-Tuning, 2025, section 3. The adapter is LoRA-SB, which is Ravan with one head and `init_bases="gradient_svd"`: the
+Fine-Tuning, 2025. The adapter is LoRA-SB, which is Ravan with one head and `init_bases="gradient_svd"`: the
 clients train and upload the r x r matrix R (here H) and nothing else, and its mean is the mean of their weight updates.
 """
 

@@ -1,7 +1,8 @@
 """
 FedAvgM: momentum on the server.
 
-Hsu et al., Measuring the Effects of Non-Identical Data Distribution for Federated Visual Classification, 2019, section 4.
+Hsu et al., Measuring the Effects of Non-Identical Data Distribution for Federated Visual Classification, 2019,
+section 4.2.
 """
 
 from __future__ import annotations

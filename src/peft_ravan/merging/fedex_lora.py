@@ -1,9 +1,9 @@
 """
 FedEx-LoRA: A and B are averaged apart, and what this misses is added to the base weight, which makes the merge exact.
 
-Singhal et al., FedEx-LoRA: Exact Aggregation for Federated and Efficient Fine-Tuning of Foundation Models, ACL 2025,
-equations 7 to 9. The residual mean(B_c A_c) - mean(B) mean(A) is written as mean((B_c - mean B)(A_c - mean A)), which is
-the same and does not subtract large numbers.
+Singhal et al., FedEx-LoRA: Exact Aggregation for Federated and Efficient Fine-Tuning of Large Language Models, ACL
+2025. The residual mean(B_c A_c) - mean(B) mean(A) is written as mean((B_c - mean B)(A_c - mean A)), which is the same
+and does not subtract large numbers.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """
 FedIT: LoRA's A and B are averaged, each on its own.
 
-Zhang et al., Towards Building the Federated GPT: Federated Instruction Tuning, ICASSP 2024, section 3. The product of the
+Zhang et al., Towards Building the Federated GPT: Federated Instruction Tuning, ICASSP 2024. The product of the
 means is not the mean of the products; what is missing is what FedEx-LoRA adds to the base weight.
 """
 

@@ -1,7 +1,7 @@
 """
 FedRPCA: split the clients' updates into what they have in common and what is their own, and amplify the latter.
 
-Jhunjhunwala et al., FedRPCA: Enhancing Federated LoRA Aggregation Using Robust PCA, 2025, algorithm 1. The vectorised
+Jhunjhunwala et al., FedRPCA: Enhancing Federated LoRA Aggregation Using Robust PCA, 2025. The vectorised
 updates of one matrix are the columns of M = L + S (robust PCA), and the merged update is mean(L) + beta * mean(S). LoRA's
 A and B are taken each on its own, as in the paper, or their product; for Ravan M holds the products s*H of one head, which
 enter the weight linearly, so the merge acts on the true update.

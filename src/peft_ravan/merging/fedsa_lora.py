@@ -1,8 +1,8 @@
 """
 FedSA-LoRA: A is shared and averaged, B stays with its client.
 
-Guo et al., Selective Aggregation for Low-Rank Adaptation in Federated Learning, ICLR 2025, section 3: A learns what is
-common, B what is the client's own.
+Guo et al., Selective Aggregation for Low-Rank Adaptation in Federated Learning, ICLR 2025: A learns what is common,
+B what is the client's own.
 """
 
 from __future__ import annotations

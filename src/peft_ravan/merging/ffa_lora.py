@@ -1,7 +1,7 @@
 """
 FFA-LoRA: A is frozen at its common random start, and B is averaged, which is exact.
 
-Sun et al., Improving LoRA in Privacy-preserving Federated Learning, ICLR 2024, section 4.
+Sun et al., Improving LoRA in Privacy-preserving Federated Learning, ICLR 2024.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """
 FlexLoRA: the clients' products B A are averaged, and the mean is decomposed again.
 
-Bai et al., Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and Client Resources, NeurIPS 2024,
-section 3. Clients may have different ranks; each gets the first components of the decomposition.
+Bai et al., Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and Client Resources, NeurIPS
+2024. Clients may have different ranks; each gets the first components of the decomposition.
 """
 
 from __future__ import annotations

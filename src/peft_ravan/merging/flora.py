@@ -1,8 +1,8 @@
 """
 FLoRA: the clients' A and B are stacked, so that the product is the mean of the clients' products.
 
-Wang et al., FLoRA: Federated Fine-Tuning Large Language Models with Heterogeneous Low-Rank Adaptations, NeurIPS 2024,
-section 3. The new adapter has the sum of the clients' ranks. In the paper every client folds it into its base model and
+Wang et al., FLoRA: Federated Fine-Tuning Large Language Models with Heterogeneous Low-Rank Adaptations, NeurIPS 2024.
+The new adapter has the sum of the clients' ranks. In the paper every client folds it into its base model and
 starts the next round with a fresh adapter.
 """
 

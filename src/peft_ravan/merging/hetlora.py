@@ -1,7 +1,7 @@
 """
 HetLoRA: A and B of different ranks are padded with zeros and averaged apart, weighted by the norms of the updates.
 
-Cho et al., Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models, EMNLP 2024, section 4
+Cho et al., Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models, EMNLP 2024
 (sparsity-weighted aggregation). A client gets the first rows of A and columns of B back; the pruning of ranks during the
 local training is not part of the merge.
 """

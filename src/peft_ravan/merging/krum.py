@@ -1,7 +1,7 @@
 """
 Krum: the update of the one client whose nearest neighbours are nearest.
 
-Blanchard et al., Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent, NeurIPS 2017, section 4.
+Blanchard et al., Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent, NeurIPS 2017.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """
 Multi-Krum: the mean of the clients with the best scores of Krum.
 
-Blanchard et al., Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent, NeurIPS 2017, section 6.
+Blanchard et al., Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent, NeurIPS 2017.
 """
 
 from __future__ import annotations

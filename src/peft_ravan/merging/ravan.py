@@ -1,8 +1,8 @@
 """
 Ravan's exact average: each head's product s*H is averaged over the clients that trained the head.
 
-Raje et al., Ravan: Multi-Head Low-Rank Adaptation for Federated Fine-Tuning, NeurIPS 2025, section 4. Since the bases are
-common and frozen, the mean of the products is the mean of the clients' weight updates.
+Raje et al., Ravan: Multi-Head Low-Rank Adaptation for Federated Fine-Tuning, NeurIPS 2025. Since the bases are common
+and frozen, the mean of the products is the mean of the clients' weight updates.
 """
 
 from __future__ import annotations

@@ -4,8 +4,7 @@ Robust PCA: split a matrix into a low-rank part and a sparse part by principal c
     min ||L||_* + lambda ||S||_1   subject to   L + S = M
 
 (Candes et al., Robust Principal Component Analysis?, J. ACM 2011), solved by the inexact augmented Lagrangian method of
-Lin, Chen and Ma, The Augmented Lagrange Multiplier Method for Exact Recovery of Corrupted Low-Rank Matrices, 2010,
-algorithm 5.
+Lin, Chen and Ma, The Augmented Lagrange Multiplier Method for Exact Recovery of Corrupted Low-Rank Matrices, 2010.
 """
 
 from __future__ import annotations

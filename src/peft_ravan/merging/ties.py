@@ -1,7 +1,7 @@
 """
 TIES: trim each client's update to its largest entries, elect a sign for every entry, average those that agree with it.
 
-Yadav et al., TIES-Merging: Resolving Interference When Merging Models, NeurIPS 2023, algorithm 1. As in PEFT, an update is
+Yadav et al., TIES-Merging: Resolving Interference When Merging Models, NeurIPS 2023. As in PEFT, an update is
 trimmed matrix by matrix, not over the whole adapter.
 """
 

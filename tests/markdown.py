@@ -1,0 +1,30 @@
+"""What tests of documentation read in a markdown page: sections, tables, code, links."""
+
+import re
+
+
+def section(text: str, title: str, level: int = 2) -> str:
+    """The text under a title, up to the next title of its level or above."""
+    pattern = rf"^{'#' * level} {re.escape(title)}\n(.*?)(?=^#{{2,{level}}} |\Z)"
+    [found] = re.findall(pattern, text, flags=re.DOTALL | re.MULTILINE)
+    return found
+
+
+def rows(text: str) -> list[list[str]]:
+    """The cells of the first table of a text, without its header."""
+    [table] = re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE)[:1]
+    return [
+        [cell.strip().replace(r"\|", "|") for cell in line.strip("|").split(" | ")] for line in table.splitlines()[2:]
+    ]
+
+
+def code_blocks(text: str) -> list[str]:
+    """The python code of a text, block by block."""
+    return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+
+
+def dead_links(text: str) -> set[str]:
+    """The links within a page that lead nowhere."""
+    titles = re.findall(r"^##+ (.*)$", text, flags=re.MULTILINE)
+    anchors = {re.sub(r"[^\w\- ]", "", title).lower().replace(" ", "-") for title in titles}
+    return set(re.findall(r"\]\(#([\w-]+)\)", text)) - anchors
