@@ -24,9 +24,9 @@ def fedadam(
     tau: float = 1e-3,
 ) -> tuple[State, State]:
     """
-    Take a step of Adam: `m <- beta_1 * m + (1 - beta_1) * difference`,
-    `v <- beta_2 * v + (1 - beta_2) * difference^2`, `state <- state + learning_rate * m / (sqrt(v) + tau)`. There is no correction of the bias, as in the paper,
-    and v starts at tau^2.
+    Take a step of Adam: `m <- beta_1 * m + (1 - beta_1) * difference`, `v <- beta_2 * v + (1 - beta_2) *
+    difference^2`, `state <- state + learning_rate * m / (sqrt(v) + tau)`. There is no correction of the bias, as in
+    the paper, and v starts at tau^2.
 
     Args:
         global_state (`Mapping[str, torch.Tensor]`):

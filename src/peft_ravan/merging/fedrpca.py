@@ -130,7 +130,7 @@ def fedrpca(
             The configuration of the adapter.
         beta (`float` or `str`, *optional*, defaults to `"adaptive"`):
             The factor of the sparse part. 1 is FedAvg. `"adaptive"` takes `1 / E` for each matrix, with
-            `E = ||mean(S)|| / ||mean(M)||`, kept within 1 and `beta_max`.
+            `E = norm(mean(S)) / norm(mean(M))`, kept within 1 and `beta_max`.
         beta_max (`float`, *optional*, defaults to 5.0):
             The largest adaptive beta.
         lambda_ (`float`, *optional*):

@@ -37,8 +37,8 @@ def hetlora(
         config ([`~peft.LoraConfig`], *optional*):
             The configuration of the global adapter. Needed if ranks or alphas differ.
         weight_by (`str`, *optional*, defaults to `"norm"`):
-            What weighs a client's A and B: `"norm"`, the Frobenius norm of its weight update over all modules, as in the
-            paper, or `"examples"`.
+            What weighs a client's A and B: `"norm"`, the Frobenius norm of its weight update, here over all modules,
+            or `"examples"`.
 
     Returns:
         [`MergeResult`]: The new state. [`lora_state_for_client`] makes of it what a client of lower rank gets. The
