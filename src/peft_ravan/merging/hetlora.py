@@ -15,7 +15,7 @@ from peft import LoraConfig
 from torch.nn.functional import pad
 
 from .averaging import client_weights, mean_state, weighted_mean
-from .lora import LoraTarget, client_factors, is_lora_matrix, product_targets
+from .lora import LoraTarget, client_factors, is_lora_matrix, keep_trainable, product_targets
 from .method import MergeMethod
 from .updates import ClientUpdate, MergeResult, UpdateError
 
@@ -63,7 +63,7 @@ def hetlora(
         factors = [client_factors(target, update, global_state, config) for update in updates]
         mean_B = weighted_mean((pad(b, (0, len(A) - b.shape[1])) for b, _ in factors), weights.tolist(), like=B)
         mean_A = weighted_mean((pad(a, (0, 0, 0, len(A) - len(a))) for _, a in factors), weights.tolist(), like=A)
-        state.update(target.as_state(mean_B, mean_A, like=global_state))
+        state.update(target.as_state(*keep_trainable(mean_B, mean_A, B, A), like=global_state))
     return MergeResult(state, {"client_weights": weights.tolist()})
 
 

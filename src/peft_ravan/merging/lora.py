@@ -197,6 +197,30 @@ def client_factors(
     return factor * B, A
 
 
+def keep_trainable(
+    B: torch.Tensor, A: torch.Tensor, global_B: torch.Tensor, global_A: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    A direction that is zero in both B and A would never get a gradient again. It gets the global row of A or, where that
+    is zero (embeddings start so), the global column of B. The product stays as it is.
+
+    Args:
+        B (`torch.Tensor`): `[d_out, r]`.
+        A (`torch.Tensor`): `[r, d_in]`.
+        global_B (`torch.Tensor`): `[d_out, r]`.
+        global_A (`torch.Tensor`): `[r, d_in]`.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: B and A.
+    """
+    A = torch.where(_dead(B, A)[:, None], global_A, A)
+    return torch.where(_dead(B, A), global_B, B), A
+
+
+def _dead(B: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
+    return (B == 0).all(dim=0) & (A == 0).all(dim=1)  # [r]
+
+
 def stacked_factors(
     target: LoraTarget,
     updates: Sequence[ClientUpdate],
