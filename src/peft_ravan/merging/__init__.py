@@ -122,7 +122,7 @@ def merge(
     options.update({name: value for name, value in context.items() if merge_method.takes(name)})
 
     products = exchange_state(global_state)
-    checker = UpdateChecker(products, merge_method, on_bad_update)
+    checker = UpdateChecker(products, merge_method, on_bad_update, config)
     passing = checker.passing(updates)
     with torch.no_grad():
         result = merge_method.function(products, passing if merge_method.streaming else list(passing), **options)

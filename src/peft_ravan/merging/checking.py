@@ -6,9 +6,10 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
+from peft import LoraConfig, PeftConfig
 
 from ..state import is_basis, is_core, is_scaling
-from .lora import A_PARTS, is_lora_matrix, lora_targets
+from .lora import A_PARTS, is_lora_matrix, lora_scaling, lora_targets
 from .method import MergeMethod
 from .updates import ClientUpdate, UpdateError
 
@@ -21,6 +22,7 @@ class UpdateChecker:
         global_state (`Mapping[str, torch.Tensor]`): The state the clients started from.
         method ([`MergeMethod`]): The merge method, which says what may differ from client to client.
         on_bad_update (`str`, *optional*, defaults to `"raise"`): `"raise"`, or `"drop"` to go on without the client.
+        config ([`~peft.PeftConfig`], *optional*): The configuration of the global adapter.
 
     **Attributes**:
         - **dropped** (`list[dict[str, str]]`) -- `client` and `reason` of the updates that were dropped.
@@ -30,12 +32,20 @@ class UpdateChecker:
         ValueError: if `on_bad_update` is neither.
     """
 
-    def __init__(self, global_state: Mapping[str, torch.Tensor], method: MergeMethod, on_bad_update: str = "raise"):
+    def __init__(
+        self,
+        global_state: Mapping[str, torch.Tensor],
+        method: MergeMethod,
+        on_bad_update: str = "raise",
+        config: PeftConfig | None = None,
+    ):
         if on_bad_update not in ("raise", "drop"):
             raise ValueError(f"`on_bad_update` must be 'raise' or 'drop', got {on_bad_update!r}.")
         self.global_state = global_state
         self.method = method
         self.on_bad_update = on_bad_update
+        self.config = config
+        self._lora_targets = lora_targets(global_state)
         self.dropped: list[dict[str, str]] = []
         self.num_clients = self.num_examples = 0
         self._seen: set[str] = set()
@@ -82,6 +92,7 @@ class UpdateChecker:
             if name in update.state:
                 self._check_tensor(name, update, client)
         self._check_ranks(update, client)
+        self._check_scalings(update, client)
 
     def _check_names(self, update: ClientUpdate, client: str) -> None:
         method = self.method
@@ -165,11 +176,44 @@ class UpdateChecker:
     def _check_ranks(self, update: ClientUpdate, client: str) -> None:
         if not self.method.different_ranks:
             return
-        for target in lora_targets(self.global_state):
+        for target in self._lora_targets:
+            global_rank = target.rank(self.global_state)
+            if self.global_state[target.B_name].shape[1] != global_rank:
+                continue  # a grouped convolution, which no such method merges
             rank_A, rank_B = update.state[target.A_name].shape[0], update.state[target.B_name].shape[1]
             if rank_A != rank_B:
                 raise UpdateError(
                     f"{client}, tensor {target.A_name!r}: its rank is {rank_A}, but that of the matching B is {rank_B}."
+                )
+            if self.method.ranks_up_to_global and rank_A > global_rank:
+                raise UpdateError(
+                    f"{client}, tensor {target.A_name!r}: its rank {rank_A} is above the rank {global_rank} of the global "
+                    f"adapter, to which {self.method.pretty_name} pads. Give the global adapter the largest rank of all "
+                    "clients."
+                )
+
+    def _check_scalings(self, update: ClientUpdate, client: str) -> None:
+        if update.config is None or not self._lora_targets:
+            return
+        if not isinstance(update.config, LoraConfig):
+            raise UpdateError(
+                f"{client}: its config must be a LoraConfig, since the adapter is LoRA, got {type(update.config).__name__}."
+            )
+        if not isinstance(self.config, LoraConfig):
+            return
+        for target in self._lora_targets:
+            if target.B_name not in update.state or (
+                self.method.different_ranks and target.bias_name not in self.global_state
+            ):
+                continue
+            rank = update.state[target.B_name].shape[1]
+            scaling = lora_scaling(update.config, target.module, rank)
+            expected = lora_scaling(self.config, target.module, target.rank(self.global_state))
+            if not math.isclose(scaling, expected):
+                need = "a bias of B" if self.method.different_ranks else self.method.pretty_name
+                raise UpdateError(
+                    f"{client}, tensor {target.B_name!r}: its scaling alpha / r is {scaling:g}, that of the global adapter "
+                    f"{expected:g}, but {need} needs the same scaling on all clients. Choose lora_alpha so that they agree."
                 )
 
 
