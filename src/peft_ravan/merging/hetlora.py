@@ -15,7 +15,7 @@ from peft import LoraConfig
 from torch.nn.functional import pad
 
 from .averaging import client_weights, mean_state, weighted_mean
-from .lora import LoraTarget, client_factors, is_lora_matrix, keep_trainable, product_targets
+from .lora import LoraTarget, client_factors, is_lora_matrix, keep_trainable, lora_scaling, product_targets
 from .method import MergeMethod
 from .updates import ClientUpdate, MergeResult
 
@@ -75,7 +75,8 @@ def _norm(
     total = 0.0
     for target in targets:
         B, A = (factor.double() for factor in client_factors(target, update, global_state, config))
-        total += ((B.T @ B) * (A @ A.T)).sum().clamp(min=0).item()
+        scaling = 1.0 if config is None else lora_scaling(config, target.module, target.rank(global_state))
+        total += scaling**2 * ((B.T @ B) * (A @ A.T)).sum().clamp(min=0).item()
     return total**0.5
 
 
