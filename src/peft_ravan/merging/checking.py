@@ -193,9 +193,10 @@ class UpdateChecker:
                 )
 
     def _check_scalings(self, update: ClientUpdate, client: str) -> None:
-        if update.config is None or not self._lora_targets:
+        own_config = self.config if update.config is None else update.config
+        if own_config is None or not self._lora_targets:
             return
-        if not isinstance(update.config, LoraConfig):
+        if update.config is not None and not isinstance(update.config, LoraConfig):
             raise UpdateError(
                 f"{client}: its config must be a LoraConfig, since the adapter is LoRA, got {type(update.config).__name__}."
             )
@@ -206,9 +207,9 @@ class UpdateChecker:
                 self.method.different_ranks and target.bias_name not in self.global_state
             ):
                 continue
-            rank = update.state[target.B_name].shape[1]
-            scaling = lora_scaling(update.config, target.module, rank)
-            expected = lora_scaling(self.config, target.module, target.rank(self.global_state))
+            rank, global_rank = (state[target.B_name].shape[1] for state in (update.state, self.global_state))
+            scaling = lora_scaling(own_config, target.module, rank)
+            expected = lora_scaling(self.config, target.module, global_rank)
             if not math.isclose(scaling, expected):
                 need = "a bias of B" if self.method.different_ranks else self.method.pretty_name
                 raise UpdateError(
