@@ -77,9 +77,8 @@ def measure(updates: list[ClientUpdate], repeats: int) -> dict[str, float]:
     figures = {
         "megabytes": block.nbytes / 1e6,
         "read_tensors": seconds(lambda: [tensor.sum() for tensor in tensors], repeats),
-        "read_block": seconds(lambda: block.sum(), repeats),
+        "read_block": seconds(block.sum, repeats),
     }
-    del block
     figures["ravan"] = seconds(lambda: merge(global_state, updates, "ravan"), repeats)
     figures["ravan_from_iterator"] = seconds(lambda: merge(global_state, iter(updates), "ravan"), repeats)
     figures["fedrpca"] = seconds(lambda: merge(global_state, updates, "fedrpca"), 1)

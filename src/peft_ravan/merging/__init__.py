@@ -123,7 +123,7 @@ def merge(
 
     products = exchange_state(global_state)
     with torch.no_grad():
-        result, checker = _merge_checked(merge_method, products, updates, on_bad_update, options)
+        result, checker = _merge_checked(merge_method, products, updates, config, on_bad_update, options)
         state, new_server_state = result.state, dict(result.server_state)
         if optimizer is not None:
             state, remembered = optimizer.function(products, state, server_state or {}, **server_options)
@@ -145,16 +145,17 @@ def _merge_checked(
     method: MergeMethod,
     global_state: Mapping[str, torch.Tensor],
     updates: Iterable[ClientUpdate],
+    config: PeftConfig | None,
     on_bad_update: str,
     options: Mapping[str, Any],
 ) -> tuple[MergeResult, UpdateChecker]:
     if method.streaming and isinstance(updates, Sequence):
         # A look at every entry takes as long as a mean. NaN and infinity do not get lost in a mean, so a look at the
         # mean is enough, unless it has them: then it is worth the time to find out who sent them.
-        checker = UpdateChecker(global_state, method, on_bad_update, check_entries=False)
+        checker = UpdateChecker(global_state, method, on_bad_update, config, check_entries=False)
         result = method.function(global_state, checker.passing(updates), **options)
         if all(torch.isfinite(tensor).all() for tensor in result.state.values()):
             return result, checker
-    checker = UpdateChecker(global_state, method, on_bad_update)
+    checker = UpdateChecker(global_state, method, on_bad_update, config)
     passing = checker.passing(updates)
     return method.function(global_state, passing if method.streaming else list(passing), **options), checker

@@ -44,7 +44,8 @@ def weighted_mean(tensors: Iterable[torch.Tensor], weights: Iterable[float], lik
     mean, total = _accumulator(like), 0.0
     for tensor, weight in zip(tensors, weights, strict=True):
         total += weight
-        mean.lerp_(tensor.to(mean), weight / total)
+        if weight:
+            mean.lerp_(tensor.to(mean), weight / total)
     return mean.to(like.dtype)
 
 

@@ -97,9 +97,12 @@ def _base_weight(model: nn.Module, name: str) -> torch.Tensor:
             f"There is no adapted module {name!r} in the model. Give the PEFT model that the adapters were trained in."
         )
     weight = layer.get_base_layer().weight
-    if not weight.is_floating_point() or getattr(weight, "quant_state", None) is not None:
+    # torchao's quantized tensors have a class of their own and pretend to be floating point, as sharded ones do
+    plain = type(weight) in (torch.Tensor, nn.Parameter)
+    if not plain or not weight.is_floating_point() or getattr(weight, "quant_state", None) is not None:
+        kind = f"quantized ({weight.dtype})" if plain else f"quantized or sharded ({type(weight).__name__})"
         raise ValueError(
-            f"Module {name!r}: its base weight is quantized ({weight.dtype}), and nothing can be added to it. Load the base "
+            f"Module {name!r}: its base weight is {kind}, and nothing can be added to it. Load the base "
             "model in full precision, or use a merge method that changes no base weight."
         )
     return weight

@@ -6,9 +6,10 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
+from peft import LoraConfig, PeftConfig
 
 from ..state import is_basis, is_core, is_scaling
-from .lora import A_PARTS, is_lora_matrix, lora_targets
+from .lora import A_PARTS, is_lora_matrix, lora_scaling, lora_targets
 from .method import MergeMethod
 from .updates import ClientUpdate, UpdateError
 
@@ -21,6 +22,7 @@ class UpdateChecker:
         global_state (`Mapping[str, torch.Tensor]`): The state the clients started from.
         method ([`MergeMethod`]): The merge method, which says what may differ from client to client.
         on_bad_update (`str`, *optional*, defaults to `"raise"`): `"raise"`, or `"drop"` to go on without the client.
+        config ([`~peft.PeftConfig`], *optional*): The configuration of the global adapter.
         check_entries (`bool`, *optional*, defaults to `True`): Whether to look for NaN and infinite entries.
 
     **Attributes**:
@@ -36,6 +38,7 @@ class UpdateChecker:
         global_state: Mapping[str, torch.Tensor],
         method: MergeMethod,
         on_bad_update: str = "raise",
+        config: PeftConfig | None = None,
         check_entries: bool = True,
     ):
         if on_bad_update not in ("raise", "drop"):
@@ -43,6 +46,8 @@ class UpdateChecker:
         self.global_state = global_state
         self.method = method
         self.on_bad_update = on_bad_update
+        self.config = config
+        self._lora_targets = lora_targets(global_state)
         self.check_entries = check_entries
         self.dropped: list[dict[str, str]] = []
         self.num_clients = self.num_examples = 0
@@ -87,11 +92,13 @@ class UpdateChecker:
                 "Leave out clients that did not train."
             )
         # most updates have the form of the global state, which is seen at a glance
-        if update.trained_heads or self.method.frozen_parts or _form(update.state) != self._form:
+        special = update.trained_heads or update.config or self.method.frozen_parts or self.method.personal_parts
+        if special or _form(update.state) != self._form:
             self._check_names(update, client)
             for name in update.state:
                 self._check_tensor(name, update, client)
             self._check_ranks(update, client)
+            self._check_scalings(update, client)
         if self.check_entries:
             for name, tensor in update.state.items():
                 _check_entries(name, tensor, client)
@@ -156,10 +163,11 @@ class UpdateChecker:
         mask = (update.trained_heads or {}).get(name)
         if mask is None:
             return shape
-        if mask.dtype != torch.bool or mask.shape != (shape[0],):
+        if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool or mask.shape != (shape[0],):
+            found = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else repr(mask)
             raise UpdateError(
                 f"{client}, tensor {name!r}: trained_heads must be a bool tensor of shape ({shape[0]},), one entry a head, "
-                f"got {mask.dtype} of shape {tuple(mask.shape)}."
+                f"got {found}."
             )
         if not self.method.different_heads and not mask.all():
             raise UpdateError(
@@ -171,11 +179,50 @@ class UpdateChecker:
     def _check_ranks(self, update: ClientUpdate, client: str) -> None:
         if not self.method.different_ranks:
             return
-        for target in lora_targets(self.global_state):
+        for target in self._lora_targets:
+            global_rank = target.rank(self.global_state)
+            if self.global_state[target.B_name].shape[1] != global_rank:
+                continue  # a grouped convolution, which no such method merges
             rank_A, rank_B = update.state[target.A_name].shape[0], update.state[target.B_name].shape[1]
             if rank_A != rank_B:
                 raise UpdateError(
                     f"{client}, tensor {target.A_name!r}: its rank is {rank_A}, but that of the matching B is {rank_B}."
+                )
+            if self.method.ranks_up_to_global and rank_A > global_rank:
+                raise UpdateError(
+                    f"{client}, tensor {target.A_name!r}: its rank {rank_A} is above the rank {global_rank} of the global "
+                    f"adapter, to which {self.method.pretty_name} pads. Give the global adapter the largest rank of all "
+                    "clients."
+                )
+
+    def _check_scalings(self, update: ClientUpdate, client: str) -> None:
+        own_config = self.config if update.config is None else update.config
+        if own_config is None or not self._lora_targets:
+            return
+        if update.config is not None and not isinstance(update.config, LoraConfig):
+            raise UpdateError(
+                f"{client}: its config must be a LoraConfig, since the adapter is LoRA, got {type(update.config).__name__}."
+            )
+        if not isinstance(self.config, LoraConfig):
+            if update.config is not None and not self.method.different_ranks:
+                raise UpdateError(
+                    f"{client}: has a config of its own, whose alpha / r cannot be compared. Give `config`, the LoraConfig of "
+                    "the global adapter, too."
+                )
+            return
+        for target in self._lora_targets:
+            if target.B_name not in update.state or (
+                self.method.different_ranks and target.bias_name not in self.global_state
+            ):
+                continue
+            rank, global_rank = (state[target.B_name].shape[1] for state in (update.state, self.global_state))
+            scaling = lora_scaling(own_config, target.module, rank)
+            expected = lora_scaling(self.config, target.module, global_rank)
+            if not math.isclose(scaling, expected):
+                need = "a bias of B" if self.method.different_ranks else self.method.pretty_name
+                raise UpdateError(
+                    f"{client}, tensor {target.B_name!r}: its scaling alpha / r is {scaling:g}, that of the global adapter "
+                    f"{expected:g}, but {need} needs the same scaling on all clients. Choose lora_alpha so that they agree."
                 )
 
 

@@ -33,7 +33,8 @@ def fedex_lora(
 
     Returns:
         [`MergeResult`]: The mean state. `base_deltas` has the residual of each module, scaling included, to be added by
-        [`add_base_deltas`]. It comes as factors of rank C * r, or whole where that is smaller.
+        [`add_base_deltas`]. It comes as factors of rank C * r (in half precision one r more), or
+        whole where that is smaller.
 
     Raises:
         ValueError: if there are no LoRA matrices, or no `config`.
@@ -49,12 +50,14 @@ def fedex_lora(
         mean_B, mean_A = target.factors(state)
         factors = [target.factors(update.state) for update in updates]
         scaling = lora_scaling(config, target.module, target.rank(global_state))
-        base_deltas[target.module] = BaseDelta.from_factors(
-            torch.cat(
-                [scaling * weight * (B - mean_B) for (B, _), weight in zip(factors, weights, strict=True)], dim=1
-            ),
-            torch.cat([A - mean_A for _, A in factors]),
-        )
+        rights = [A - mean_A for _, A in factors]
+        if state[target.B_name].dtype.itemsize < 4:
+            # in half precision the means are rounded, which is part of what is missing
+            lefts = [weight * B for (B, _), weight in zip(factors, weights, strict=True)]
+            lefts, rights = [*lefts, sum(lefts) - mean_B], [*rights, mean_A]
+        else:
+            lefts = [weight * (B - mean_B) for (B, _), weight in zip(factors, weights, strict=True)]
+        base_deltas[target.module] = BaseDelta.from_factors(scaling * torch.cat(lefts, dim=1), torch.cat(rights))
     return MergeResult(state, base_deltas=base_deltas)
 
 

@@ -15,9 +15,9 @@ from peft import LoraConfig
 from torch.nn.functional import pad
 
 from .averaging import client_weights, mean_state, weighted_mean
-from .lora import LoraTarget, client_factors, is_lora_matrix, product_targets
+from .lora import LoraTarget, client_factors, is_lora_matrix, keep_trainable, lora_scaling, product_targets
 from .method import MergeMethod
-from .updates import ClientUpdate, MergeResult, UpdateError
+from .updates import ClientUpdate, MergeResult
 
 
 def hetlora(
@@ -45,13 +45,11 @@ def hetlora(
         diagnostics have the share of each client (`client_weights`).
 
     Raises:
-        UpdateError: if the rank of a client is above the global one.
         ValueError: if there are no LoRA matrices, or ranks differ and there is no `config`, or `weight_by` is neither.
     """
     targets = product_targets(global_state, config, required="HetLoRA")
     if weight_by not in ("norm", "examples"):
         raise ValueError(f"hetlora: `weight_by` must be 'norm' or 'examples', got {weight_by!r}.")
-    _check_ranks(targets, global_state, updates)
     weights = client_weights(updates)
     if weight_by == "norm":
         norms = torch.tensor([_norm(targets, update, global_state, config) for update in updates], dtype=torch.float64)
@@ -63,22 +61,8 @@ def hetlora(
         factors = [client_factors(target, update, global_state, config) for update in updates]
         mean_B = weighted_mean((pad(b, (0, len(A) - b.shape[1])) for b, _ in factors), weights.tolist(), like=B)
         mean_A = weighted_mean((pad(a, (0, 0, 0, len(A) - len(a))) for _, a in factors), weights.tolist(), like=A)
-        state.update(target.as_state(mean_B, mean_A, like=global_state))
+        state.update(target.as_state(*keep_trainable(mean_B, mean_A, B, A), like=global_state))
     return MergeResult(state, {"client_weights": weights.tolist()})
-
-
-def _check_ranks(
-    targets: Sequence[LoraTarget], global_state: Mapping[str, torch.Tensor], updates: Sequence[ClientUpdate]
-) -> None:
-    for target in targets:
-        for update in updates:
-            rank, global_rank = target.rank(update.state), target.rank(global_state)
-            if rank > global_rank:
-                raise UpdateError(
-                    f"client {update.client_id!r}, tensor {target.A_name!r}: its rank {rank} is above the rank "
-                    f"{global_rank} of the global adapter, to which HetLoRA pads. Give the global adapter the largest "
-                    "rank of all clients."
-                )
 
 
 def _norm(
@@ -87,11 +71,12 @@ def _norm(
     global_state: Mapping[str, torch.Tensor],
     config: LoraConfig | None,
 ) -> float:
-    """The Frobenius norm of a client's products over all modules, from r x r matrices."""
+    """The Frobenius norm of a client's weight updates over all modules, from r x r matrices."""
     total = 0.0
     for target in targets:
         B, A = (factor.double() for factor in client_factors(target, update, global_state, config))
-        total += ((B.T @ B) * (A @ A.T)).sum().clamp(min=0).item()
+        scaling = 1.0 if config is None else lora_scaling(config, target.module, target.rank(global_state))
+        total += scaling**2 * ((B.T @ B) * (A @ A.T)).sum().clamp(min=0).item()
     return total**0.5
 
 
@@ -105,4 +90,5 @@ METHOD = MergeMethod(
     exact="no",
     cost="layer by layer, two passes",
     different_ranks=True,
+    ranks_up_to_global=True,
 )

@@ -41,6 +41,11 @@ class LoraTarget:
     A_name: str
     B_name: str
 
+    @property
+    def bias_name(self) -> str:
+        """The checkpoint name of the bias that B has with `lora_bias=True`. In the layer it is scaled like B A."""
+        return f"{self.module}.lora_B.bias"
+
     def rank(self, state: Mapping[str, torch.Tensor]) -> int:
         """The rank of the module in a state."""
         return state[self.A_name].shape[0]
@@ -104,11 +109,21 @@ def require_lora(state: Mapping[str, torch.Tensor], parts: tuple[str, ...], meth
         method (`str`): The name of the method for people.
 
     Raises:
-        ValueError: if there are no such tensors.
+        ValueError: if there are no such tensors, or they are those of DoRA or AdaLoRA.
     """
+    _check_plain(state)
     if not any(part in name for name in state for part in parts):
         raise ValueError(
             f"{method} merges LoRA adapters, but the global state has no LoRA matrices. For Ravan use method='ravan'."
+        )
+
+
+def _check_plain(state: Mapping[str, torch.Tensor]) -> None:
+    other = [name for name in state if any(part in name for part in _OTHER_PARTS)]
+    if other:
+        raise ValueError(
+            f"Tensor {other[0]!r}: with DoRA or AdaLoRA the update of a weight is not the product B A, which this method "
+            "merges. Use a method that averages tensors, such as 'fedavg'."
         )
 
 
@@ -128,20 +143,21 @@ def product_targets(
 
     Raises:
         ValueError: if the products of A and B are not what the adapter adds to the weights (DoRA, AdaLoRA, grouped
-            convolutions, adapted parameters), or there are none although a method requires them.
+            convolutions, adapted parameters), or there are none although a method requires them, or `config` is not a
+            configuration of LoRA.
     """
-    other = [name for name in state if any(part in name for part in _OTHER_PARTS)]
-    if other:
+    _check_plain(state)
+    targets = lora_targets(state)
+    if targets and config is not None and not isinstance(config, LoraConfig):
         raise ValueError(
-            f"Tensor {other[0]!r}: with DoRA or AdaLoRA the update of a weight is not the product B A, which this method "
-            "merges. Use a method that averages tensors, such as 'fedavg'."
+            f"`config` must be a LoraConfig, since the adapter is LoRA, got {type(config).__name__}. Give the configuration "
+            "of the global adapter."
         )
-    if config is not None and getattr(config, "target_parameters", None):
+    if targets and config is not None and config.target_parameters:
         raise ValueError(
             "With `target_parameters` A and B hold many matrices each, whose products are not formed here. Use a method "
             "that averages tensors, such as 'fedavg'."
         )
-    targets = lora_targets(state)
     for target in targets:
         B, A = target.factors(state)
         if B.shape[1] != A.shape[0]:
@@ -190,7 +206,7 @@ def client_factors(
         `tuple[torch.Tensor, torch.Tensor]`: B `[d_out, r_c]` and A `[r_c, d_in]`.
 
     Raises:
-        ValueError: if the scaling of the client differs or is not known.
+        ValueError: if the scaling of the client is not known.
     """
     B, A = target.factors(update.state)
     rank = target.rank(global_state)
@@ -202,13 +218,31 @@ def client_factors(
             f"{rank}, and what alpha / r makes of that is not known. Give `config`, the LoraConfig of the global adapter."
         )
     scaling = lora_scaling(update.config or config, target.module, len(A))
-    factor = scaling / lora_scaling(config, target.module, rank)
-    if factor != 1 and f"{target.module}.lora_B.bias" in global_state:
-        raise ValueError(
-            f"client {update.client_id!r}, module {target.module!r}: with `lora_bias` all clients need the scaling of the "
-            f"global adapter, but that of the client is {scaling:g}. Choose its lora_alpha so that they agree."
-        )
-    return factor * B, A
+    return scaling / lora_scaling(config, target.module, rank) * B, A
+
+
+def keep_trainable(
+    B: torch.Tensor, A: torch.Tensor, global_B: torch.Tensor, global_A: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    A direction that is zero in both B and A would never get a gradient again. It gets the global row of A or, where that
+    is zero (embeddings start so), the global column of B. The product stays as it is.
+
+    Args:
+        B (`torch.Tensor`): `[d_out, r]`.
+        A (`torch.Tensor`): `[r, d_in]`.
+        global_B (`torch.Tensor`): `[d_out, r]`.
+        global_A (`torch.Tensor`): `[r, d_in]`.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: B and A.
+    """
+    A = torch.where(_dead(B, A)[:, None], global_A, A)
+    return torch.where(_dead(B, A), global_B, B), A
+
+
+def _dead(B: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
+    return (B == 0).all(dim=0) & (A == 0).all(dim=1)  # [r]
 
 
 def stacked_factors(
@@ -290,7 +324,7 @@ def lora_state_for_client(
         `state`, not copies.
 
     Raises:
-        ValueError: if the rank of the client is above that of the global adapter.
+        ValueError: if the rank of the client is above that of the global adapter, or with `lora_bias` the scaling differs.
     """
     client_state = dict(state)
     for target in product_targets(state, config):
@@ -302,6 +336,15 @@ def lora_state_for_client(
                 f"Module {target.module!r}: the client's rank {rank} is above the rank {len(A)} of the global adapter. Give "
                 "the global adapter the largest rank of all clients."
             )
-        factor = lora_scaling(config, target.module, len(A)) / lora_scaling(client_config, target.module, rank)
+        scaling, own_scaling = (
+            lora_scaling(config, target.module, len(A)),
+            lora_scaling(client_config, target.module, rank),
+        )
+        if target.bias_name in state and not math.isclose(scaling, own_scaling):
+            raise ValueError(
+                f"Module {target.module!r}: with `lora_bias` all clients need the scaling of the global adapter, {scaling:g}, "
+                f"but that of the client is {own_scaling:g}. Choose its lora_alpha so that they agree."
+            )
+        factor = scaling / own_scaling
         client_state.update(target.as_state(factor * B[:, :rank], A[:rank], like=state))
     return client_state

@@ -80,6 +80,7 @@ class MergeMethod(Described):
         cost (`str`): What a merge costs, for the table of methods.
         secure_aggregation (`bool`): Whether the server needs no more than sums over clients.
         different_ranks (`bool`): Whether the LoRA ranks of clients may differ.
+        ranks_up_to_global (`bool`): Whether, where LoRA ranks may differ, none may be above the global one.
         different_heads (`bool`): Whether clients may have trained different heads.
         streaming (`bool`): Whether the function takes an iterator and keeps no update.
         changes_model (`bool`): Whether the result is more than a new state: base weights to change, or another rank.
@@ -92,6 +93,7 @@ class MergeMethod(Described):
     cost: str = ""
     secure_aggregation: bool = False
     different_ranks: bool = False
+    ranks_up_to_global: bool = False
     different_heads: bool = False
     streaming: bool = False
     changes_model: bool = False

@@ -9,7 +9,7 @@ from peft import LoraConfig
 
 from ..linalg import svd_of_product
 from .averaging import client_weights, mean_state
-from .lora import LoraTarget, is_lora_matrix, product_targets, stacked_factors
+from .lora import LoraTarget, is_lora_matrix, keep_trainable, product_targets, stacked_factors
 from .updates import ClientUpdate
 
 
@@ -31,10 +31,9 @@ def truncated_factors(
     """
     global_B, global_A = target.factors(like)
     U, S, Vh, kept = svd_of_product(left, right, rank=len(global_A))
-    B, A = torch.zeros_like(global_B), global_A.clone()
-    # ranks that are not needed keep the global A: with zeros in both A and B they could never be trained again
+    B, A = torch.zeros_like(global_B), torch.zeros_like(global_A)
     B[:, : len(S)], A[: len(S)] = U * S, Vh
-    return target.as_state(B, A, like), kept
+    return target.as_state(*keep_trainable(B, A, global_B, global_A), like), kept
 
 
 def mean_of_products(

@@ -1,0 +1,251 @@
+"""Exact merges in real PEFT models, against the weights that PEFT itself makes of every client's adapter."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from peft_ravan.merging import BaseDelta, ClientUpdate, add_base_deltas, merge
+
+from ..conftest import randomize_adapter, tiny_bert, tiny_gpt2
+
+
+class Mixed(nn.Module):
+    """One of each layer that LoRA adapts and that keeps its weight in another way."""
+
+    def __init__(self):
+        super().__init__()
+        self.emb = nn.Embedding(12, 8)
+        self.conv1d = nn.Conv1d(3, 6, 5)
+        self.conv2d = nn.Conv2d(3, 8, 3, padding=1)
+        self.conv1x1 = nn.Conv2d(4, 6, 1)
+        self.linear = nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.linear(self.emb(x))
+
+
+def mixed() -> nn.Module:
+    torch.manual_seed(0)
+    return Mixed()
+
+
+# a model, the fields of its configuration, and the fields that clients with a configuration of their own change
+CASES = {
+    "bert-Linear": (
+        tiny_bert,
+        dict(target_modules=["query", "intermediate.dense"], r=2, lora_alpha=6, alpha_pattern={"query": 3}),
+        dict(r=3, lora_alpha=2, alpha_pattern={}),
+    ),
+    "bert-rslora": (
+        tiny_bert,
+        dict(target_modules=["query", "value"], r=3, lora_alpha=4, use_rslora=True, rank_pattern={"1.*query": 5}),
+        dict(r=2, use_rslora=False, rank_pattern={}),
+    ),
+    # attn.c_proj is square: a transposition too many or too few would go through without an error
+    "gpt2-Conv1D": (
+        tiny_gpt2,
+        dict(target_modules=["c_attn", "c_proj"], r=2, lora_alpha=5, fan_in_fan_out=True, rank_pattern={"c_attn": 3}),
+        dict(r=4, lora_alpha=1, rank_pattern={}),
+    ),
+    "mixed": (
+        mixed,
+        dict(target_modules=["emb", "conv1d", "conv2d", "conv1x1", "linear"], r=2, lora_alpha=3),
+        dict(r=4, lora_alpha=10, rank_pattern={"conv2d": 1}),
+    ),
+}  # fmt: skip
+
+
+def peft_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    # the base weights of embeddings are not part of the adapter
+    return {name: t.clone() for name, t in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
+
+
+def effective_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    with torch.no_grad():
+        return {
+            name: layer.get_base_layer().weight.double() + layer.get_delta_weight("default").double()
+            for name, layer in model.named_modules()
+            if isinstance(layer, LoraLayer)
+        }
+
+
+def client_models(make_model, configs: list[LoraConfig]) -> list[nn.Module]:
+    models = []
+    for seed, config in enumerate(configs):
+        model = get_peft_model(make_model(), config)
+        randomize_adapter(model, seed, scale=0.5)
+        models.append(model)
+    return models
+
+
+def mean_of_effective_weights(models: list[nn.Module], num_examples: list[int]) -> dict[str, torch.Tensor]:
+    weights = [effective_weights(model) for model in models]
+    total = sum(num_examples)
+    return {name: sum(n / total * w[name] for n, w in zip(num_examples, weights, strict=True)) for name in weights[0]}
+
+
+def assert_equal_weights(model: nn.Module, expected: dict[str, torch.Tensor]) -> None:
+    actual = effective_weights(model)
+    assert set(actual) == set(expected) and expected
+    for name, weight in expected.items():
+        error = (actual[name] - weight).norm() / weight.norm()
+        assert error <= 1e-6, f"{name}: relative error {error:.1e}"
+
+
+def configs(case: str, different: bool = False) -> tuple:
+    make_model, fields, other = CASES[case]
+    config = LoraConfig(**fields)
+    own = [LoraConfig(**{**fields, **other}) if different and i == 1 else None for i in range(3)]
+    return make_model, config, own
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_fedex_lora_gives_the_mean_of_the_clients_weights(case):
+    make_model, config, _ = configs(case)
+    models = client_models(make_model, [config] * 3)
+    updates = [ClientUpdate(peft_state(model), n, str(n)) for model, n in zip(models, (5, 1, 3), strict=True)]
+    server = get_peft_model(make_model(), config)
+    result = merge(peft_state(server), updates, "fedex_lora", config=config)
+    set_peft_model_state_dict(server, result.state)
+    mean = mean_of_effective_weights(models, [5, 1, 3])
+    # without the residuals it is FedIT, which is not exact
+    assert any(not torch.allclose(w, mean[n], rtol=1e-3) for n, w in effective_weights(server).items())
+    add_base_deltas(server, result.base_deltas)
+    assert_equal_weights(server, mean)
+
+
+@pytest.mark.parametrize("different", [False, True], ids=["one-config", "own-configs"])
+@pytest.mark.parametrize("case", CASES)
+def test_flora_gives_the_mean_of_the_clients_weights_in_its_own_configuration(case, different):
+    make_model, config, own = configs(case, different)
+    models = client_models(make_model, [c or config for c in own])
+    updates = [
+        ClientUpdate(peft_state(model), n, str(n), config=c)
+        for model, n, c in zip(models, (5, 1, 3), own, strict=True)
+    ]
+    result = merge(peft_state(get_peft_model(make_model(), config)), updates, "flora", config=config)
+    merged = get_peft_model(make_model(), result.config)
+    loaded = set_peft_model_state_dict(merged, result.state)
+    assert not loaded.unexpected_keys
+    assert_equal_weights(merged, mean_of_effective_weights(models, [5, 1, 3]))
+
+
+@pytest.mark.parametrize("method", ["flexlora", "median", "trimmed_mean", "krum", "multi_krum", "hetlora"])
+@pytest.mark.parametrize("case", CASES)
+def test_one_client_of_another_configuration_keeps_its_weights(case, method):
+    make_model, config, _ = configs(case)
+    large = LoraConfig(**{**CASES[case][1], "r": 6, "lora_alpha": 7, "rank_pattern": {}})
+    [model] = client_models(make_model, [config])
+    server = get_peft_model(make_model(), large)
+    update = ClientUpdate(peft_state(model), 3, "only", config=config)
+    set_peft_model_state_dict(server, merge(peft_state(server), [update], method, config=large).state)
+    assert_equal_weights(server, effective_weights(model))
+
+
+@pytest.mark.parametrize("method", ["fedex_lora", "flora", "flexlora"])
+def test_a_bias_of_b_counts_with_the_scaling_of_the_layer(method):
+    config = LoraConfig(target_modules=["linear", "conv2d"], r=2, lora_alpha=6, lora_bias=True)
+    models = client_models(mixed, [config] * 2)
+    updates = [ClientUpdate(peft_state(model), 1, str(i), config=config) for i, model in enumerate(models)]
+    # rank 4 holds the mean of two products of rank 2
+    global_config = LoraConfig(target_modules=["linear", "conv2d"], r=4, lora_alpha=12, lora_bias=True)
+    if method == "fedex_lora":
+        global_config = config
+    server = get_peft_model(mixed(), global_config)
+    result = merge(peft_state(server), updates, method, config=global_config)
+    if method == "flora":
+        server = get_peft_model(mixed(), result.config)
+    set_peft_model_state_dict(server, result.state)
+    add_base_deltas(server, result.base_deltas)
+    inputs = {"linear": torch.randn(4, 8), "conv2d": torch.randn(2, 3, 7, 7)}
+    for name, x in inputs.items():
+        outputs = [model.get_submodule(f"base_model.model.{name}")(x) for model in [*models, server]]
+        torch.testing.assert_close(outputs[2], (outputs[0] + outputs[1]) / 2, atol=1e-5, rtol=1e-5)
+
+
+def test_base_weights_in_half_precision_get_the_residual_in_their_dtype():
+    model = get_peft_model(mixed().to(torch.bfloat16), LoraConfig(target_modules=["linear"], r=2))
+    weight = model.base_model.model.linear.base_layer.weight
+    before = weight.detach().clone()
+    delta = BaseDelta(torch.ones(5, 1), torch.full((1, 8), 2.0))
+    add_base_deltas(model, {"base_model.model.linear": delta})
+    assert weight.dtype == torch.bfloat16 and torch.equal(weight, before + 2)
+
+
+# ---------------------------------------------------------------- errors change nothing
+
+
+GOOD, BAD = "base_model.model.linear", "base_model.model.other"
+
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.other = nn.Linear(4, 4), nn.Linear(4, 4)
+
+
+def two() -> nn.Module:
+    return get_peft_model(Two(), LoraConfig(target_modules=["linear", "other"], r=1))
+
+
+def assert_refused(model: nn.Module, deltas: dict[str, BaseDelta], message: str) -> None:
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        add_base_deltas(model, deltas)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(torch.as_tensor(tensor), before[name]), name
+
+
+def ones(d_out: int = 4, d_in: int = 4) -> BaseDelta:
+    return BaseDelta(torch.ones(d_out, d_in))
+
+
+@pytest.mark.parametrize("name", ["base_model.model.missing", "base_model.model", f"{BAD}.base_layer", "missing"])
+def test_a_module_that_is_not_adapted_is_told(name):
+    assert_refused(two(), {GOOD: ones(), name: ones()}, f"no adapted module '{name}' in the model")
+
+
+@pytest.mark.parametrize("delta", [ones(5, 4), ones(2, 8), BaseDelta(torch.ones(4, 2), torch.ones(2, 5))])
+def test_an_update_of_another_shape_is_told(delta):
+    assert_refused(
+        two(), {GOOD: ones(), BAD: delta}, f"Module '{BAD}': its base weight has shape .4, 4., which an update"
+    )
+
+
+def test_an_update_of_the_transposed_shape_is_told():
+    model = get_peft_model(tiny_gpt2(), LoraConfig(target_modules=["c_attn"], r=1, fan_in_fan_out=True))
+    name = "base_model.model.transformer.h.0.attn.c_attn"
+    add_base_deltas(model, {name: ones(96, 32)})
+    assert_refused(
+        model, {name: ones(32, 96)}, "its base weight has shape .32, 96., which an update of shape .96, 32."
+    )
+
+
+def test_a_tied_weight_is_told():
+    model = get_peft_model(tiny_gpt2(), LoraConfig(target_modules=["wte", "c_fc"], r=1, fan_in_fan_out=True))
+    good, tied = "base_model.model.transformer.h.0.mlp.c_fc", "base_model.model.transformer.wte"
+    deltas = {good: ones(128, 32), tied: ones(32, 64)}
+    assert_refused(
+        model, deltas, f"Module '{tied}': its base weight is shared with another module.*tie_word_embeddings"
+    )
+
+
+def test_a_weight_of_integers_is_told():
+    model = two()
+    layer = model.get_submodule(BAD).base_layer
+    layer.weight = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
+    assert_refused(model, {GOOD: ones(), BAD: ones()}, f"Module '{BAD}': its base weight is quantized .torch.int8.")
+
+
+def test_a_weight_that_torchao_has_quantized_is_told():
+    torchao = pytest.importorskip("torchao.quantization")
+    base = Two()
+    torchao.quantize_(base.other, torchao.Int8WeightOnlyConfig())  # pretends to be float32
+    model = get_peft_model(base, LoraConfig(target_modules=["linear", "other"], r=1))
+    linear = model.get_submodule(GOOD).base_layer.weight
+    before = linear.detach().clone()
+    with pytest.raises(ValueError, match=f"Module '{BAD}': its base weight is quantized or sharded .Int8Tensor"):
+        add_base_deltas(model, {GOOD: ones(), BAD: ones()})
+    assert torch.equal(linear, before)
