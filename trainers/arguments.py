@@ -45,6 +45,12 @@ class FederatedArguments(TrainingArguments):
             The server optimizer that takes a step towards what was merged: `"fedavgm"`, `"fedadam"` or `"fedyogi"`.
         server_optimizer_options (`dict[str, Any]`, *optional*):
             The options of the server optimizer, such as `{"learning_rate": 0.01}`. A string is read as JSON.
+        client_timeout (`float`, *optional*):
+            The seconds after which a client's local training is given up, looked at after every step. By default never.
+        min_successful_clients (`int`, *optional*, defaults to 1):
+            How many clients of a round must succeed, else it is repeated with others.
+        max_round_attempts (`int`, *optional*, defaults to 3):
+            How often a round is tried before the run ends with an error.
         federated_seed (`int`, *optional*):
             The seed of the partition, of who takes part in each round and of each client's local training. By default
             `seed`.
@@ -76,6 +82,15 @@ class FederatedArguments(TrainingArguments):
     server_optimizer_options: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Options of the server optimizer, as JSON."}
     )
+    client_timeout: float | None = field(
+        default=None, metadata={"help": "Seconds after which a client's local training is given up. By default never."}
+    )
+    min_successful_clients: int = field(
+        default=1, metadata={"help": "How many clients of a round must succeed, else it is repeated with others."}
+    )
+    max_round_attempts: int = field(
+        default=3, metadata={"help": "How often a round is tried before the run ends with an error."}
+    )
     federated_seed: int | None = field(
         default=None, metadata={"help": "Seed of partition, participation and local training. By default `seed`."}
     )
@@ -98,11 +113,6 @@ class FederatedArguments(TrainingArguments):
                 f"`lr_scheduler_type={self.lr_scheduler_type.value!r}` follows a metric, which is not supported over rounds. "
                 "Use a schedule of time, such as 'constant', 'linear' or 'cosine'."
             )
-        if self.load_best_model_at_end:
-            raise ValueError(
-                "`load_best_model_at_end` is not supported by the FederatedTrainer yet. Set save_strategy='epoch', which "
-                "saves the adapter after every round, and load the one you want."
-            )
 
     def _check_merge(self) -> None:
         for name in ("merge_options", "server_optimizer_options"):
@@ -122,10 +132,12 @@ class FederatedArguments(TrainingArguments):
             )
 
     def _check_counts(self) -> None:
-        for name in ("num_rounds", "num_clients", "clients_per_round"):
+        for name in ("num_rounds", "num_clients", "clients_per_round", "min_successful_clients", "max_round_attempts"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be 1 or more, got {value!r}.")
+        if self.client_timeout is not None and not self.client_timeout > 0:
+            raise ValueError(f"`client_timeout` must be above 0 seconds, got {self.client_timeout!r}.")
         if self.num_clients and self.clients_per_round and self.clients_per_round > self.num_clients:
             raise ValueError(
                 f"`clients_per_round` must not be above `num_clients`, got {self.clients_per_round} and "

@@ -33,8 +33,8 @@ class FederatedCallback(TrainerCallback):
     def on_round_begin(self, args, state, control, clients: list[str], **kwargs):
         """Called at the beginning of a round, with the names of its clients."""
 
-    def on_client_end(self, args, state, control, client: str, **kwargs):
-        """Called when a client has trained, with its name."""
+    def on_client_end(self, args, state, control, client: str, failure: str | None = None, **kwargs):
+        """Called when a client has trained, with its name, or has failed, with the reason."""
 
     def on_round_end(self, args, state, control, record: dict[str, Any], **kwargs):
         """Called at the end of a round, with its record in the history."""
@@ -76,13 +76,16 @@ class FederatedProgressCallback(ProgressCallback, FederatedCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            self.training_bar = tqdm(total=state.max_steps, desc="Rounds", unit="round", dynamic_ncols=True)
+            self.training_bar = tqdm(
+                total=state.max_steps, initial=state.global_step, desc="Rounds", unit="round", dynamic_ncols=True
+            )
 
     def on_step_end(self, args, state, control, **kwargs):
         # the steps of a client are too short to be shown
         pass
 
     def on_round_begin(self, args, state, control, clients, **kwargs):
+        self._close_client_bar()  # of an attempt at the round that failed
         if state.is_world_process_zero:
             self.client_bar = tqdm(total=len(clients), desc="Clients", unit="client", leave=False, dynamic_ncols=True)
 

@@ -129,6 +129,16 @@ class LiveAdapter:
             for buffer, first_value in self._other_buffers:
                 buffer.copy_(first_value)
 
+    def load_checkpoint(self, checkpoint: Mapping[str, torch.Tensor]) -> None:
+        """
+        Write the weights of a saved adapter into the model.
+
+        Args:
+            checkpoint (`Mapping[str, torch.Tensor]`): The tensors of `adapter_model.safetensors`.
+        """
+        products = exchange_state(checkpoint)
+        self.load({name: products[name] for name in exchange_state(self._tensors)})
+
     def read(self) -> dict[str, torch.Tensor]:
         """
         Read what a client uploads: products s*H, and all other trained tensors as they are.

@@ -2,43 +2,39 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from peft import PeftModel, PeftType
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from transformers import ProgressCallback, Trainer, TrainerControl, TrainerState, set_seed
-from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import TrainOutput, has_length
+from transformers import ProgressCallback, Trainer, TrainerState, set_seed
+from transformers.trainer_utils import SaveStrategy, TrainOutput
 from transformers.training_args import ParallelMode
+from transformers.utils import logging
 
-from peft_ravan.merging import ClientUpdate, MergeResult, get_merge_method, merge
+from peft_ravan.merging import ClientUpdate, MergeResult, UpdateError, get_merge_method, merge
 
 from .arguments import FederatedArguments
-from .callbacks import FederatedProgressCallback, LocalCallbackHandler, call_federated_event
-from .clients import LiveAdapter, freeze, frozen_heap, local_arguments
+from .callbacks import FederatedProgressCallback, call_federated_event
+from .clients import LiveAdapter, freeze, frozen_heap
+from .faults import ClientFault, RoundFailedError, TimeoutCallback
+from .local_training import LocalTrainingMixin
 from .partition import make_clients
 from .reporting import SharingMixin
-from .rounds import Round, derive_seed, is_due, learning_rate_factors, sample_clients, serialized_bytes
+from .resuming import CheckpointingMixin, Run
+from .rounds import Round, is_due, learning_rate_factors, sample_clients, serialized_bytes
 
 
-# what a client's local training replaces, and what is put back after it
-_OF_THE_FEDERATION = (
-    "args",
-    "callback_handler",
-    "control",
-    "model_init",
-    "optimizer_cls_and_kwargs",
-    "state",
-    "train_dataset",
-)
+logger = logging.get_logger(__name__)
 
 
-class FederatedTrainer(SharingMixin, Trainer):
+def _listed(failures: Mapping[str, str]) -> str:
+    return "Failed: " + "; ".join(f"{client!r} ({reason})" for client, reason in failures.items()) + "."
+
+
+class FederatedTrainer(CheckpointingMixin, SharingMixin, LocalTrainingMixin, Trainer):
     """
     A [`~transformers.Trainer`] that trains an adapter over simulated clients.
 
@@ -55,15 +51,19 @@ class FederatedTrainer(SharingMixin, Trainer):
         train_dataset (`Dataset` or `dict[str, Dataset]`, *optional*):
             One training set, which is split among clients as `args.partition` says, or the data set of each client by
             its name.
+        client_fault (`Callable`, *optional*):
+            Is called with the name of a client, the number of the round and the client's update before the upload, so
+            that tests can inject faults: it may raise, take its time, or return another update.
         **kwargs:
             As for [`~transformers.Trainer`]. Each client needs an optimizer of its own, so choose it by `args.optim` or
             `optimizer_cls_and_kwargs`, not by `optimizers`.
 
     **Attributes**:
         - **clients** (`dict[str, Dataset]`) -- The data set of each client.
-        - **state.log_history** (`list[dict]`) -- One record a round: `round` (from 1), `clients`, `num_examples`,
-          `train_loss`, the metrics of the evaluation, `upload_bytes` and `download_bytes` (of all clients, counted from
+        - **state.log_history** (`list[dict]`) -- One record a round: `round` (from 1), `clients` (whose updates
+          were merged), `failed_clients` (with the reason), `attempts`, `num_examples`, `train_loss`, the metrics of the evaluation, `upload_bytes` and `download_bytes` (of all clients, counted from
           the serialised tensors), `round_seconds` (without the evaluation) and `learning_rate`.
+        - **last_global_state** (`dict[str, torch.Tensor]`) -- The merged state that the last run has ended with.
         - **last_merge** ([`~peft_ravan.merging.MergeResult`]) -- The last merge, with its diagnostics.
 
     Raises:
@@ -84,7 +84,14 @@ class FederatedTrainer(SharingMixin, Trainer):
         ```
     """
 
-    def __init__(self, model=None, args: FederatedArguments | None = None, *trainer_args, **kwargs):
+    def __init__(
+        self,
+        model=None,
+        args: FederatedArguments | None = None,
+        *trainer_args,
+        client_fault: ClientFault | None = None,
+        **kwargs,
+    ):
         if args is None:
             args = FederatedArguments(output_dir="tmp_trainer")
         if not isinstance(args, FederatedArguments):
@@ -107,7 +114,8 @@ class FederatedTrainer(SharingMixin, Trainer):
             self._live_adapter()  # raises if the model cannot be trained this way
             self.clients = make_clients(self.train_dataset, args)
         self.last_merge: MergeResult | None = None
-        self._learning_rate_factor: float | None = None  # set while a client trains
+        self.last_global_state: dict[str, torch.Tensor] | None = None
+        self.client_fault = client_fault
         self._log_sink: dict[str, Any] | None = None  # set while logs belong to a round's record
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(FederatedProgressCallback)
@@ -122,7 +130,7 @@ class FederatedTrainer(SharingMixin, Trainer):
 
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*):
-                Not supported yet.
+                A checkpoint to go on from, or `True` for the last complete one in `args.output_dir`.
             trial (*optional*):
                 As for [`~transformers.Trainer.train`].
             ignore_keys_for_eval (`list[str]`, *optional*):
@@ -133,32 +141,32 @@ class FederatedTrainer(SharingMixin, Trainer):
             `metrics`, the bytes sent and the runtime.
 
         Raises:
-            ValueError: if there is no training data, or `resume_from_checkpoint` is given.
-            UpdateError: if what a client uploads cannot be merged, for example because its training diverged. The model
-                then holds the last merged adapter.
+            ValueError: if there is no training data, or nothing to resume from.
+            CheckpointError: if the checkpoint is damaged or belongs to another federation.
+            RoundFailedError: if in all attempts at a round too few clients succeeded. The model then holds the last
+                merged adapter.
         """
-        if resume_from_checkpoint:
-            raise ValueError("`resume_from_checkpoint` is not supported by the FederatedTrainer yet.")
         if not self.clients:
             raise ValueError("The FederatedTrainer needs a `train_dataset` to train.")
         if self.model_init is not None:
             self._init_model_again(trial)
 
         start_time = time.time()
-        adapter = self._live_adapter()
-        global_state = adapter.read()
-        self.last_merge = None
-        self._start_run()
+        run = self._start_run(resume_from_checkpoint, trial)
         try:
             with frozen_heap():
-                for number, factor in enumerate(learning_rate_factors(self.args), start=1):
-                    self._learning_rate_factor = factor
-                    global_state = self._run_round(number, adapter, global_state, ignore_keys_for_eval, trial)
+                for number, factor in list(enumerate(learning_rate_factors(self.args), start=1))[run.round :]:
                     if self.control.should_training_stop:
                         break
+                    self._learning_rate_factor = factor
+                    self._run_round(run, number, ignore_keys_for_eval, trial)
+            if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+                self._load_best_model()
+                run.global_state = run.adapter.read()
         finally:
             # also after an error: the model holds the last merged adapter, not that of a client
-            adapter.load(global_state if self.last_merge is None else self.last_merge.state)
+            run.adapter.load(run.global_state)
+            self.last_global_state = run.global_state
             self._learning_rate_factor = None
             self.is_in_train = False
         return self._finish_run(start_time)
@@ -170,23 +178,27 @@ class FederatedTrainer(SharingMixin, Trainer):
         self._move_model_to_device(self.model, self.args.device)
         self.model_wrapped = self.callback_handler.model = self.model
 
-    def _start_run(self) -> None:
+    def _start_run(self, resume_from_checkpoint: str | bool | None, trial: Any) -> Run:
+        adapter = self._live_adapter()
+        run = Run(adapter, adapter.read())
+        self.last_merge = None
         self.is_in_train = True
-        self.state = TrainerState(
-            max_steps=self.args.num_rounds,
-            is_local_process_zero=self.is_local_process_zero(),
-            is_world_process_zero=self.is_world_process_zero(),
-            stateful_callbacks=[
-                callback
-                for callback in [*self.callback_handler.callbacks, self.control]
-                if isinstance(callback, ExportableState)
-            ],
-        )
+        self.state = TrainerState(stateful_callbacks=self._stateful_callbacks())
+        if resume_from_checkpoint:
+            self._load_checkpoint(resume_from_checkpoint, run, trial)
+            self._restore_callbacks()
+        was_stopped = self.control.should_training_stop
+        self.state.max_steps = self.args.num_rounds
+        self.state.is_local_process_zero = self.is_local_process_zero()
+        self.state.is_world_process_zero = self.is_world_process_zero()
         self.state.compute_steps(self.args, self.args.num_rounds)
         self.state.epoch = None  # rounds are counted; an epoch means something to a client only
         self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
-        if self.args.eval_on_start:
+        if run.round:
+            self.control.should_training_stop |= was_stopped
+        elif self.args.eval_on_start:
             self.log({"round": 0, **self._evaluate_quietly(None)})
+        return run
 
     def _finish_run(self, start_time: float) -> TrainOutput:
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
@@ -202,55 +214,94 @@ class FederatedTrainer(SharingMixin, Trainer):
 
     # ---- A round -----------------------------------------------------------------
 
-    def _run_round(
-        self,
-        number: int,
-        adapter: LiveAdapter,
-        global_state: dict[str, torch.Tensor],
-        ignore_keys_for_eval: list[str] | None,
-        trial: Any,
-    ) -> dict[str, torch.Tensor]:
+    def _run_round(self, run: Run, number: int, ignore_keys_for_eval: list[str] | None, trial: Any) -> None:
         start_time = time.perf_counter()
-        this_round = Round(number, sample_clients(list(self.clients), self.args, number))
-        self._tell("on_round_begin", clients=this_round.clients)
-        this_round.download_bytes = serialized_bytes(global_state) * len(this_round.clients)
-        for client in this_round.clients:
-            adapter.load(global_state)
-            train_loss, this_round.learning_rate = self._train_client(client, number)
-            this_round.add(ClientUpdate(adapter.read(), self._num_examples(client), client), train_loss)
-            self._tell("on_client_end", client=client)
-
-        self.last_merge = self._merge(global_state, this_round.updates)
-        adapter.load(self.last_merge.state)
+        this_round, self.last_merge = self._train_and_merge(run, number)
+        run.global_state, run.server_state, run.round = self.last_merge.state, self.last_merge.server_state, number
+        run.adapter.load(run.global_state)
         round_seconds = time.perf_counter() - start_time
 
         self.state.global_step = number
-        record = {**this_round.record(), "round_seconds": round_seconds}
+        record, is_best = {**this_round.record(), "round_seconds": round_seconds}, False
         if is_due(self.args.eval_strategy, self.args.eval_steps, number, self.args.num_rounds):
-            record.update(self._evaluate_quietly(ignore_keys_for_eval))
+            metrics = self._evaluate_quietly(ignore_keys_for_eval)
+            is_best = self._determine_best_metric(metrics, trial)
+            record.update(metrics)
         self.log(record)
         self._tell("on_round_end", record=record)
-        if is_due(self.args.save_strategy, self.args.save_steps, number, self.args.num_rounds, also_last=True):
-            self._save_round(trial)
-        return self.last_merge.state
-
-    def _live_adapter(self) -> LiveAdapter:
-        if isinstance(self.model, PeftModel):
-            freeze(self.model, get_merge_method(self.merge_method).frozen_parts)
-        return LiveAdapter(self.model)
-
-    def _merge(self, global_state: dict[str, torch.Tensor], updates: list[ClientUpdate]) -> MergeResult:
-        args = self.args
-        return merge(
-            global_state,
-            updates,
-            self.merge_method,
-            config=self.model.active_peft_config,
-            server_optimizer=args.server_optimizer,
-            server_options=args.server_optimizer_options,
-            server_state=None if self.last_merge is None else self.last_merge.server_state,
-            **(args.merge_options or {}),
+        is_save_due = is_due(
+            self.args.save_strategy, self.args.save_steps, number, self.args.num_rounds, also_last=True
         )
+        if is_save_due or (is_best and self.args.save_strategy == SaveStrategy.BEST):
+            self._save_round(run, trial)
+
+    def _train_and_merge(self, run: Run, number: int) -> tuple[Round, MergeResult]:
+        """Train the clients of a round and merge what they upload, if need be several times, each with other clients."""
+        this_round = Round(number, sample_clients(list(self.clients), self.args, number))
+        while True:
+            result = self._merge(run, this_round)
+            if result is not None and len(this_round.num_examples) >= self._min_successful_clients:
+                return this_round, result
+            if this_round.attempts == self.args.max_round_attempts:
+                raise RoundFailedError(
+                    f"Round {number}: fewer than `min_successful_clients` = {self._min_successful_clients} clients succeeded "
+                    f"in each of {this_round.attempts} attempts. {_listed(this_round.failures)}"
+                ) from this_round.first_error
+            others = [client for client in self.clients if client not in this_round.failures]
+            logger.warning(f"Round {number} is repeated with other clients. {_listed(this_round.failures)}")
+            this_round = this_round.again(
+                sample_clients(others or list(self.clients), self.args, number, this_round.attempts)
+            )
+
+    @property
+    def _min_successful_clients(self) -> int:
+        return min(self.args.min_successful_clients, self.args.clients_per_round or len(self.clients))
+
+    def _merge(self, run: Run, this_round: Round) -> MergeResult | None:
+        args = self.args
+        self._tell("on_round_begin", clients=this_round.clients)
+        try:
+            result = merge(
+                run.global_state,
+                self._train_clients(run, this_round),
+                self.merge_method,
+                config=self.model.active_peft_config,
+                on_bad_update="drop",
+                server_optimizer=args.server_optimizer,
+                server_options=args.server_optimizer_options,
+                server_state=run.server_state,
+                **(args.merge_options or {}),
+            )
+        except UpdateError as error:  # no update was left
+            for client in list(this_round.num_examples):
+                this_round.fail(client, str(error), error)
+            return None
+        for dropped in result.diagnostics["dropped"]:
+            this_round.fail(dropped["client"], dropped["reason"])
+        return result
+
+    def _train_clients(self, run: Run, this_round: Round) -> Iterator[ClientUpdate]:
+        """Train one client after the other, while the merge takes what they upload: no update is kept longer than that."""
+        this_round.download_bytes += serialized_bytes(run.global_state) * len(this_round.clients)
+        for client in this_round.clients:
+            run.adapter.load(run.global_state)
+            timeout = TimeoutCallback(self.args.client_timeout)
+            try:
+                with torch.enable_grad():  # the merge that asks for updates needs no gradients
+                    train_loss, this_round.learning_rate = self._train_client(client, this_round.number, timeout)
+                update = ClientUpdate(run.adapter.read(), self._num_examples(client), client)
+                if self.client_fault is not None:
+                    update = self.client_fault(client, this_round.number, update) or update
+                timeout.check()
+            except Exception as error:
+                traceback.clear_frames(error.__traceback__)  # what they hold may be what memory ran out for
+                this_round.fail(client, f"{type(error).__name__}: {error}", error)
+                logger.warning(f"Round {this_round.number}: client {client!r} failed and is left out. {error}")
+            else:
+                this_round.add(update, train_loss)
+                yield update
+                del update
+            self._tell("on_client_end", client=client, failure=this_round.failures.get(client))
 
     @property
     def merge_method(self) -> str:
@@ -259,11 +310,10 @@ class FederatedTrainer(SharingMixin, Trainer):
             return self.args.merge_method
         return "ravan" if self.model.active_peft_config.peft_type == PeftType.RAVAN else "fedavg"
 
-    def _num_examples(self, client: str) -> int:
-        dataset = self.clients[client]
-        if has_length(dataset):
-            return len(dataset)
-        return self.args.max_steps * self.args.gradient_accumulation_steps * self.args.train_batch_size
+    def _live_adapter(self) -> LiveAdapter:
+        if isinstance(self.model, PeftModel):
+            freeze(self.model, get_merge_method(self.merge_method).frozen_parts)
+        return LiveAdapter(self.model)
 
     def _evaluate_quietly(self, ignore_keys: list[str] | None) -> dict[str, float]:
         """Evaluate without a log record of its own: the metrics become part of the record of the round."""
@@ -273,16 +323,6 @@ class FederatedTrainer(SharingMixin, Trainer):
             return self._log_sink
         finally:
             self._log_sink = None
-
-    def _save_round(self, trial: Any) -> None:
-        # optimizer and scheduler live no longer than a client's training, so there are none to save
-        args, self.args = self.args, copy.copy(self.args)
-        self.args.save_only_model = True
-        try:
-            self._save_checkpoint(self.model, trial)
-        finally:
-            self.args = args
-        self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
     def _tell(self, event: str, **kwargs) -> None:
         call_federated_event(self.callback_handler, event, self.args, self.state, self.control, **kwargs)
@@ -303,72 +343,3 @@ class FederatedTrainer(SharingMixin, Trainer):
         names = {key: value for key, value in logs.items() if isinstance(value, list)}
         super().log({key: value for key, value in logs.items() if key not in names}, start_time)
         self.state.log_history[-1].update(names)
-
-    # ---- A client ----------------------------------------------------------------
-
-    def _train_client(self, client: str, round_number: int) -> tuple[float, float]:
-        """Train the model as it is on the data of a client. Returns the mean training loss and the learning rate."""
-        with self._as_client(client, round_number):
-            try:
-                output = super().train()
-                return output.training_loss, self.lr_scheduler.get_last_lr()[0]
-            except Exception as error:
-                if hasattr(error, "add_note"):  # Python 3.11 and later
-                    error.add_note(f"This happened in round {round_number}, while client {client!r} trained.")
-                raise
-
-    @contextlib.contextmanager
-    def _as_client(self, client: str, round_number: int) -> Iterator[None]:
-        """Make this trainer that of one client: its data, its seed, and nothing that belongs to the federation."""
-        federation = {name: getattr(self, name) for name in _OF_THE_FEDERATION}
-        self.args = local_arguments(self.args, derive_seed(self.args.federated_seed, "client", round_number, client))
-        self.callback_handler = LocalCallbackHandler(
-            self.callback_handler.callbacks, self.model, self.processing_class, None, None
-        )
-        self.control = TrainerControl()
-        self.model_init = None
-        self.train_dataset = self.clients[client]
-        if self.optimizer_cls_and_kwargs is not None:
-            # Trainer takes parameter groups out of the dict, which would leave the next client without them
-            optimizer_cls, kwargs = self.optimizer_cls_and_kwargs
-            self.optimizer_cls_and_kwargs = (optimizer_cls, dict(kwargs))
-        self.optimizer = self.lr_scheduler = None
-        self._log_sink = {}
-        set_seed(self.args.seed)
-        try:
-            yield
-        finally:
-            for name, value in federation.items():
-                setattr(self, name, value)
-            self.optimizer = self.lr_scheduler = self._log_sink = None
-            self.is_in_train = True  # of the federation, which the local training has set to False
-
-    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
-        """
-        The parameters that weight decay is applied to: as for [`~transformers.Trainer`], without Ravan's scalings.
-
-        Args:
-            model (`torch.nn.Module`): The model.
-
-        Returns:
-            `list[str]`: The names of the parameters.
-        """
-        return [name for name in super().get_decay_parameter_names(model) if ".ravan_s." not in name]
-
-    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
-        """
-        Set up the scheduler, which is constant while a client trains.
-
-        Args:
-            num_training_steps (`int`): The number of training steps to do.
-            optimizer (`torch.optim.Optimizer`, *optional*): The optimizer, by default that of the trainer.
-
-        Returns:
-            `torch.optim.lr_scheduler.LRScheduler`: The scheduler.
-        """
-        factor = self._learning_rate_factor
-        if factor is None:
-            return super().create_scheduler(num_training_steps, optimizer)
-        self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, lambda step: factor)
-        self._created_lr_scheduler = True
-        return self.lr_scheduler

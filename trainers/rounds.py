@@ -36,7 +36,7 @@ def derive_seed(seed: int, *names: str | int) -> int:
     return int.from_bytes(digest[:4], "big")
 
 
-def sample_clients(clients: Sequence[str], args: FederatedArguments, round_number: int) -> list[str]:
+def sample_clients(clients: Sequence[str], args: FederatedArguments, round_number: int, attempt: int = 0) -> list[str]:
     """
     Draw the clients of a round, without replacement.
 
@@ -44,13 +44,15 @@ def sample_clients(clients: Sequence[str], args: FederatedArguments, round_numbe
         clients (`Sequence[str]`): The names of all clients.
         args ([`FederatedArguments`]): The arguments, of which `clients_per_round` and `federated_seed` are read.
         round_number (`int`): The round, from 1.
+        attempt (`int`, *optional*, defaults to 0): How often the round was tried before.
 
     Returns:
         `list[str]`: The clients that take part, in the order of `clients`.
     """
-    if args.clients_per_round is None or args.clients_per_round == len(clients):
+    if args.clients_per_round is None or args.clients_per_round >= len(clients):
         return list(clients)
-    rng = random.Random(derive_seed(args.federated_seed, "participation", round_number))
+    attempts = (attempt,) if attempt else ()
+    rng = random.Random(derive_seed(args.federated_seed, "participation", round_number, *attempts))
     chosen = set(rng.sample(list(clients), args.clients_per_round))
     return [client for client in clients if client in chosen]
 
@@ -122,17 +124,23 @@ class Round:
     Args:
         number (`int`): The number of the round, from 1.
         clients (`list[str]`): The clients that take part.
-        updates (`list[ClientUpdate]`): What they have uploaded so far.
-        train_losses (`list[float]`): Their mean local training losses.
+        num_examples (`dict[str, int]`): The examples of the clients that have uploaded.
+        train_losses (`dict[str, float]`): Their mean local training losses.
+        failures (`dict[str, str]`): The clients that failed, and why, in this and earlier attempts at the round.
+        first_error (`Exception`, *optional*): The error of the first of them.
+        attempts (`int`): How often the round was tried, this time included.
         learning_rate (`float`): The learning rate of the round, of the optimizer's first parameter group.
-        upload_bytes (`int`): What they have sent, serialised.
-        download_bytes (`int`): What they have been sent, serialised.
+        upload_bytes (`int`): What clients have sent, serialised, also in attempts that failed.
+        download_bytes (`int`): What they have been sent.
     """
 
     number: int
     clients: list[str]
-    updates: list[ClientUpdate] = field(default_factory=list)
-    train_losses: list[float] = field(default_factory=list)
+    num_examples: dict[str, int] = field(default_factory=dict)
+    train_losses: dict[str, float] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+    first_error: Exception | None = None
+    attempts: int = 1
     learning_rate: float = 0.0
     upload_bytes: int = 0
     download_bytes: int = 0
@@ -143,22 +151,53 @@ class Round:
             update ([`ClientUpdate`]): What a client uploaded.
             train_loss (`float`): Its mean local training loss.
         """
-        self.updates.append(update)
-        self.train_losses.append(train_loss)
+        self.num_examples[update.client_id] = update.num_examples
+        self.train_losses[update.client_id] = train_loss
         self.upload_bytes += serialized_bytes(update.state)
+
+    def fail(self, client: str, reason: str, error: Exception | None = None) -> None:
+        """
+        Args:
+            client (`str`): The client that failed. What it has uploaded does not count.
+            reason (`str`): Why.
+            error (`Exception`, *optional*): The error.
+        """
+        self.failures[client] = reason
+        self.num_examples.pop(client, None)
+        self.train_losses.pop(client, None)
+        self.first_error = self.first_error or error
+
+    def again(self, clients: list[str]) -> Round:
+        """
+        Args:
+            clients (`list[str]`): The clients that take part in the next attempt.
+
+        Returns:
+            [`Round`]: The next attempt.
+        """
+        return Round(
+            self.number,
+            clients,
+            failures=self.failures,
+            first_error=self.first_error,
+            attempts=self.attempts + 1,
+            upload_bytes=self.upload_bytes,
+            download_bytes=self.download_bytes,
+        )
 
     def record(self) -> dict[str, Any]:
         """
         Returns:
             `dict[str, Any]`: What the history says of the round.
         """
-        num_examples = [update.num_examples for update in self.updates]
-        weighted = sum(loss * n for loss, n in zip(self.train_losses, num_examples, strict=True))
+        total = sum(self.num_examples.values())
         return {
             "round": self.number,
-            "clients": list(self.clients),
-            "num_examples": sum(num_examples),
-            "train_loss": weighted / sum(num_examples),
+            "clients": list(self.num_examples),
+            "failed_clients": [{"client": client, "reason": reason} for client, reason in self.failures.items()],
+            "attempts": self.attempts,
+            "num_examples": total,
+            "train_loss": sum(self.train_losses[client] * n for client, n in self.num_examples.items()) / total,
             "upload_bytes": self.upload_bytes,
             "download_bytes": self.download_bytes,
             "learning_rate": self.learning_rate,

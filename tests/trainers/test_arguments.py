@@ -32,10 +32,8 @@ def test_they_can_be_parsed_from_a_command_line():
         ({"partition_alpha": 0.0}, "`partition_alpha` must be above 0, got 0.0"),
         ({"merge_method": "mean"}, "no merge method 'mean'"),
         ({"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch"}, "is not supported over rounds"),
-        (
-            {"load_best_model_at_end": True, "eval_strategy": "epoch", "save_strategy": "epoch"},
-            "`load_best_model_at_end` is not supported by the FederatedTrainer yet",
-        ),
+        ({"client_timeout": 0.0}, "`client_timeout` must be above 0 seconds, got 0.0"),
+        ({"max_round_attempts": 0}, "`max_round_attempts` must be 1 or more, got 0"),
     ],
 )
 def test_values_out_of_range_are_told(fields, message):

@@ -1,0 +1,68 @@
+"""
+A run that is killed, or goes on: `python interrupted_run.py FOLDER KILL_AT`, where KILL_AT is `client`, `saving`, `replacing`
+or `-` to resume in every folder given.
+"""
+
+import os
+import signal
+import sys
+
+from safetensors.torch import save_file
+
+from peft_ravan.trainers import FederatedCallback, checkpoints
+from tests.trainers.test_resuming import resumable_trainer
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class KillWithinAClient(FederatedCallback):
+    def __init__(self):
+        self.rounds = 0
+
+    def on_round_begin(self, args, state, control, **kwargs):
+        self.rounds += 1
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.rounds == 3 and state.global_step == 2:
+            kill()
+
+
+def kill_while_saving() -> None:
+    write, calls = checkpoints.safetensors.torch.save_file, []
+
+    def save_and_kill(tensors, path):
+        calls.append(path)
+        write(tensors, path)
+        if len(calls) == 2:
+            with open(path, "r+b") as file:
+                file.truncate(20)
+            kill()
+
+    checkpoints.safetensors.torch.save_file = save_and_kill
+
+
+def kill_before_the_rename() -> None:
+    rename, calls = os.replace, []
+
+    def replace(source, target):
+        calls.append(source)
+        if len(calls) == 2:
+            kill()
+        rename(source, target)
+
+    checkpoints.os.replace = replace
+
+
+if __name__ == "__main__":
+    *folders, kill_at = sys.argv[1:]
+    for folder in folders:
+        callbacks = [KillWithinAClient()] if kill_at == "client" else []
+        if kill_at == "saving":
+            kill_while_saving()
+        if kill_at == "renaming":
+            kill_before_the_rename()
+        trainer = resumable_trainer(folder, callbacks=callbacks)
+        trainer.train(resume_from_checkpoint=True if kill_at == "-" else None)
+        save_file(trainer.last_global_state, os.path.join(folder, "end.safetensors"))

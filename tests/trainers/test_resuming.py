@@ -1,0 +1,281 @@
+"""A run that was interrupted, wherever, goes on as if it had not been."""
+
+import errno
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+from transformers import EarlyStoppingCallback
+
+from peft_ravan import RavanConfig
+from peft_ravan.trainers import CheckpointError, FederatedCallback, checkpoints
+
+from ..conftest import classification_dataset
+from .test_federated_trainer import adapter_state, assert_same, lora, make_trainer, ravan
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def resumable_trainer(folder, **kwargs):
+    """A run in which all depends on all before: clients are drawn, the server remembers, the learning rate changes."""
+    defaults = {
+        "num_rounds": 4,
+        "clients_per_round": 2,
+        "max_steps": 2,
+        "server_optimizer": "fedadam",
+        "lr_scheduler_type": "linear",
+        "save_strategy": "epoch",
+        "eval_strategy": "epoch",
+    }
+    return make_trainer(folder, **{**defaults, **kwargs})
+
+
+def comparable(history):
+    timed = ("_seconds", "_runtime", "_per_second", "_preparation_time")
+    return [{key: value for key, value in record.items() if not key.endswith(timed)} for record in history]
+
+
+class StopAfter(FederatedCallback):
+    """An interruption at the end of a round, for tests in one process."""
+
+    def __init__(self, round_number):
+        self.round_number = round_number
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.global_step == self.round_number:
+            raise KeyboardInterrupt
+
+
+def interrupted(folder, after, **kwargs):
+    trainer = resumable_trainer(folder, callbacks=[StopAfter(after), *kwargs.pop("callbacks", [])], **kwargs)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+
+
+@pytest.mark.parametrize("adapter", [ravan, lora])
+@pytest.mark.parametrize(
+    "options", [{}, {"merge_method": "fedrpca", "server_optimizer": "fedavgm"}], ids=["", "other"]
+)
+def test_a_resumed_run_is_the_uninterrupted_run(tmp_path, adapter, options):
+    whole = resumable_trainer(tmp_path / "whole", adapter=adapter(), **options)
+    whole.train()
+    interrupted(tmp_path / "resumed", 2, adapter=adapter(), **options)
+    resumed = resumable_trainer(tmp_path / "resumed", adapter=adapter(), **options)
+    torch.manual_seed(1234)  # the state of the process does not matter
+    resumed.train(resume_from_checkpoint=True)
+    assert_same(adapter_state(whole), adapter_state(resumed))
+    assert comparable(whole.state.log_history) == comparable(resumed.state.log_history)
+    for name in ("adapter_model.safetensors", "federation_state.safetensors"):
+        first, second = (load_file(tmp_path / run / "checkpoint-4" / name) for run in ("whole", "resumed"))
+        assert_same(first, second)
+
+
+def test_after_kill_at_any_point_the_run_goes_on_to_the_last_bit(tmp_path):
+    whole = resumable_trainer(tmp_path / "whole")
+    whole.train()
+    kill_at = ["client", "saving", "renaming"]
+    command = [sys.executable, "-m", "tests.trainers.interrupted_run"]
+    for moment in kill_at:
+        killed = subprocess.run([*command, str(tmp_path / moment), moment], cwd=ROOT, capture_output=True)
+        assert killed.returncode == -9, killed.stderr.decode()
+    saved = {moment: sorted(path.name for path in (tmp_path / moment).glob("checkpoint-*")) for moment in kill_at}
+    assert saved == {
+        "client": ["checkpoint-1", "checkpoint-2"],
+        "saving": ["checkpoint-1"],
+        "renaming": ["checkpoint-1"],
+    }
+    folders = [str(tmp_path / moment) for moment in kill_at]
+    subprocess.run([*command, *folders, "-"], cwd=ROOT, check=True, capture_output=True)
+    for folder in folders:
+        assert_same(load_file(Path(folder) / "end.safetensors"), adapter_state(whole))
+        assert not list(Path(folder).glob(".*"))  # nothing half is left
+
+
+def test_a_finished_run_is_loaded_and_not_run_again(tmp_path):
+    first = resumable_trainer(tmp_path)
+    first.train()
+    again = resumable_trainer(tmp_path)
+    again.train(resume_from_checkpoint=True)
+    assert_same(adapter_state(first), adapter_state(again))
+    assert len(again.state.log_history) == 4
+
+
+def test_a_run_can_be_prolonged(tmp_path, caplog):
+    resumable_trainer(tmp_path, num_rounds=2, lr_scheduler_type="constant").train()
+    longer = resumable_trainer(tmp_path, num_rounds=3, lr_scheduler_type="constant")
+    longer.train(resume_from_checkpoint=True)
+    whole = resumable_trainer(tmp_path / "whole", num_rounds=3, lr_scheduler_type="constant")
+    whole.train()
+    assert_same(adapter_state(longer), adapter_state(whole))
+
+
+# ---- Checkpoints that are not as they should be ----------------------------------
+
+
+def damage(folder, kind):
+    if kind == "truncated adapter":
+        with open(folder / "adapter_model.safetensors", "r+b") as file:
+            file.truncate(100)
+    elif kind == "truncated state":
+        (folder / "federation_state.json").write_text('{"format_version": 1, "rou')
+    elif kind == "missing file":
+        (folder / "trainer_state.json").unlink()
+    elif kind == "flipped bit":
+        tensors = load_file(folder / "adapter_model.safetensors")
+        next(iter(tensors.values())).view(-1)[0] += 1
+        save_file(tensors, folder / "adapter_model.safetensors")
+    elif kind == "other version":
+        state = json.loads((folder / "federation_state.json").read_text())
+        (folder / "federation_state.json").write_text(json.dumps({**state, "format_version": 99}))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    trainer = resumable_trainer(folder, num_rounds=3, max_steps=1)
+    trainer.train()
+    return folder, adapter_state(trainer)
+
+
+@pytest.mark.parametrize(
+    "kind, message",
+    [
+        ("truncated adapter", "adapter_model.safetensors is not what was written"),
+        ("truncated state", "federation_state.json is not JSON"),
+        ("missing file", "trainer_state.json is missing"),
+        ("flipped bit", "adapter_model.safetensors is not what was written"),
+        ("other version", "format version 99, and this version reads 1"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_used(tmp_path, finished, kind, message, caplog):
+    folder, end = finished
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    damage(tmp_path / "checkpoint-3", kind)
+    trainer = resumable_trainer(tmp_path, num_rounds=3, max_steps=1)
+    start = adapter_state(trainer)
+    with pytest.raises(CheckpointError, match=message):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert_same(adapter_state(trainer), start)
+    trainer.train(resume_from_checkpoint=True)
+    assert_same(adapter_state(trainer), end)
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"adapter": LoraConfig(r=2, task_type="SEQ_CLS")}, "other peft_type"),
+        ({"adapter": RavanConfig(r=3, num_heads=3, task_type="SEQ_CLS")}, "other shapes of the adapter"),
+        ({"adapter": replace(ravan(), projection_seed=5)}, "the bases in .*ravan_A.* are not those of the model"),
+        ({"num_clients": 5}, "other clients .4, not 5."),
+        ({"train_dataset": classification_dataset(83)}, "other names or sizes of clients"),
+    ],
+)
+def test_a_checkpoint_of_another_federation_is_refused(finished, kwargs, message):
+    folder, _ = finished
+    trainer = resumable_trainer(folder, num_rounds=3, max_steps=1, **kwargs)
+    start = adapter_state(trainer)
+    with pytest.raises(CheckpointError, match=f"belongs to another federation: .*{message}"):
+        trainer.train(resume_from_checkpoint=True)
+    assert_same(adapter_state(trainer), start)
+
+
+def test_other_arguments_are_told(finished, monkeypatch):
+    folder, _ = finished
+    warnings = []
+    monkeypatch.setattr("peft_ravan.trainers.resuming.logger.warning", warnings.append)
+    resumable_trainer(folder, num_rounds=3, max_steps=1, learning_rate=0.5).train(resume_from_checkpoint=True)
+    assert "other arguments" in warnings[0] and "learning_rate (0.01, now 0.5)" in warnings[0]
+
+
+def test_without_a_checkpoint_there_is_nothing_to_resume(tmp_path):
+    with pytest.raises(ValueError, match="no complete checkpoint"):
+        resumable_trainer(tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
+    write, calls = checkpoints.write_federation_state, []
+
+    def full(folder, state):
+        calls.append(folder)
+        if len(calls) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(folder, state)
+
+    monkeypatch.setattr("peft_ravan.trainers.resuming.write_federation_state", full)
+    trainer = resumable_trainer(tmp_path)
+    with pytest.raises(OSError, match="could not be written .No space left on device.*earlier rounds are complete"):
+        trainer.train()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2"]
+    whole = resumable_trainer(tmp_path / "whole")
+    whole.train()
+    resumed = resumable_trainer(tmp_path)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same(adapter_state(resumed), adapter_state(whole))
+
+
+# ---- What Trainer's users expect of checkpoints ----------------------------------
+
+
+def test_the_best_model_is_loaded_at_the_end_and_kept(tmp_path):
+    scores = iter([0.1, 0.9, 0.3, 0.2])
+    trainer = resumable_trainer(
+        tmp_path, load_best_model_at_end=True, metric_for_best_model="accuracy", save_total_limit=1
+    )
+    trainer.compute_metrics = lambda prediction: {"accuracy": next(scores)}
+    best = {}
+
+    class Keep(FederatedCallback):
+        def on_round_end(self, args, state, control, record, **kwargs):
+            best[record["round"]] = adapter_state(trainer)
+
+    trainer.add_callback(Keep())
+    trainer.train()
+    assert_same(adapter_state(trainer), best[2])
+    assert trainer.state.best_metric == 0.9 and trainer.state.best_model_checkpoint.endswith("checkpoint-2")
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
+
+
+def test_saving_the_best_only(tmp_path):
+    scores = iter([0.1, 0.9, 0.3, 0.2])
+    trainer = resumable_trainer(tmp_path, save_strategy="best", metric_for_best_model="accuracy")
+    trainer.compute_metrics = lambda prediction: {"accuracy": next(scores)}
+    trainer.train()
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
+
+
+@pytest.mark.parametrize("interrupt", [False, True])
+def test_early_stopping_counts_rounds_also_over_an_interruption(tmp_path, interrupt):
+    scores = [0.1, 0.5, 0.4, 0.3, 0.9, 0.9]
+
+    def make(callbacks=()):
+        trainer = resumable_trainer(
+            tmp_path, num_rounds=6, max_steps=1, load_best_model_at_end=True, metric_for_best_model="accuracy",
+            callbacks=[EarlyStoppingCallback(early_stopping_patience=2), *callbacks],
+        )  # fmt: skip
+        trainer.compute_metrics = lambda prediction: {"accuracy": scores[trainer.state.global_step - 1]}
+        return trainer
+
+    if interrupt:
+        with pytest.raises(KeyboardInterrupt):
+            make([StopAfter(3)]).train()
+    trainer = make()
+    trainer.train(resume_from_checkpoint=interrupt)
+    assert [record["round"] for record in trainer.state.log_history] == [1, 2, 3, 4]
+    assert trainer.state.best_metric == 0.5
+
+
+def test_a_run_without_evaluation_data_can_be_resumed(tmp_path):
+    data = datasets.Dataset.from_dict(classification_dataset(40).to_dict())
+    interrupted(tmp_path, 1, eval_strategy="no", train_dataset=data, num_rounds=2)
+    trainer = resumable_trainer(tmp_path, eval_strategy="no", train_dataset=data, num_rounds=2)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert [record["round"] for record in trainer.state.log_history] == [1, 2]

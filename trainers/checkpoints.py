@@ -1,0 +1,216 @@
+"""
+Checkpoints of a federation: folders that are written aside and then renamed, so that there is never half of one.
+
+A checkpoint has what [`~transformers.Trainer`] puts there for an adapter, and what the federation needs to go on: the
+memory of the server and the random state as safetensors, the facts of the run and a hash of every file as JSON.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import random
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+
+FORMAT_VERSION = 1
+STATE_FILE = "federation_state.json"
+TENSORS_FILE = "federation_state.safetensors"
+_SERVER_PREFIX = "server."
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is cut off, or of another federation. The message names it and says why."""
+
+
+@dataclass(frozen=True)
+class FederationState:
+    """
+    What a run needs to go on, beside the adapter and the history.
+
+    Args:
+        round (`int`): The last round that was run.
+        facts (`Mapping[str, Any]`): What must be the same in the run that goes on.
+        server_state (`Mapping[str, torch.Tensor]`): What server optimizers and merge methods remember.
+    """
+
+    round: int
+    facts: Mapping[str, Any]
+    server_state: Mapping[str, torch.Tensor]
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """
+    Write a folder aside, and put it in its place when all is written.
+
+    Args:
+        path (`str` or `os.PathLike`): The folder. One that exists is replaced.
+
+    Yields:
+        `Path`: The folder to write into.
+    """
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.incomplete")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        for file in aside.rglob("*"):
+            if file.is_file():
+                _sync(file)
+        if path.exists():
+            old = path.with_name(f".{path.name}.replaced")
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(path, old)
+            os.replace(aside, path)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(aside, path)
+        _sync(path.parent)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"The checkpoint could not be written ({error.strerror}). Those of earlier rounds are complete: make room, and "
+            "resume with `resume_from_checkpoint=True`",
+            str(path),
+        ) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    # a rename that reaches the disk before the contents would leave empty files after a power failure
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:  # some file systems do not sync folders
+        if not path.is_dir():
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def write_federation_state(folder: Path, state: FederationState) -> None:
+    """
+    Write what the federation needs into a checkpoint that has all other files already.
+
+    Args:
+        folder (`Path`): The checkpoint.
+        state ([`FederationState`]): The state.
+    """
+    rng_json, rng_tensors = _random_state()
+    tensors = {f"{_SERVER_PREFIX}{name}": tensor.contiguous() for name, tensor in state.server_state.items()}
+    safetensors.torch.save_file({**tensors, **rng_tensors}, folder / TENSORS_FILE)
+    files = {file.name: _digest(file) for file in sorted(folder.iterdir()) if file.is_file()}
+    content = {
+        "format_version": FORMAT_VERSION,
+        "round": state.round,
+        "facts": dict(state.facts),
+        "random_state": rng_json,
+        "files": files,
+    }
+    (folder / STATE_FILE).write_text(json.dumps(content, indent=2))
+
+
+def read_federation_state(folder: str | os.PathLike) -> FederationState:
+    """
+    Read a checkpoint, and check that it is whole.
+
+    Args:
+        folder (`str` or `os.PathLike`): The checkpoint.
+
+    Returns:
+        [`FederationState`]: The state.
+
+    Raises:
+        CheckpointError: if a file is missing, cut off or changed.
+    """
+    content = _checked_content(Path(folder))
+    tensors = safetensors.torch.load_file(Path(folder) / TENSORS_FILE)
+    server_state = {
+        name.removeprefix(_SERVER_PREFIX): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(_SERVER_PREFIX)
+    }
+    return FederationState(content["round"], content["facts"], server_state)
+
+
+def _checked_content(folder: Path) -> dict[str, Any]:
+    try:
+        content = json.loads((folder / STATE_FILE).read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} is not a checkpoint of a federation: it has no {STATE_FILE}.") from None
+    except ValueError as error:
+        raise CheckpointError(f"{folder} is cut off or damaged: {STATE_FILE} is not JSON ({error}).") from error
+    if content.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{folder} has format version {content.get('format_version')!r}, and this version reads {FORMAT_VERSION}."
+        )
+    for name, digest in content["files"].items():
+        file = folder / name
+        if not file.is_file():
+            raise CheckpointError(f"{folder} is incomplete: {name} is missing.")
+        if _digest(file) != digest:
+            raise CheckpointError(f"{folder} is cut off or damaged: {name} is not what was written.")
+    return content
+
+
+def find_checkpoints(output_dir: str | os.PathLike) -> list[Path]:
+    """
+    Args:
+        output_dir (`str` or `os.PathLike`): The folder of the run.
+
+    Returns:
+        `list[Path]`: The folders with the name of a checkpoint, the newest first. They may be damaged.
+    """
+    folders = [path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir()]
+    numbered = [path for path in folders if path.name.rpartition("-")[2].isdigit()]
+    return sorted(numbered, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+
+
+def _random_state() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    tensors = {"rng.torch": torch.get_rng_state(), "rng.numpy": torch.from_numpy(keys.astype(np.int64))}
+    if torch.cuda.is_available():
+        tensors.update({f"rng.cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())})
+    version, internal, gauss_next = random.getstate()
+    return {
+        "numpy": [kind, position, has_gauss, gauss],
+        "python": [version, list(internal), gauss_next],
+    }, tensors
+
+
+def restore_random_state(folder: str | os.PathLike) -> None:
+    """
+    Put the random generators into the state they had when a checkpoint was written.
+
+    Args:
+        folder (`str` or `os.PathLike`): The checkpoint.
+    """
+    content = json.loads((Path(folder) / STATE_FILE).read_text())["random_state"]
+    tensors = safetensors.torch.load_file(Path(folder) / TENSORS_FILE)
+    torch.set_rng_state(tensors["rng.torch"])
+    kind, position, has_gauss, gauss = content["numpy"]
+    np.random.set_state((kind, tensors["rng.numpy"].numpy().astype(np.uint32), position, has_gauss, gauss))
+    version, internal, gauss_next = content["python"]
+    random.setstate((version, tuple(internal), gauss_next))
+    if torch.cuda.is_available():
+        states = [tensors[f"rng.cuda.{i}"] for i in range(torch.cuda.device_count()) if f"rng.cuda.{i}" in tensors]
+        for device, state in enumerate(states):
+            torch.cuda.set_rng_state(state, device)

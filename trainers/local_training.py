@@ -1,0 +1,110 @@
+"""The local training of one client, by the trainer that runs the federation."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from transformers import TrainerControl, set_seed
+from transformers.trainer_utils import has_length
+
+from .callbacks import LocalCallbackHandler
+from .clients import local_arguments
+from .faults import TimeoutCallback
+from .rounds import derive_seed
+
+
+# what a client's local training replaces, and what is put back after it
+_OF_THE_FEDERATION = (
+    "args",
+    "callback_handler",
+    "control",
+    "model_init",
+    "optimizer_cls_and_kwargs",
+    "state",
+    "train_dataset",
+)
+
+
+class LocalTrainingMixin:
+    """
+    Lets a [`~transformers.Trainer`] train as one of its clients: with the client's data and seed, and the learning rate
+    of the round.
+    """
+
+    _learning_rate_factor: float | None = None  # set while a federation runs
+
+    def _train_client(self, client: str, round_number: int, timeout: TimeoutCallback) -> tuple[float, float]:
+        """Train the model as it is on the data of a client. Returns the mean training loss and the learning rate."""
+        with self._as_client(client, round_number, timeout):
+            try:
+                output = super().train()
+                return output.training_loss, self.lr_scheduler.get_last_lr()[0]
+            except Exception as error:
+                if hasattr(error, "add_note"):  # Python 3.11 and later
+                    error.add_note(f"This happened in round {round_number}, while client {client!r} trained.")
+                raise
+
+    @contextlib.contextmanager
+    def _as_client(self, client: str, round_number: int, timeout: TimeoutCallback) -> Iterator[None]:
+        """Make this trainer that of one client: its data, its seed, and nothing that belongs to the federation."""
+        federation = {name: getattr(self, name) for name in _OF_THE_FEDERATION}
+        self.args = local_arguments(self.args, derive_seed(self.args.federated_seed, "client", round_number, client))
+        self.callback_handler = LocalCallbackHandler(
+            [*self.callback_handler.callbacks, timeout], self.model, self.processing_class, None, None
+        )
+        self.control = TrainerControl()
+        self.model_init = None
+        self.train_dataset = self.clients[client]
+        if self.optimizer_cls_and_kwargs is not None:
+            # Trainer takes parameter groups out of the dict, which would leave the next client without them
+            optimizer_cls, kwargs = self.optimizer_cls_and_kwargs
+            self.optimizer_cls_and_kwargs = (optimizer_cls, dict(kwargs))
+        self.optimizer = self.lr_scheduler = None
+        self._log_sink = {}
+        set_seed(self.args.seed)
+        try:
+            yield
+        finally:
+            for name, value in federation.items():
+                setattr(self, name, value)
+            self.optimizer = self.lr_scheduler = self._log_sink = None
+            self.is_in_train = True  # of the federation, which the local training has set to False
+
+    def _num_examples(self, client: str) -> int:
+        dataset = self.clients[client]
+        if has_length(dataset):
+            return len(dataset)
+        return self.args.max_steps * self.args.gradient_accumulation_steps * self.args.train_batch_size
+
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        """
+        The parameters that weight decay is applied to: as for [`~transformers.Trainer`], without Ravan's scalings.
+
+        Args:
+            model (`torch.nn.Module`): The model.
+
+        Returns:
+            `list[str]`: The names of the parameters.
+        """
+        return [name for name in super().get_decay_parameter_names(model) if ".ravan_s." not in name]
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
+        """
+        Set up the scheduler, which is constant while a client trains.
+
+        Args:
+            num_training_steps (`int`): The number of training steps to do.
+            optimizer (`torch.optim.Optimizer`, *optional*): The optimizer, by default that of the trainer.
+
+        Returns:
+            `torch.optim.lr_scheduler.LRScheduler`: The scheduler.
+        """
+        factor = self._learning_rate_factor
+        if factor is None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, lambda step: factor)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler

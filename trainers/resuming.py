@@ -1,0 +1,175 @@
+"""Saving a federation after a round, and going on from there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.utils import logging
+
+from .checkpoints import (
+    CheckpointError,
+    FederationState,
+    atomic_folder,
+    find_checkpoints,
+    read_federation_state,
+    restore_random_state,
+    write_federation_state,
+)
+from .clients import LiveAdapter
+
+
+logger = logging.get_logger(__name__)
+
+# what a run may change when it goes on, but not without a word
+_COMPARED_ARGUMENTS = (
+    "federated_seed", "clients_per_round", "merge_options", "server_optimizer", "server_optimizer_options", "learning_rate",
+    "lr_scheduler_type", "num_rounds", "num_train_epochs", "max_steps", "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+)  # fmt: skip
+
+
+@dataclass
+class Run:
+    """
+    A run of a federation between two rounds.
+
+    Args:
+        adapter ([`LiveAdapter`]): The adapter in the model.
+        global_state (`dict[str, torch.Tensor]`): What was merged last.
+        server_state (`dict[str, torch.Tensor]`): What server optimizers and merge methods remember.
+        round (`int`): The last round that was run.
+    """
+
+    adapter: LiveAdapter
+    global_state: dict[str, torch.Tensor]
+    server_state: dict[str, torch.Tensor] = field(default_factory=dict)
+    round: int = 0
+
+
+class CheckpointingMixin:
+    """Lets a federation be saved after a round, and go on from there as if it had not been interrupted."""
+
+    def _save_round(self, run: Run, trial: Any) -> None:
+        run_dir = self._get_output_dir(trial=trial)
+        best = os.path.join(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
+        if self.state.best_global_step == run.round or os.path.exists(best):
+            self.state.best_model_checkpoint = best
+        folder = os.path.join(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{run.round}")
+        self.state.stateful_callbacks = TrainerState(stateful_callbacks=self._stateful_callbacks()).stateful_callbacks
+        with atomic_folder(folder) as aside:
+            self.save_model(str(aside), _internal_call=True)
+            self.state.save_to_json(str(aside / TRAINER_STATE_NAME))
+            if not self.args.save_only_model:
+                write_federation_state(aside, FederationState(run.round, self._facts(run.adapter), run.server_state))
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(folder)
+        rotate_checkpoints(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
+        self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+
+    def _stateful_callbacks(self) -> list[ExportableState]:
+        callbacks = [*self.callback_handler.callbacks, self.control]
+        return [callback for callback in callbacks if isinstance(callback, ExportableState)]
+
+    def _facts(self, adapter: LiveAdapter) -> dict[str, Any]:
+        """What tells this federation from others, as JSON keeps it."""
+        config = self.model.active_peft_config.to_dict()
+        facts = {
+            "adapter": {
+                name: [list(tensor.shape), str(tensor.dtype)] for name, tensor in sorted(adapter.read().items())
+            },
+            "peft_type": config["peft_type"],
+            "clients": len(self.clients),
+            "clients_digest": _digest({client: self._num_examples(client) for client in self.clients}),
+            "merge_method": self.merge_method,
+            "arguments": {name: getattr(self.args, name) for name in _COMPARED_ARGUMENTS},
+        }
+        return json.loads(json.dumps(facts, default=str))
+
+    def _load_checkpoint(self, resume_from_checkpoint: str | bool, run: Run, trial: Any) -> None:
+        folder, saved = self._choose_checkpoint(resume_from_checkpoint, trial)
+        self._check_facts(folder, saved, run.adapter)
+        tensors = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
+        self._check_bases(folder, tensors)
+        state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+        run.adapter.load_checkpoint(tensors)
+        run.global_state, run.server_state, run.round = run.adapter.read(), dict(saved.server_state), saved.round
+        self.state = state
+        restore_random_state(folder)
+        logger.info(f"Going on after round {saved.round}, from {folder}.")
+
+    def _choose_checkpoint(self, resume_from_checkpoint: str | bool, trial: Any) -> tuple[Path, FederationState]:
+        if not isinstance(resume_from_checkpoint, bool):
+            return Path(resume_from_checkpoint), read_federation_state(resume_from_checkpoint)
+        run_dir = self._get_output_dir(trial=trial)
+        for folder in find_checkpoints(run_dir):
+            try:
+                return folder, read_federation_state(folder)
+            except CheckpointError as error:
+                logger.warning(f"{error} The one before is used.")
+        raise ValueError(
+            f"There is no complete checkpoint in {run_dir} to resume from. Start without `resume_from_checkpoint`."
+        )
+
+    def _check_facts(self, folder: Path, saved: FederationState, adapter: LiveAdapter) -> None:
+        facts = self._facts(adapter)
+        for name in ("peft_type", "adapter", "clients", "clients_digest"):
+            if saved.facts.get(name) != facts[name]:
+                found = (
+                    ""
+                    if name in ("adapter", "clients_digest")
+                    else f" ({saved.facts.get(name)!r}, not {facts[name]!r})"
+                )
+                what = {"adapter": "shapes of the adapter", "clients_digest": "names or sizes of clients"}.get(
+                    name, name
+                )
+                raise CheckpointError(
+                    f"{folder} belongs to another federation: other {what}{found}. Give the model, the data and the "
+                    "arguments that it was written with, or start without `resume_from_checkpoint`."
+                )
+        now = {"merge_method": facts["merge_method"], **facts["arguments"]}
+        then = {"merge_method": saved.facts.get("merge_method"), **saved.facts.get("arguments", {})}
+        changed = [
+            f"{name} ({then.get(name)!r}, now {value!r})" for name, value in now.items() if then.get(name) != value
+        ]
+        if changed:
+            logger.warning(
+                f"The run goes on with other arguments than {folder} was written with, and will differ from one that was "
+                f"not interrupted: {', '.join(changed)}."
+            )
+
+    def _check_bases(self, folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+        frozen = get_peft_model_state_dict(self.model, save_embedding_layers=False)
+        for name, tensor in frozen.items():
+            if ".ravan_A" in name or ".ravan_B" in name:
+                if name in tensors and not torch.equal(tensor.cpu(), tensors[name]):
+                    raise CheckpointError(
+                        f"{folder} belongs to another federation: the bases in {name!r} are not those of the model. Use the "
+                        "`init_bases` and the `seed` that it was written with."
+                    )
+
+    def _restore_callbacks(self) -> None:
+        # Trainer does so on request; here a run that goes on is to be the run that was interrupted
+        before, self.args.restore_callback_states_from_checkpoint = (
+            self.args.restore_callback_states_from_checkpoint, True,
+        )  # fmt: skip
+        try:
+            self._load_callback_state()
+        finally:
+            self.args.restore_callback_states_from_checkpoint = before
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
