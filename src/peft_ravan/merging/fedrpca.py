@@ -33,7 +33,7 @@ class _Options:
     beta: float | str
     beta_max: float
     lambda_: float | None
-    tol: float
+    tol: float | None
     max_iter: int
 
     def __post_init__(self):
@@ -141,7 +141,7 @@ def fedrpca(
     beta: float | str = "adaptive",
     beta_max: float = 5.0,
     lambda_: float | None = None,
-    tol: float = 1e-7,
+    tol: float | None = None,
     max_iter: int = 500,
 ) -> MergeResult:
     """
@@ -159,8 +159,8 @@ def fedrpca(
             The largest adaptive beta.
         lambda_ (`float`, *optional*):
             The weight of the sparse part in robust PCA. By default `1 / sqrt(max(n, C))` for each matrix.
-        tol (`float`, *optional*, defaults to `1e-7`):
-            The relative residual at which robust PCA stops.
+        tol (`float`, *optional*):
+            The relative residual at which robust PCA stops. By default that of [`robust_pca`] for the dtype.
         max_iter (`int`, *optional*, defaults to 500):
             The largest number of iterations. A matrix that does not converge is averaged, with a warning.
 
