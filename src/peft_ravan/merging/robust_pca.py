@@ -40,6 +40,8 @@ WARM_START_PENALTY_GROWTH = 16.0
 TOLERANCES = {torch.float32: 1e-6, torch.float64: 1e-7}
 # half a megabyte in float32: with the parts of M, L, S and Z it stays in a core's cache
 CPU_BLOCK_ENTRIES = 2**17
+# a block is small against its matrix, unless the matrix is so small that a block is little work
+MIN_BLOCK_ENTRIES = 2**15
 # launching kernels must cost little against running them
 CUDA_BLOCK_ENTRIES = 2**23
 
@@ -79,7 +81,10 @@ class _Sweeps:
 
     def __init__(self, like: torch.Tensor):
         self.batch, self.n, self.C = like.shape
-        self.rows = max(1, min(self.n, _block_entries(like.device) // (self.batch * self.C)))
+        entries = _block_entries(like.device)
+        if self.batch == 1:  # several make one block by themselves
+            entries = min(entries, max(MIN_BLOCK_ENTRIES, like.numel() // 4))
+        self.rows = max(1, min(self.n, entries // (self.batch * self.C)))
         # the same memory serves as a block in the matrices' dtype and as half a block in float64
         self.memory = like.new_empty(self.batch * (self.rows + self.rows % 2) * self.C)
 
