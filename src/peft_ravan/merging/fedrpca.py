@@ -82,7 +82,7 @@ def _merge_batch(batch: Sequence[Matrix], options: _Options) -> Iterator[tuple[t
         return
 
     M = torch.stack([matrix.columns() for matrix in batch])  # [batch, n, C]
-    _, S, info = robust_pca(M, options.lambda_, options.tol or 1e-7, options.max_iter)
+    _, S, info = robust_pca(M, options.lambda_, options.tol, options.max_iter)
     for index, matrix in enumerate(batch):
         weights = matrix.weights.to(M)
         mean_S = S[index] @ weights  # [n]
