@@ -128,6 +128,11 @@ def merge(
         result = merge_method.function(products, passing if merge_method.streaming else list(passing), **options)
         state, new_server_state = result.state, dict(result.server_state)
         if optimizer is not None:
+            if result.config is not None:
+                raise ValueError(
+                    f"{merge_method.pretty_name} gives the adapter another configuration in every round, so a server "
+                    "optimizer has no difference to follow. Use a merge method that keeps the rank."
+                )
             state, remembered = optimizer.function(products, state, server_state or {}, **server_options)
             new_server_state.update(remembered)
     diagnostics = {
