@@ -161,10 +161,12 @@ class UpdateChecker:
         mask = (update.trained_heads or {}).get(name)
         if mask is None:
             return shape
-        if mask.dtype != torch.bool or mask.shape != (shape[0],):
+        is_tensor = isinstance(mask, torch.Tensor)
+        if not is_tensor or mask.dtype != torch.bool or mask.shape != (shape[0],):
+            found = f"{mask.dtype} of shape {tuple(mask.shape)}" if is_tensor else type(mask).__name__
             raise UpdateError(
                 f"{client}, tensor {name!r}: trained_heads must be a bool tensor of shape ({shape[0]},), one entry a head, "
-                f"got {mask.dtype} of shape {tuple(mask.shape)}."
+                f"got {found}."
             )
         if not self.method.different_heads and not mask.all():
             raise UpdateError(
