@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from peft_ravan.merging import MERGE_METHODS, SERVER_OPTIMIZERS, ClientUpdate, merge
 
 from .reference import (
+    CASES,
     CONFIG,
     LORA_SHAPES,
     assert_same,
@@ -19,6 +20,7 @@ from .reference import (
     few,
     lora_state,
     normal,
+    random_round,
     ravan_state,
 )
 
@@ -158,21 +160,9 @@ def test_the_server_state_of_another_adapter_is_told():
 
 
 def round_for(name: str):
-    """A global state and three updates that suit a method."""
-    generator, method = seeded(), MERGE_METHODS[name]
-    make = lora_state if "lora" in name or name == "fedit" or name == "flora" else ravan_state
-    options = {"num_heads": 1} if name == "fed_sb" else {}
-    global_state = make(generator, **options)
-    updates = []
-    for index in range(3):
-        state = make(generator, **options)
-        for key in list(state):
-            if any(part in key for part in method.personal_parts):
-                del state[key]
-            elif any(part in key for part in method.frozen_parts):
-                state[key] = global_state[key]
-        updates.append(client(state, index + 1, index))
-    return global_state, updates, ({"config": CONFIG} if method.takes("config") else {})
+    """A global state and three updates that suit a method, LoRA where it merges that, and what it needs to know."""
+    adapter = next(adapter for method, adapter in CASES if method == name)
+    return *random_round(name, adapter, num_clients=3), {"config": CONFIG}
 
 
 @pytest.mark.parametrize("optimizer", SERVER_OPTIMIZERS)
