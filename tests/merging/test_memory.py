@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from peft_ravan.merging import MERGE_METHODS, SERVER_OPTIMIZERS, ClientUpdate, SafetensorsState, UpdateError, merge
 
@@ -56,13 +58,15 @@ class LazyState(Mapping):
         return len(self.state)
 
 
-def deep_round(method: str, adapter: str) -> tuple[dict[str, torch.Tensor], list[ClientUpdate]]:
+def deep_round(
+    method: str, adapter: str, num_layers: int = NUM_LAYERS, num_clients: int = NUM_CLIENTS
+) -> tuple[dict[str, torch.Tensor], list[ClientUpdate]]:
     """Clients that upload many layers of one size."""
     generator = torch.Generator().manual_seed(0)
 
     def state() -> dict[str, torch.Tensor]:
         tensors = {}
-        for layer in range(NUM_LAYERS):
+        for layer in range(num_layers):
             module = f"base_model.model.layers.{layer}.q"
             if adapter == "lora":
                 tensors[a_name(module)] = torch.randn(2, 6, generator=generator)
@@ -74,7 +78,7 @@ def deep_round(method: str, adapter: str) -> tuple[dict[str, torch.Tensor], list
         return tensors
 
     global_state = state()
-    return global_state, [client(upload(method, state(), global_state), i + 1, i) for i in range(NUM_CLIENTS)]
+    return global_state, [client(upload(method, state(), global_state), i + 1, i) for i in range(num_clients)]
 
 
 def test_the_counter_counts():
@@ -173,6 +177,65 @@ def test_a_tensor_is_read_a_small_number_of_times(method, adapter):
     lazy = [ClientUpdate(LazyState(u.state, alive), u.num_examples, u.client_id) for u in updates]
     merge(global_state, lazy, method, config=CONFIG)
     assert alive.reads <= 12 * sum(len(update.state) for update in updates)
+
+
+# ---------------------------------------------------------------- what the merge itself allocates
+
+
+class AllocatedBytes(TorchDispatchMode):
+    """The most memory that the results of operations have used at one time, uploads not counted."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.most = 0
+        self.users: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                key, size = storage._cdata, storage.nbytes()
+                self.users[key] = self.users.get(key, 0) + 1
+                if self.users[key] == 1:
+                    self.now += size
+                    self.most = max(self.most, self.now)
+                weakref.finalize(tensor, self._left, key, size)
+        return result
+
+    def _left(self, key: int, size: int) -> None:
+        self.users[key] -= 1
+        if not self.users[key]:
+            self.now -= size
+
+
+def most_bytes(method: str, adapter: str, num_layers: int, num_clients: int) -> int:
+    global_state, updates = deep_round(method, adapter, num_layers, num_clients)
+    lazy = [ClientUpdate(LazyState(u.state, Alive()), u.num_examples, u.client_id) for u in updates]
+    with AllocatedBytes() as allocated:
+        merge(global_state, lazy, method, config=CONFIG)
+    return allocated.most
+
+
+def bytes_per_layer(method: str, adapter: str) -> int:
+    [update] = deep_round(method, adapter, num_layers=1, num_clients=1)[1]
+    return sum(tensor.nbytes for tensor in update.state.values())
+
+
+@pytest.mark.parametrize("method, adapter", STREAMING)
+def test_the_memory_of_a_streaming_merge_does_not_grow_with_the_clients(method, adapter):
+    assert most_bytes(method, adapter, 6, num_clients=40) == most_bytes(method, adapter, 6, num_clients=4) > 0
+
+
+# the result of FLoRA has the size of all uploads
+@pytest.mark.parametrize("method, adapter", [case for case in CASES if case[0] != "flora"])
+def test_what_a_layer_more_costs_does_not_grow_with_the_clients(method, adapter, monkeypatch):
+    # small matrices are solved together, up to a constant size
+    monkeypatch.setattr("peft_ravan.merging.fedrpca.MAX_BATCH_ENTRIES", 1)
+    few_layers, many_layers = (most_bytes(method, adapter, num_layers, num_clients=30) for num_layers in (4, 16))
+    # FedEx-LoRA hands back a residual of at most [5, 6] for each layer
+    result = 5 * 6 * 4 if method == "fedex_lora" else 0
+    assert (many_layers - few_layers) / 12 <= 6 * bytes_per_layer(method, adapter) + result
 
 
 # ---------------------------------------------------------------- files
