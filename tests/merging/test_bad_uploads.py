@@ -86,6 +86,9 @@ BAD_MASKS = {
 }
 
 
+OVERFLOWING = {"task_arithmetic": {"scale": 5.0}}
+
+
 def assert_refused_or_dropped(method: str, adapter: str, spoil: Callable[[ClientUpdate], ClientUpdate], message: str):
     global_state, updates = random_round(method, adapter)
     copies = {name: tensor.clone() for name, tensor in global_state.items()}
@@ -180,6 +183,21 @@ def test_a_sum_that_overflows_is_no_bad_upload():
     assert torch.equal(
         merge({"w": torch.zeros_like(large)}, [ClientUpdate({"w": large}, 1)], "fedavg").state["w"], large
     )
+
+
+@pytest.mark.parametrize("method", ["fedavg", "ravan", "fedrpca", "ties", "task_arithmetic"])
+def test_finite_uploads_that_overflow_do_not_come_out_as_infinite_weights(method):
+    updates = [ClientUpdate({"w.lora_A.weight": torch.tensor([[x]])}, 1) for x in (3e38, -3e38, 3e38)]
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        merge({"w.lora_A.weight": torch.tensor([[-3e38]])}, updates, method, **OVERFLOWING.get(method, {}))
+
+
+def test_a_factor_that_overflows_in_half_precision_is_told():
+    state = {"m.lora_A.weight": torch.full((1, 4), 200.0).half(), "m.lora_B.weight": torch.full((4, 1), 200.0).half()}
+    with pytest.raises(
+        ValueError, match="Tensor 'm.lora_B.weight': the merge has made entries that are NaN or infinite"
+    ):
+        merge(state, [ClientUpdate(state, 1)], "flexlora")
 
 
 def test_there_are_two_ways_to_treat_bad_uploads():

@@ -14,7 +14,7 @@ from peft import PeftConfig
 
 from ..state import checkpoint_state, exchange_state
 from .base_deltas import BaseDelta, add_base_deltas
-from .checking import UpdateChecker
+from .checking import UpdateChecker, check_merged
 from .lora import lora_state_for_client
 from .method import MergeMethod, ServerOptimizer
 from .registry import MERGE_METHODS, SERVER_OPTIMIZERS, get_merge_method, get_server_optimizer, methods_table
@@ -93,7 +93,8 @@ def merge(
             or dtypes, NaN or infinite entries, heads that the method cannot leave out, no examples, a client that is
             there twice; or if no update is left. Nothing is merged then.
         TypeError: if the method does not have one of the options.
-        ValueError: if the method does not exist, does not suit the adapter, or an option is out of range.
+        ValueError: if the method does not exist, does not suit the adapter, or an option is out of range; or if the new
+            state would have NaN or infinite entries.
 
     Example:
 
@@ -135,6 +136,7 @@ def merge(
                 )
             state, remembered = optimizer.function(products, state, server_state or {}, **server_options)
             new_server_state.update(remembered)
+        check_merged(state)
     diagnostics = {
         "method": method,
         **({} if optimizer is None else {"server_optimizer": server_optimizer}),

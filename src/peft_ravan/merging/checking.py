@@ -148,8 +148,7 @@ class UpdateChecker:
                 f"{client}, tensor {name!r}: differs from the global one, but {self.method.pretty_name} keeps it frozen. "
                 "Freeze it on the clients (`requires_grad_(False)`), and leave it out of the upload."
             )
-        # one sum is several times cheaper than a look at every entry, and NaN and infinity do not get lost in it
-        if not math.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
+        if not _is_finite(tensor):
             bad = int((~torch.isfinite(tensor)).sum())
             raise UpdateError(
                 f"{client}, tensor {name!r}: {bad} of {tensor.numel()} entries are NaN or infinite. The client's training "
@@ -218,6 +217,28 @@ class UpdateChecker:
                     f"{client}, tensor {target.B_name!r}: its scaling alpha / r is {scaling:g}, that of the global adapter "
                     f"{expected:g}, but {need} needs the same scaling on all clients. Choose lora_alpha so that they agree."
                 )
+
+
+def check_merged(state: Mapping[str, torch.Tensor]) -> None:
+    """
+    Args:
+        state (`Mapping[str, torch.Tensor]`): A new state.
+
+    Raises:
+        ValueError: if an entry is NaN or infinite, as finite uploads can make it where numbers overflow.
+    """
+    for name, tensor in state.items():
+        if not _is_finite(tensor):
+            raise ValueError(
+                f"Tensor {name!r}: the merge has made entries that are NaN or infinite, although all uploads are finite. "
+                "Either the global state has such entries, or uploads are so large that they overflow: leave them out, or "
+                "merge in a dtype with a larger range."
+            )
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    # one sum is several times cheaper than a look at every entry, and NaN and infinity do not get lost in it
+    return math.isfinite(tensor.sum()) or bool(torch.isfinite(tensor).all())
 
 
 def _has_part(name: str, parts: tuple[str, ...]) -> bool:
