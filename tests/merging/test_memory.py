@@ -232,10 +232,10 @@ def test_the_memory_of_a_streaming_merge_does_not_grow_with_the_clients(method, 
 def test_what_a_layer_more_costs_does_not_grow_with_the_clients(method, adapter, monkeypatch):
     # small matrices are solved together, up to a constant size
     monkeypatch.setattr("peft_ravan.merging.fedrpca.MAX_BATCH_ENTRIES", 1)
-    few_layers, many_layers = (most_bytes(method, adapter, num_layers, num_clients=30) for num_layers in (4, 16))
+    few_layers, many_layers = (most_bytes(method, adapter, num_layers, num_clients=20) for num_layers in (3, 8))
     # FedEx-LoRA hands back a residual of at most [5, 6] for each layer
     result = 5 * 6 * 4 if method == "fedex_lora" else 0
-    assert (many_layers - few_layers) / 12 <= 6 * bytes_per_layer(method, adapter) + result
+    assert (many_layers - few_layers) / 5 <= 6 * bytes_per_layer(method, adapter) + result
 
 
 # ---------------------------------------------------------------- files
