@@ -23,7 +23,7 @@ from .lora import client_factors, is_lora_matrix, product_targets
 from .matrices import Matrix, is_adapter_matrix, join, split
 from .method import MergeMethod
 from .robust_pca import robust_pca
-from .truncation import truncated_factors
+from .truncation import aligned_factors, truncated_factors
 from .updates import ClientUpdate, MergeResult
 
 
@@ -189,7 +189,7 @@ def _merge_products(
         B, A = target.factors(global_state)
         [(merged, matrix_figures)] = _merge_batch([Matrix(target.module, B @ A, updates, read)], options)
         tensors, kept_energy = truncated_factors(target, merged, None, like=global_state)
-        state.update(tensors)
+        state.update(aligned_factors(target, tensors, like=global_state))
         figures[target.module] = {**matrix_figures, "kept_energy": kept_energy}
 
 
