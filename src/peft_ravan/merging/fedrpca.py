@@ -199,7 +199,8 @@ def _warn_of_failures(matrices: Mapping[str, Mapping[str, Any]], max_iter: int) 
         name, figures = next(iter(failed.items()))
         warnings.warn(
             f"fedrpca: robust PCA did not converge in {max_iter} iterations for {len(failed)} of {len(matrices)} matrices, "
-            f"which were averaged instead, such as {name!r} (residual {figures['residual']:.1e}, rank {figures['rank']}). "
+            f"which were averaged instead, such as {name!r} (residual {figures['residual']:.1e}, rank of L "
+            f"{figures['rank']}, {figures['sparsity']:.0%} of S not zero). "
             "Raise `max_iter` or `tol`."
         )
 

@@ -19,7 +19,8 @@ and the next Z, and adds up the Gram matrix of the latter. Memory holds M, L, S 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 
 import torch
@@ -279,10 +280,27 @@ def solve_in_parts(
     """Solve `[batch, n, C]`, as many matrices at once as make a block."""
     L, S = torch.empty_like(M), torch.empty_like(M)
     size = max(1, _block_entries(M.device) // max(1, M[0].numel()))
-    infos = []
-    for start in range(0, len(M), size):
+
+    @torch.no_grad()
+    def solve(start: int) -> RobustPCAInfo:
         part = slice(start, start + size)
         start_part = None if warm_start is None else (warm_start[0][part], warm_start[1][part])
-        infos.append(_solve(M[part], L[part], S[part], start_part, *options))
+        return _solve(M[part], L[part], S[part], start_part, *options)
+
+    infos = _in_parallel(solve, range(0, len(M), size), M.device)
     joined = {field.name: torch.cat([getattr(info, field.name) for info in infos]) for field in fields(RobustPCAInfo)}
     return L, S, RobustPCAInfo(**joined)
+
+
+def _in_parallel(
+    solve: Callable[[int], RobustPCAInfo], starts: Sequence[int], device: torch.device
+) -> list[RobustPCAInfo]:
+    # A part is small, and torch's threads would wait for one another after each of its many operations: on a busy machine
+    # for most of the time. A thread for each part has nothing to wait for.
+    num_threads = torch.get_num_threads()
+    if device.type != "cpu" or len(starts) < 2 or num_threads < 2:
+        return [solve(start) for start in starts]
+    with ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as threads:
+        infos = list(threads.map(solve, starts))
+    torch.set_num_threads(num_threads)  # a part of the setting is common to all threads
+    return infos
