@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import hypothesis.strategies as st
+import pytest
 import torch
 from hypothesis import settings
 from peft import LoraConfig
 
-from peft_ravan.merging import ClientUpdate
+from peft_ravan.merging import MERGE_METHODS, ClientUpdate, MergeResult, merge
 
 
 State = dict[str, torch.Tensor]
@@ -261,3 +262,61 @@ def pursue_principal_components(
         if max(step, (M - L - S).norm()) < 1e-10 * M.norm():
             break
     return L, S
+
+
+# ---------------------------------------------------------------- rounds for any method of the registry
+
+
+ADAPTERS: dict[str, Callable[..., State]] = {
+    "lora": lora_state,
+    "ravan": ravan_state,
+    "one-head": lambda generator, dtype=torch.float64: ravan_state(generator, dtype, num_heads=1),
+}
+# options with which one client, or identical ones, come out as they went in
+FAITHFUL = {"ties": {"density": 1.0}}
+
+
+def upload(method: str, state: Mapping[str, torch.Tensor], global_state: Mapping[str, torch.Tensor]) -> State:
+    """What a client of a method uploads: without what is personal, and with what is frozen as it was."""
+    parts = MERGE_METHODS[method]
+    return {
+        name: global_state[name] if any(part in name for part in parts.frozen_parts) else tensor
+        for name, tensor in state.items()
+        if not any(part in name for part in parts.personal_parts)
+    }
+
+
+def random_round(
+    method: str, adapter: str, num_clients: int = 5, seed: int = 0, dtype: torch.dtype = torch.float64
+) -> tuple[State, list[ClientUpdate]]:
+    """A global state and updates of clients with different numbers of examples."""
+    generator = torch.Generator().manual_seed(seed)
+    global_state = ADAPTERS[adapter](generator, dtype=dtype)
+    states = [upload(method, ADAPTERS[adapter](generator, dtype=dtype), global_state) for _ in range(num_clients)]
+    return global_state, [client(state, 3 * index + 1, index) for index, state in enumerate(states)]
+
+
+def merge_faithfully(method: str, global_state: State, updates: Iterable[ClientUpdate], **kwargs) -> MergeResult:
+    return merge(global_state, updates, method, config=CONFIG, **FAITHFUL.get(method, {}), **kwargs)
+
+
+def effect_of(result: MergeResult) -> State:
+    """What the result of a merge does, residuals for base weights included."""
+    effect = effective(result.state, result.config or CONFIG)
+    return effect | {module: effect[module] + delta.dense().double() for module, delta in result.base_deltas.items()}
+
+
+def _suits(method: str, adapter: str) -> bool:
+    try:
+        merge_faithfully(method, *random_round(method, adapter))
+    except ValueError as error:
+        if "merges LoRA adapters" in str(error) or "merges Ravan adapters" in str(error):
+            return False
+        raise
+    return True
+
+
+# every method with every adapter that it does not refuse, one head only where it needs that
+CASES = [(method, adapter) for method in MERGE_METHODS for adapter in ("lora", "ravan") if _suits(method, adapter)]
+CASES += [(method, "one-head") for method in MERGE_METHODS if all(method != known for known, _ in CASES)]
+every_case = pytest.mark.parametrize("method, adapter", CASES, ids=["-".join(case) for case in CASES])

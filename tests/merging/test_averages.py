@@ -1,13 +1,12 @@
 """FedAvg and Ravan's average: explicit numbers, and equality with the mean of the dense weights."""
 
 import hypothesis.strategies as st
-import pytest
 import torch
 from hypothesis import given, settings
 
 from peft_ravan.bases import BasesShape, make_bases
 from peft_ravan.functional import delta_weight
-from peft_ravan.merging import ClientUpdate, UpdateError, merge
+from peft_ravan.merging import ClientUpdate, merge
 
 
 CORE = "model.q.ravan_H"
@@ -45,11 +44,6 @@ def test_averaging_scaling_and_core_separately_is_something_else():
     assert merge({CORE: torch.zeros(1, 1, 1)}, updates).state[CORE].item() == 5.0
 
 
-def test_fedavg_refuses_clients_that_trained_some_heads_only():
-    with pytest.raises(UpdateError, match=f"client 'ward_2', tensor '{CORE}': only some heads.*method='ravan'"):
-        merge({CORE: torch.zeros(3, 1, 1)}, [update(1, {0: 1.0}, client_id="ward_2")], "fedavg")
-
-
 def test_one_client_is_copied_to_the_last_bit():
     state = {CORE: torch.randn(2, 3, 3), "head": torch.randn(5)}
     for method in ("fedavg", "ravan", "fedrpca"):
@@ -57,13 +51,6 @@ def test_one_client_is_copied_to_the_last_bit():
             {name: torch.randn_like(t) for name, t in state.items()}, [ClientUpdate(state, 17)], method
         ).state
         assert all(torch.equal(merged[name], tensor) for name, tensor in state.items())
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_the_dtype_of_the_global_state_is_kept(dtype):
-    updates = [ClientUpdate({"w": torch.full((3,), float(value), dtype=dtype)}, 1) for value in (1, 2)]
-    merged = merge({"w": torch.zeros(3, dtype=dtype)}, updates).state["w"]
-    assert merged.dtype == dtype and merged.tolist() == [1.5] * 3
 
 
 # a client: its examples, and which of the two heads it trained

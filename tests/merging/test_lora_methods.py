@@ -183,6 +183,19 @@ def test_hetlora_is_the_padded_mean(round_: LoraRound):
         torch.testing.assert_close(result.state[a_name(module)][trained], mean_A[trained])
 
 
+def test_the_configuration_of_flora_tells_modules_apart_whose_names_end_alike():
+    # the key "q" of a pattern also fits "layers.0.q"
+    short = "base_model.model.q"
+    shapes = {short: (4, 5), Q: (4, 5)}
+    config = LoraConfig(r=2, lora_alpha=8, rank_pattern={r"layers\.0\.q": 3}, alpha_pattern={r"layers\.0\.q": 1})
+    updates = [client(lora_state(seeded(i), {short: 2, Q: 3}, shapes=shapes), 1, i) for i in range(2)]
+    result = merge(updates[0].state, updates, "flora", config=config)
+    for module, rank in ((short, 4), (Q, 6)):
+        assert len(result.state[a_name(module)]) == rank
+        mean = sum(weight_of(update.state, module, config) for update in updates) / 2
+        torch.testing.assert_close(weight_of(result.state, module, result.config), mean)
+
+
 @pytest.mark.parametrize("method", ["ffa_lora", "fedex_lora", "flora"])
 def test_exact_methods_are_exact_to_a_millionth_in_float32(method):
     generator = seeded()

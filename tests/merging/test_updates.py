@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from peft_ravan.merging import ClientUpdate, MergeResult, UpdateError, merge
+from peft_ravan.merging import ClientUpdate, UpdateError, merge
 
 
 CORE = "base_model.model.q.ravan_H"
@@ -30,7 +30,7 @@ def with_entry(value: float) -> torch.Tensor:
     return tensor
 
 
-@pytest.mark.parametrize("method", ["fedavg", "ravan", "fedrpca"])
+@pytest.mark.parametrize("method", ["fedavg", "ravan"])
 @pytest.mark.parametrize(
     "update, message",
     [
@@ -65,56 +65,8 @@ def test_bad_updates_are_refused_by_client_and_tensor(method, update, message):
     assert all(torch.equal(state[name], tensor) for name, tensor in global_state().items())
 
 
-def test_a_client_without_a_name_is_told_by_its_number():
-    nameless = ClientUpdate({CORE: torch.full((3, 2, 2), torch.nan), HEAD: torch.ones(4)}, 1)
-    with pytest.raises(UpdateError, match="client number 1 .without a name."):
-        merge(global_state(), [good(), nameless])
-
-
-def test_a_merge_needs_updates():
-    with pytest.raises(UpdateError, match="at least one client update, got none"):
-        merge(global_state(), [])
-
-
 def test_unknown_methods_and_options_are_told_with_those_that_exist():
     with pytest.raises(ValueError, match="no merge method 'average'. Choose one of: fedavg, ravan, fedrpca"):
         merge(global_state(), [good()], method="average")
     with pytest.raises(TypeError, match="'fedrpca' has no option 'betta'. Its options are: beta, beta_max"):
         merge(global_state(), [good()], method="fedrpca", betta=2)
-
-
-@pytest.mark.parametrize("method", ["fedavg", "ravan", "fedrpca"])
-def test_a_merge_is_a_pure_function(method):
-    state, update = global_state(), good()
-    result = merge(state, [update, good("other")], method=method)
-    assert isinstance(result, MergeResult)
-    assert list(result.state) == list(state)
-    for name, tensor in global_state().items():
-        assert torch.equal(state[name], tensor)
-        assert torch.equal(update.state[name], torch.ones_like(tensor))
-        assert result.state[name].shape == tensor.shape and result.state[name].dtype == tensor.dtype
-        result.state[name].zero_()  # the result shares no memory with what went in
-        assert torch.equal(update.state[name], torch.ones_like(tensor))
-
-
-@pytest.mark.parametrize("method", ["fedavg", "ravan", "fedrpca"])
-def test_diagnostics_tell_the_method_and_can_be_written_as_json(method):
-    import json
-
-    diagnostics = merge(global_state(), [good(), good("other")], method=method).diagnostics
-    assert (diagnostics["method"], diagnostics["num_clients"], diagnostics["num_examples"]) == (method, 2, 20)
-    json.dumps(diagnostics)
-
-
-def test_a_whole_checkpoint_can_be_the_global_state():
-    checkpoint = {
-        CORE: torch.ones(1, 2, 2),
-        "base_model.model.q.ravan_s": torch.tensor([3.0]),
-        "base_model.model.q.ravan_A": torch.ones(2, 5),
-    }
-    # nobody trained the head: its product 3 * 1 stays, with a scaling of 1
-    update = ClientUpdate({CORE: torch.empty(0, 2, 2)}, 5, "c", {CORE: torch.zeros(1, dtype=torch.bool)})
-    state = merge(checkpoint, [update]).state
-    assert torch.equal(state[CORE], torch.full((1, 2, 2), 3.0))
-    assert state["base_model.model.q.ravan_s"].tolist() == [1.0]
-    assert torch.equal(state["base_model.model.q.ravan_A"], torch.ones(2, 5))

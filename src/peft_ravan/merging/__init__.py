@@ -14,12 +14,13 @@ from peft import PeftConfig
 
 from ..state import checkpoint_state, exchange_state
 from .base_deltas import BaseDelta, add_base_deltas
-from .checking import UpdateChecker
-from .lora import lora_state_for_client
+from .checking import UpdateChecker, check_merged, is_finite
+from .lora import lora_state_for_client, lora_targets
 from .method import MergeMethod, ServerOptimizer
 from .registry import MERGE_METHODS, SERVER_OPTIMIZERS, get_merge_method, get_server_optimizer, methods_table
 from .robust_pca import RobustPCAInfo, robust_pca
 from .safetensors_state import SafetensorsState
+from .truncation import aligned_factors
 from .updates import ClientUpdate, MergeResult, UpdateError
 
 
@@ -93,7 +94,8 @@ def merge(
             or dtypes, NaN or infinite entries, heads that the method cannot leave out, no examples, a client that is
             there twice; or if no update is left. Nothing is merged then.
         TypeError: if the method does not have one of the options.
-        ValueError: if the method does not exist, does not suit the adapter, or an option is out of range.
+        ValueError: if the method does not exist, does not suit the adapter, or an option is out of range; or if the new
+            state would have NaN or infinite entries.
 
     Example:
 
@@ -126,8 +128,17 @@ def merge(
         result, checker = _merge_checked(merge_method, products, updates, config, on_bad_update, options)
         state, new_server_state = result.state, dict(result.server_state)
         if optimizer is not None:
+            if result.config is not None:
+                raise ValueError(
+                    f"{merge_method.pretty_name} gives the adapter another configuration in every round, so a server "
+                    "optimizer has no difference to follow. Use a merge method that keeps the rank."
+                )
+            if merge_method.decomposes:
+                for target in lora_targets(products):
+                    state.update(aligned_factors(target, state, products))
             state, remembered = optimizer.function(products, state, server_state or {}, **server_options)
             new_server_state.update(remembered)
+        check_merged(state)
     diagnostics = {
         "method": method,
         **({} if optimizer is None else {"server_optimizer": server_optimizer}),
@@ -154,7 +165,7 @@ def _merge_checked(
         # mean is enough, unless it has them: then it is worth the time to find out who sent them.
         checker = UpdateChecker(global_state, method, on_bad_update, config, check_entries=False)
         result = method.function(global_state, checker.passing(updates), **options)
-        if all(torch.isfinite(tensor).all() for tensor in result.state.values()):
+        if all(map(is_finite, result.state.values())):
             return result, checker
     checker = UpdateChecker(global_state, method, on_bad_update, config)
     passing = checker.passing(updates)

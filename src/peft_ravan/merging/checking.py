@@ -163,8 +163,9 @@ class UpdateChecker:
         mask = (update.trained_heads or {}).get(name)
         if mask is None:
             return shape
-        if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool or mask.shape != (shape[0],):
-            found = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else repr(mask)
+        is_tensor = isinstance(mask, torch.Tensor)
+        if not is_tensor or mask.dtype != torch.bool or mask.shape != (shape[0],):
+            found = f"{mask.dtype} of shape {tuple(mask.shape)}" if is_tensor else type(mask).__name__
             raise UpdateError(
                 f"{client}, tensor {name!r}: trained_heads must be a bool tensor of shape ({shape[0]},), one entry a head, "
                 f"got {found}."
@@ -231,13 +232,41 @@ def _form(state: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.Size | Non
 
 
 def _check_entries(name: str, tensor: torch.Tensor, client: str) -> None:
-    # one sum is several times cheaper than a look at every entry, and NaN and infinity do not get lost in it
-    if not math.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
+    if not is_finite(tensor):
         bad = int((~torch.isfinite(tensor)).sum())
         raise UpdateError(
             f"{client}, tensor {name!r}: {bad} of {tensor.numel()} entries are NaN or infinite. The client's training "
             "diverged: lower its learning rate, or leave the client out."
         )
+
+
+def check_merged(state: Mapping[str, torch.Tensor]) -> None:
+    """
+    Args:
+        state (`Mapping[str, torch.Tensor]`): A new state.
+
+    Raises:
+        ValueError: if an entry is NaN or infinite, as finite uploads can make it where numbers overflow.
+    """
+    for name, tensor in state.items():
+        if not is_finite(tensor):
+            raise ValueError(
+                f"Tensor {name!r}: the merge has made entries that are NaN or infinite, although all uploads are finite. "
+                "Either the global state has such entries, or uploads are so large that they overflow: leave them out, or "
+                "merge in a dtype with a larger range."
+            )
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """
+    Args:
+        tensor (`torch.Tensor`): A floating point tensor.
+
+    Returns:
+        `bool`: Whether no entry is NaN or infinite.
+    """
+    # one sum is several times cheaper than a look at every entry, and NaN and infinity do not get lost in it
+    return math.isfinite(tensor.sum()) or bool(torch.isfinite(tensor).all())
 
 
 def _has_part(name: str, parts: tuple[str, ...]) -> bool:

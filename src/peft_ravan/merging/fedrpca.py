@@ -23,7 +23,7 @@ from .lora import client_factors, is_lora_matrix, product_targets
 from .matrices import Matrix, is_adapter_matrix, join, split
 from .method import MergeMethod
 from .robust_pca import robust_pca
-from .truncation import truncated_factors
+from .truncation import aligned_factors, truncated_factors
 from .updates import ClientUpdate, MergeResult
 
 
@@ -82,7 +82,7 @@ def _merge_batch(batch: Sequence[Matrix], options: _Options) -> Iterator[tuple[t
         return
 
     M = torch.stack([matrix.columns() for matrix in batch])  # [batch, n, C]
-    _, S, info = robust_pca(M, options.lambda_, options.tol or 1e-7, options.max_iter)
+    _, S, info = robust_pca(M, options.lambda_, options.tol, options.max_iter)
     for index, matrix in enumerate(batch):
         weights = matrix.weights.to(M)
         mean_S = S[index] @ weights  # [n]
@@ -189,7 +189,7 @@ def _merge_products(
         B, A = target.factors(global_state)
         [(merged, matrix_figures)] = _merge_batch([Matrix(target.module, B @ A, updates, read)], options)
         tensors, kept_energy = truncated_factors(target, merged, None, like=global_state)
-        state.update(tensors)
+        state.update(aligned_factors(target, tensors, like=global_state))
         figures[target.module] = {**matrix_figures, "kept_energy": kept_energy}
 
 
@@ -199,7 +199,8 @@ def _warn_of_failures(matrices: Mapping[str, Mapping[str, Any]], max_iter: int) 
         name, figures = next(iter(failed.items()))
         warnings.warn(
             f"fedrpca: robust PCA did not converge in {max_iter} iterations for {len(failed)} of {len(matrices)} matrices, "
-            f"which were averaged instead, such as {name!r} (residual {figures['residual']:.1e}, rank {figures['rank']}). "
+            f"which were averaged instead, such as {name!r} (residual {figures['residual']:.1e}, rank of L "
+            f"{figures['rank']}, {figures['sparsity']:.0%} of S not zero). "
             "Raise `max_iter` or `tol`."
         )
 

@@ -57,4 +57,5 @@ METHOD = MergeMethod(
     exact="up to the truncation of the rank",
     cost="layer by layer; a decomposition of rank C·r",
     different_ranks=True,
+    decomposes=True,
 )

@@ -50,4 +50,5 @@ METHOD = MergeMethod(
     cost="layer by layer; for LoRA C·d_out·d_in operations",
     different_ranks=True,
     different_heads=True,
+    decomposes=True,
 )

@@ -84,6 +84,7 @@ class MergeMethod(Described):
         different_heads (`bool`): Whether clients may have trained different heads.
         streaming (`bool`): Whether the function takes an iterator and keeps no update.
         changes_model (`bool`): Whether the result is more than a new state: base weights to change, or another rank.
+        decomposes (`bool`): Whether LoRA's A and B are chosen anew from their product.
         frozen_parts (`tuple[str, ...]`): Parts of names of tensors that clients must not change and may leave out.
         personal_parts (`tuple[str, ...]`): Parts of names of tensors that clients must not upload.
     """
@@ -97,6 +98,7 @@ class MergeMethod(Described):
     different_heads: bool = False
     streaming: bool = False
     changes_model: bool = False
+    decomposes: bool = False
     frozen_parts: tuple[str, ...] = ()
     personal_parts: tuple[str, ...] = ()
 

@@ -61,4 +61,5 @@ METHOD = MergeMethod(
     exact="no",
     cost="layer by layer; C² distances",
     different_ranks=True,
+    decomposes=True,
 )

@@ -3,102 +3,71 @@ Robust PCA: split a matrix into a low-rank part and a sparse part by principal c
 
     min ||L||_* + lambda ||S||_1   subject to   L + S = M
 
-(Candes et al., Robust Principal Component Analysis?, J. ACM 2011), solved by the inexact augmented Lagrangian method of
-Lin, Chen and Ma, The Augmented Lagrange Multiplier Method for Exact Recovery of Corrupted Low-Rank Matrices, 2010.
+(Candes et al., Robust Principal Component Analysis?, J. ACM 2011). The iteration is in `robust_pca_solver.py`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
 
 import torch
 
-
-# The penalty starts at 1.25 / ||M||_2, as in Lin et al. They let it grow by half in every iteration, which can freeze L
-# and S before they are optimal: on 4,000 x 50 matrices of rank 2 with 5 % of entries hit, the error of L was up to 1e-2
-# then, against 1e-7 with a fifth, at 1.5 times the iterations.
-INITIAL_PENALTY = 1.25
-PENALTY_GROWTH = 1.2
-MAX_PENALTY_GROWTH = 1e7
+from .robust_pca_solver import RobustPCAInfo, solve_in_parts
 
 
-@dataclass(frozen=True)
-class RobustPCAInfo:
-    """
-    How a decomposition went. For a batch of matrices every field has one entry a matrix.
-
-    Args:
-        iterations (`torch.Tensor`): The number of iterations, int64.
-        residual (`torch.Tensor`): `||M - L - S||_F / ||M||_F` at the end, float64.
-        converged (`torch.Tensor`): Whether the residual came below the tolerance, bool.
-        rank (`torch.Tensor`): The number of singular values of L above 1e-6 of the largest, int64.
-        sparsity (`torch.Tensor`): The share of entries of S that are not zero, float64.
-    """
-
-    iterations: torch.Tensor
-    residual: torch.Tensor
-    converged: torch.Tensor
-    rank: torch.Tensor
-    sparsity: torch.Tensor
+# rounding lets a float32 residual fall to some 1e-7, with a margin left for matrices of large dynamic range
+TOLERANCES = {torch.float32: 1e-6, torch.float64: 1e-7}
 
 
-def _shrink(X: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
-    return X.sign() * (X.abs() - threshold).clamp_(min=0)
+def _check(
+    M: torch.Tensor, warm_start: tuple[torch.Tensor, torch.Tensor] | None, options: dict[str, float | None]
+) -> None:
+    if M.dim() < 2 or not M.is_floating_point():
+        raise ValueError(
+            f"robust_pca needs a floating point tensor of 2 or more dimensions, got {M.dtype} of {tuple(M.shape)}."
+        )
+    if 0 in M.shape:
+        raise ValueError(f"robust_pca needs a matrix with entries, got the shape {tuple(M.shape)}.")
+    for name, value in options.items():
+        if value is not None and not value > 0:
+            raise ValueError(f"robust_pca needs {name} > 0, got {value!r}.")
+    for name, tensor in zip(("L", "S"), warm_start or (), strict=False):
+        if tensor.shape != M.shape:
+            raise ValueError(
+                f"robust_pca needs a warm start of the shape of M, {tuple(M.shape)}, but its {name} has "
+                f"{tuple(tensor.shape)}. Start without it when the matrix has changed its shape."
+            )
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"robust_pca needs finite entries, but {name} of the warm start has others.")
 
 
-def _shrink_singular_values(X: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
-    # The small Gram matrix has the right singular vectors V and the squares of the singular values; then
-    # U shrink(sigma) V^T = X V (shrink(sigma) / sigma) V^T, so U is never formed.
-    eigenvalues, V = torch.linalg.eigh(X.mT @ X)  # [batch, C], [batch, C, C]
-    singular_values = eigenvalues.clamp_(min=0).sqrt_()
-    kept = (1 - threshold / singular_values.clamp(min=torch.finfo(X.dtype).tiny)).clamp_(min=0)
-    return X @ ((V * kept.unsqueeze(-2)) @ V.mT)
+@contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    # TF32 or autocast, which training may have set, would round the products of an iteration far above the tolerance
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
 
 
-def _frobenius_norm(X: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.vector_norm(X, dim=(-2, -1))
-
-
-def _solve(
-    M: torch.Tensor, lambda_: float, tol: float, max_iter: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Solve a batch `[batch, n, C]` of matrices that are not zero, with n >= C. Returns L, S, iterations, residuals."""
-    all_L, all_S = torch.empty_like(M), torch.empty_like(M)
-    iterations = torch.empty(len(M), dtype=torch.int64, device=M.device)
-    residuals = torch.empty(len(M), dtype=M.dtype, device=M.device)
-
-    active = torch.arange(len(M), device=M.device)  # the matrices that have not converged; what follows is of these
-    norm = _frobenius_norm(M)  # [batch]
-    spectral_norm = torch.linalg.eigvalsh(M.mT @ M)[..., -1].sqrt()
-    Y = M / torch.maximum(spectral_norm, M.abs().amax(dim=(-2, -1)) / lambda_)[:, None, None]
-    L = torch.zeros_like(M)
-    mu = (INITIAL_PENALTY / spectral_norm)[:, None, None]
-    max_mu = mu * MAX_PENALTY_GROWTH
-    for iteration in range(1, max_iter + 1):
-        shifted = M + Y / mu
-        S = _shrink(shifted - L, lambda_ / mu)
-        L = _shrink_singular_values(shifted - S, 1 / mu[..., 0])
-        gap = M - L - S
-        Y += mu * gap
-        mu = torch.minimum(mu * PENALTY_GROWTH, max_mu)
-        residual = _frobenius_norm(gap) / norm
-
-        done = residual < tol if iteration < max_iter else torch.ones_like(residual, dtype=torch.bool)
-        if done.any():
-            indices = active[done]
-            all_L[indices], all_S[indices] = L[done], S[done]
-            iterations[indices], residuals[indices] = iteration, residual[done]
-            if done.all():
-                break
-            active, M, Y, L, mu, max_mu, norm = (part[~done] for part in (active, M, Y, L, mu, max_mu, norm))
-    return all_L, all_S, iterations, residuals
-
-
+@torch.no_grad()
 def robust_pca(
-    M: torch.Tensor, lambda_: float | None = None, tol: float = 1e-7, max_iter: int = 500
+    M: torch.Tensor,
+    lambda_: float | None = None,
+    tol: float | None = None,
+    max_iter: int = 500,
+    warm_start: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, RobustPCAInfo]:
     """
     Split matrices into a low-rank and a sparse part.
+
+    The work is done in the dtype of `M`, or in float32 for smaller ones, on its device. Beside `M`, L and S a matrix
+    needs memory for one more of its size and a block.
 
     Args:
         M (`torch.Tensor`):
@@ -106,46 +75,55 @@ def robust_pca(
             products with a `C x C` matrix, and an `n x n` matrix is never made.
         lambda_ (`float`, *optional*):
             The weight of the sparse part. By default `1 / sqrt(max(n, C))`, as Candes et al. prove for exact recovery.
-        tol (`float`, *optional*, defaults to `1e-7`):
-            Stop when `||M - L - S||_F <= tol * ||M||_F`.
+        tol (`float`, *optional*):
+            Stop when `||M - L - S||_F <= tol * ||M||_F`. By default 1e-7 in float64 and 1e-6 in float32, where rounding
+            does not let every matrix come much below.
         max_iter (`int`, *optional*, defaults to 500):
             The largest number of iterations.
+        warm_start (`tuple[torch.Tensor, torch.Tensor]`, *optional*):
+            L and S of a similar matrix, or batch of them, of the shape of `M`. They save iterations when `M` has changed
+            little; when their duality gap for `M` is large they are not used.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor, RobustPCAInfo]`: L and S with the shape and dtype of `M`, and how it went.
 
     Raises:
-        ValueError: if `M` is not a finite floating point matrix, or if an option is not positive.
+        ValueError: if `M` is not a finite floating point matrix, if an option is not positive, or if the warm start does
+            not have the shape of `M`.
     """
-    if M.dim() < 2 or not M.is_floating_point():
-        raise ValueError(
-            f"robust_pca needs a floating point tensor of 2 or more dimensions, got {M.dtype} of {tuple(M.shape)}."
-        )
-    if not torch.isfinite(M).all():
-        raise ValueError("robust_pca needs finite entries, but M has NaN or infinite ones.")
+    _check(M, warm_start, {"lambda_": lambda_, "tol": tol, "max_iter": max_iter})
+    dtype = M.dtype if M.dtype in TOLERANCES else torch.float32
     lambda_ = max(M.shape[-2:]) ** -0.5 if lambda_ is None else lambda_
-    for name, value in (("lambda_", lambda_), ("tol", tol), ("max_iter", max_iter)):
-        if not value > 0:
-            raise ValueError(f"robust_pca needs {name} > 0, got {value!r}.")
-    if M.shape[-2] < M.shape[-1]:
-        L, S, info = robust_pca(M.mT, lambda_, tol, max_iter)
-        return L.mT, S.mT, info
+    tol = TOLERANCES[dtype] if tol is None else tol
+    is_wide = M.shape[-2] < M.shape[-1]
 
-    # float64 throughout: the Gram matrix squares the condition number
-    batch = M.reshape(-1, *M.shape[-2:]).double()  # [batch, n, C]
-    L, S = torch.zeros_like(batch), torch.zeros_like(batch)
-    iterations = torch.zeros(len(batch), dtype=torch.int64, device=M.device)
-    residual = torch.zeros(len(batch), dtype=torch.float64, device=M.device)
-    nonzero = batch.abs().amax(dim=(-2, -1)) > 0
-    if nonzero.any():
-        L[nonzero], S[nonzero], iterations[nonzero], residual[nonzero] = _solve(batch[nonzero], lambda_, tol, max_iter)
+    def prepared(X: torch.Tensor) -> torch.Tensor:
+        X = X.to(M.device, dtype)
+        return (X.mT if is_wide else X).reshape(-1, max(M.shape[-2:]), min(M.shape[-2:])).contiguous()
 
-    singular_values = torch.linalg.eigvalsh(L.mT @ L).clamp(min=0).sqrt()  # [batch, C], ascending
-    info = RobustPCAInfo(
-        iterations=iterations.reshape(M.shape[:-2]),
-        residual=residual.reshape(M.shape[:-2]),
-        converged=(residual < tol).reshape(M.shape[:-2]),
-        rank=(singular_values > 1e-6 * singular_values[:, -1:]).sum(dim=-1).reshape(M.shape[:-2]),
-        sparsity=(S != 0).double().mean(dim=(-2, -1)).reshape(M.shape[:-2]),
-    )
-    return L.reshape(M.shape).to(M.dtype), S.reshape(M.shape).to(M.dtype), info
+    def restored(X: torch.Tensor) -> torch.Tensor:
+        shape = (*M.shape[:-2], *X.shape[-2:])
+        return (X.reshape(shape).mT if is_wide else X.reshape(shape)).to(M.dtype)
+
+    batch = prepared(M)  # [batch, n, C]
+    largest = torch.linalg.vector_norm(batch, ord=torch.inf, dim=(-2, -1))  # [batch]
+    if not torch.isfinite(largest).all():
+        raise ValueError("robust_pca needs finite entries, but M has NaN or infinite ones.")
+    start = None if warm_start is None else (prepared(warm_start[0]), prepared(warm_start[1]))
+    scale = _safe_scale(largest)
+    if scale is not None:
+        batch = batch / scale
+        start = None if start is None else (start[0] / scale, start[1] / scale)
+    with _full_precision(M.device):
+        L, S, info = solve_in_parts(batch, start, lambda_, tol, max_iter)
+    if scale is not None:
+        L, S = L.mul_(scale), S.mul_(scale)
+    info = RobustPCAInfo(**{field.name: getattr(info, field.name).reshape(M.shape[:-2]) for field in fields(info)})
+    return restored(L), restored(S), info
+
+
+def _safe_scale(largest: torch.Tensor) -> torch.Tensor | None:
+    """What to divide matrices by, given their largest entries, so that squares neither vanish nor overflow, if needed."""
+    limit = torch.finfo(largest.dtype).max ** 0.25
+    is_extreme = (largest > 0) & ((largest > limit) | (largest < 1 / limit))
+    return torch.where(is_extreme, largest, 1)[:, None, None] if is_extreme.any() else None

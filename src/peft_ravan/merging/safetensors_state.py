@@ -24,12 +24,15 @@ class SafetensorsState(Mapping):
 
     def __init__(self, path: str | os.PathLike):
         self._file = safe_open(path, framework="pt")
-        self._names = list(self._file.keys())
+        self._names = dict.fromkeys(self._file.keys())
 
     def __getitem__(self, name: str) -> torch.Tensor:
         if name not in self._names:
             raise KeyError(name)
         return self._file.get_tensor(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names  # that of Mapping would read the tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

@@ -36,6 +36,32 @@ def truncated_factors(
     return target.as_state(*keep_trainable(B, A, global_B, global_A), like), kept
 
 
+def aligned_factors(
+    target: LoraTarget, state: Mapping[str, torch.Tensor], like: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """
+    Other factors of the same product, with an A as near to the global one as the product allows. A decomposition chooses
+    its factors anew in every round, so their difference from the global ones is no update of the weight.
+
+    Args:
+        target ([`LoraTarget`]): The module.
+        state (`Mapping[str, torch.Tensor]`): The state with the product.
+        like (`Mapping[str, torch.Tensor]`): The global state, of the same rank.
+
+    Returns:
+        `dict[str, torch.Tensor]`: A and B by their names.
+    """
+    B, A = (factor.double() for factor in target.factors(state))
+    global_A = target.factors(like)[1].double()
+    _, S, Vh, _ = svd_of_product(B, A, rank=len(A))
+    rows = Vh[S > 1e-6 * S.max()]  # [q, d_in], orthonormal: what every A of this product must span
+    rest = global_A - (global_A @ rows.T) @ rows
+    others = torch.linalg.svd(rest, full_matrices=False).Vh[: len(A) - len(rows)]
+    spanned = torch.cat([rows, others])  # [r, d_in]
+    new_A = (global_A @ spanned.T) @ spanned
+    return target.as_state(B @ (A @ torch.linalg.pinv(new_A)), new_A, like)
+
+
 def mean_of_products(
     global_state: Mapping[str, torch.Tensor], updates: Sequence[ClientUpdate], config: LoraConfig | None = None
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
