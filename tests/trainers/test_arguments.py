@@ -19,6 +19,17 @@ def test_they_can_be_parsed_from_a_command_line():
     assert (args.num_rounds, args.merge_method, args.merge_options) == (3, "fedrpca", {"beta": 2})
 
 
+def test_the_partition_can_be_parsed_from_a_command_line():
+    line = ["--partition", "pathological", "--labels_per_client", "3"]
+    [args] = HfArgumentParser(FederatedArguments).parse_args_into_dataclasses(line)
+    assert (args.partition, args.labels_per_client) == ("pathological", 3)
+
+
+def test_printing_hides_tokens():
+    args = FederatedArguments("out", hub_token="secret")
+    assert "secret" not in repr(args) + str(args)
+
+
 @pytest.mark.parametrize(
     "fields, message",
     [
@@ -28,7 +39,8 @@ def test_they_can_be_parsed_from_a_command_line():
             {"num_clients": 3, "clients_per_round": 4},
             "`clients_per_round` must not be above `num_clients`, got 4 and 3",
         ),
-        ({"partition": "sharded"}, "`partition` must be one of iid, dirichlet, column, got 'sharded'"),
+        ({"partition": "sharded"}, "`partition` must be one of iid, dirichlet, pathological, column, or an obj"),
+        ({"labels_per_client": 0}, "`labels_per_client` must be 1 or more, got 0"),
         ({"partition_alpha": 0.0}, "`partition_alpha` must be above 0, got 0.0"),
         ({"merge_method": "mean"}, "no merge method 'mean'"),
         ({"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch"}, "is not supported over rounds"),
