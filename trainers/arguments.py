@@ -8,6 +8,7 @@ from transformers import SchedulerType, TrainingArguments
 
 from peft_ravan.merging import SERVER_OPTIMIZERS, get_merge_method, get_server_optimizer
 
+from .participation import check_participation_arguments
 from .partition import PARTITIONS
 from .partitioner import PartitionerArgumentMixin, is_partitioner
 
@@ -30,7 +31,16 @@ class FederatedArguments(PartitionerArgumentMixin, TrainingArguments):
             The number of clients the training data is split among. By default 10, or the number of clients that there
             are, if the data comes by client (`partition="column"`, or a dict of datasets).
         clients_per_round (`int`, *optional*):
-            The number of clients that train in a round, drawn anew in every round. By default all.
+            The number of clients that train in a round, drawn anew in every round. By default all, and never more than
+            are available.
+        participation_weights (`str` or `dict[str, float]`, *optional*):
+            How likely each client is to be drawn: `"examples"`, in proportion to its number of examples, or a weight for
+            each client by its name (0: never). A string other than `"examples"` is read as JSON. By default all are
+            equally likely. With `"examples"` a merge weighted by examples, as most are, counts sizes twice: use one with
+            uniform weights then. `merge_method="trimmed_mean"` with `merge_options={"trim": 0.0}` is the plain mean.
+        min_clients (`int`, *optional*, defaults to 1):
+            The number of clients that must be available for a round, see `availability` of [`FederatedTrainer`]. A round
+            with fewer is skipped: it is recorded without clients, and the adapter stays as it is.
         partition (`str` or `Partitioner`, *optional*, defaults to `"iid"`):
             How one training set is split: `"iid"` (equal random parts), `"dirichlet"` (the labels of each client from a
             Dirichlet distribution), `"pathological"` (a few labels each) or `"column"` (one client for each value of
@@ -62,6 +72,16 @@ class FederatedArguments(PartitionerArgumentMixin, TrainingArguments):
     )
     clients_per_round: int | None = field(
         default=None, metadata={"help": "Number of clients that train in a round. By default all."}
+    )
+    participation_weights: dict[str, float] | str | None = field(
+        default=None,
+        metadata={
+            "help": "How likely each client is drawn: 'examples', or JSON of client -> weight. By default equally. With "
+            "'examples' a merge weighted by examples counts sizes twice; use one with uniform weights."
+        },
+    )
+    min_clients: int = field(
+        default=1, metadata={"help": "Number of clients that must be available; a round with fewer is skipped."}
     )
     # or a Partitioner, which a command line cannot name
     partition: str = field(
@@ -95,6 +115,7 @@ class FederatedArguments(PartitionerArgumentMixin, TrainingArguments):
         super().__post_init__()
         self._check_counts()
         self._check_partition()
+        check_participation_arguments(self)
         self._check_merge()
         if self.federated_seed is None:
             self.federated_seed = self.seed
@@ -136,7 +157,7 @@ class FederatedArguments(PartitionerArgumentMixin, TrainingArguments):
             )
 
     def _check_counts(self) -> None:
-        for name in ("num_rounds", "num_clients", "clients_per_round", "labels_per_client"):
+        for name in ("num_rounds", "num_clients", "clients_per_round", "min_clients", "labels_per_client"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be 1 or more, got {value!r}.")

@@ -21,9 +21,10 @@ from peft_ravan.merging import ClientUpdate, MergeResult, get_merge_method, merg
 from .arguments import FederatedArguments
 from .callbacks import FederatedProgressCallback, LocalCallbackHandler, call_federated_event
 from .clients import LiveAdapter, freeze, frozen_heap, local_arguments
+from .participation import Availability, check_participation, sample_clients
 from .partition import make_clients
 from .reporting import SharingMixin
-from .rounds import Round, derive_seed, is_due, learning_rate_factors, sample_clients, serialized_bytes
+from .rounds import Round, derive_seed, is_due, learning_rate_factors, mean_train_loss, serialized_bytes
 
 
 # what a client's local training replaces, and what is put back after it
@@ -55,6 +56,10 @@ class FederatedTrainer(SharingMixin, Trainer):
         train_dataset (`Dataset` or `dict[str, Dataset]`, *optional*):
             One training set, which is split among clients as `args.partition` says, or the data set of each client by
             its name.
+        availability (`Callable[[str, int], bool]`, *optional*):
+            Whether a client, by its name, is available in a round, from 1. It is asked anew in every round, and again in
+            a run that is repeated or resumed, so its answer must depend on nothing else. By default all clients always
+            are. A keyword, not one of `args`, since a function cannot be saved with them.
         **kwargs:
             As for [`~transformers.Trainer`]. Each client needs an optimizer of its own, so choose it by `args.optim` or
             `optimizer_cls_and_kwargs`, not by `optimizers`.
@@ -84,7 +89,14 @@ class FederatedTrainer(SharingMixin, Trainer):
         ```
     """
 
-    def __init__(self, model=None, args: FederatedArguments | None = None, *trainer_args, **kwargs):
+    def __init__(
+        self,
+        model=None,
+        args: FederatedArguments | None = None,
+        *trainer_args,
+        availability: Availability | None = None,
+        **kwargs,
+    ):
         if args is None:
             args = FederatedArguments(output_dir="tmp_trainer")
         if not isinstance(args, FederatedArguments):
@@ -106,6 +118,8 @@ class FederatedTrainer(SharingMixin, Trainer):
         if self.train_dataset is not None:
             self._live_adapter()  # raises if the model cannot be trained this way
             self.clients = make_clients(self.train_dataset, args)
+            check_participation(self._client_sizes(), args, availability)
+        self.availability = availability
         self.last_merge: MergeResult | None = None
         self._learning_rate_factor: float | None = None  # set while a client trains
         self._log_sink: dict[str, Any] | None = None  # set while logs belong to a round's record
@@ -134,6 +148,7 @@ class FederatedTrainer(SharingMixin, Trainer):
 
         Raises:
             ValueError: if there is no training data, or `resume_from_checkpoint` is given.
+            RuntimeError: if in no round as many clients as `min_clients` were available.
             UpdateError: if what a client uploads cannot be merged, for example because its training diverged. The model
                 then holds the last merged adapter.
         """
@@ -191,7 +206,7 @@ class FederatedTrainer(SharingMixin, Trainer):
     def _finish_run(self, start_time: float) -> TrainOutput:
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
         records = [record for record in self.state.log_history if record.get("round")]
-        train_loss = sum(record["train_loss"] for record in records) / len(records)
+        train_loss = mean_train_loss(records, self.args)
         metrics = {
             "train_runtime": time.time() - start_time,
             "train_loss": train_loss,
@@ -211,7 +226,7 @@ class FederatedTrainer(SharingMixin, Trainer):
         trial: Any,
     ) -> dict[str, torch.Tensor]:
         start_time = time.perf_counter()
-        this_round = Round(number, sample_clients(list(self.clients), self.args, number))
+        this_round = Round(number, sample_clients(self._client_sizes(), self.args, number, self.availability))
         self._tell("on_round_begin", clients=this_round.clients)
         this_round.download_bytes = serialized_bytes(global_state) * len(this_round.clients)
         for client in this_round.clients:
@@ -220,8 +235,10 @@ class FederatedTrainer(SharingMixin, Trainer):
             this_round.add(ClientUpdate(adapter.read(), self._num_examples(client), client), train_loss)
             self._tell("on_client_end", client=client)
 
-        self.last_merge = self._merge(global_state, this_round.updates)
-        adapter.load(self.last_merge.state)
+        if this_round.updates:  # else the round is skipped
+            self.last_merge = self._merge(global_state, this_round.updates)
+            global_state = self.last_merge.state
+        adapter.load(global_state)
         round_seconds = time.perf_counter() - start_time
 
         self.state.global_step = number
@@ -232,7 +249,7 @@ class FederatedTrainer(SharingMixin, Trainer):
         self._tell("on_round_end", record=record)
         if is_due(self.args.save_strategy, self.args.save_steps, number, self.args.num_rounds, also_last=True):
             self._save_round(trial)
-        return self.last_merge.state
+        return global_state
 
     def _live_adapter(self) -> LiveAdapter:
         if isinstance(self.model, PeftModel):
@@ -258,6 +275,9 @@ class FederatedTrainer(SharingMixin, Trainer):
         if self.args.merge_method is not None:
             return self.args.merge_method
         return "ravan" if self.model.active_peft_config.peft_type == PeftType.RAVAN else "fedavg"
+
+    def _client_sizes(self) -> dict[str, int]:
+        return {client: self._num_examples(client) for client in self.clients}
 
     def _num_examples(self, client: str) -> int:
         dataset = self.clients[client]

@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard
 from peft_ravan.hub import FederationRecord, make_model_card
 from peft_ravan.merging import get_merge_method, get_server_optimizer
 
+from .participation import describe_participation
 from .partition import describe_partition
 
 
@@ -90,12 +91,13 @@ def federation_record(trainer: FederatedTrainer) -> FederationRecord | None:
     given = isinstance(trainer.train_dataset, Mapping)
     steps = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
     batch_size = args.train_batch_size * args.gradient_accumulation_steps
+    skipped = sum(not record["clients"] for record in history)
     uploaded = sum(record["upload_bytes"] for record in history)
     facts = {
         "Clients": len(trainer.clients),
-        "Clients per round": args.clients_per_round or len(trainer.clients),
+        "Clients per round": describe_participation(args, len(trainer.clients)),
         "Data of the clients": "given by client" if given else describe_partition(args),
-        "Rounds": len(history),
+        "Rounds": f"{len(history)}, {skipped} of them skipped" if skipped else len(history),
         "Local training": f"{steps} of {batch_size} examples, {_optimizer(trainer)}",
         "Learning rate": f"{_learning_rates(trainer)}, {args.lr_scheduler_type.value} over the rounds",
         "Merge method": f"[{method.pretty_name}]({method.reference})",

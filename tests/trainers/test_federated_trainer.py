@@ -46,7 +46,9 @@ def arguments(tmp_path, **kwargs) -> FederatedArguments:
     return FederatedArguments(str(tmp_path), **{**defaults, **kwargs})
 
 
-def make_trainer(tmp_path, adapter=None, model=None, callbacks=None, train_dataset=None, **kwargs) -> FederatedTrainer:
+def make_trainer(
+    tmp_path, adapter=None, model=None, callbacks=None, train_dataset=None, availability=None, **kwargs
+) -> FederatedTrainer:
     return FederatedTrainer(
         get_peft_model(model or tiny_bert(), adapter or ravan()),
         arguments(tmp_path, **kwargs),
@@ -54,6 +56,7 @@ def make_trainer(tmp_path, adapter=None, model=None, callbacks=None, train_datas
         eval_dataset=classification_dataset(80, seed=1),
         compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
         callbacks=callbacks,
+        availability=availability,
     )
 
 
