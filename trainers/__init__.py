@@ -6,6 +6,14 @@ from .arguments import FederatedArguments
 from .callbacks import FederatedCallback
 from .federated_trainer import FederatedTrainer
 from .partition import make_clients
+from .partition_report import partition_table, plot_partition
 
 
-__all__ = ["FederatedArguments", "FederatedCallback", "FederatedTrainer", "make_clients"]
+__all__ = [
+    "FederatedArguments",
+    "FederatedCallback",
+    "FederatedTrainer",
+    "make_clients",
+    "partition_table",
+    "plot_partition",
+]

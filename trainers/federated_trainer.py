@@ -23,6 +23,7 @@ from .callbacks import FederatedProgressCallback, LocalCallbackHandler, call_fed
 from .clients import LiveAdapter, freeze, frozen_heap, local_arguments
 from .participation import Availability, check_participation, sample_clients
 from .partition import make_clients
+from .partition_report import PartitionReportMixin
 from .reporting import SharingMixin
 from .rounds import Round, derive_seed, is_due, learning_rate_factors, mean_train_loss, serialized_bytes
 
@@ -39,7 +40,7 @@ _OF_THE_FEDERATION = (
 )
 
 
-class FederatedTrainer(SharingMixin, Trainer):
+class FederatedTrainer(SharingMixin, PartitionReportMixin, Trainer):
     """
     A [`~transformers.Trainer`] that trains an adapter over simulated clients.
 

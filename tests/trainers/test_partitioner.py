@@ -135,6 +135,7 @@ def test_a_federation_is_trained_saved_and_described(tmp_path):
     assert "| Data of the clients | by a LinearPartitioner |" in (tmp_path / "README.md").read_text()
     saved = torch.load(tmp_path / "checkpoint-1" / "training_args.bin", weights_only=False)
     assert saved.partition == "LinearPartitioner"
+    assert trainer.partition_table()["examples"].tolist() == [10, 20, 30]
 
 
 @pytest.mark.parametrize("value", [LinearPartitioner, object(), None, 3, ["iid"]], ids=str)
