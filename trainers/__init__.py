@@ -8,6 +8,7 @@ from .checkpoints import CheckpointError
 from .faults import ClientTimeoutError, RoundFailedError
 from .federated_trainer import FederatedTrainer
 from .partition import make_clients
+from .partition_report import partition_table, plot_partition
 
 
 __all__ = [
@@ -18,4 +19,6 @@ __all__ = [
     "FederatedTrainer",
     "RoundFailedError",
     "make_clients",
+    "partition_table",
+    "plot_partition",
 ]

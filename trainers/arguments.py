@@ -8,11 +8,14 @@ from transformers import SchedulerType, TrainingArguments
 
 from peft_ravan.merging import SERVER_OPTIMIZERS, get_merge_method, get_server_optimizer
 
+from .participation import check_participation_arguments
 from .partition import PARTITIONS
+from .partitioner import PartitionerArgumentMixin, is_partitioner
 
 
-@dataclass
-class FederatedArguments(TrainingArguments):
+# without a `repr` of its own: that of TrainingArguments hides tokens
+@dataclass(repr=False)
+class FederatedArguments(PartitionerArgumentMixin, TrainingArguments):
     """
     The arguments of a [`FederatedTrainer`]: those of [`~transformers.TrainingArguments`], and what is federated.
 
@@ -28,14 +31,27 @@ class FederatedArguments(TrainingArguments):
             The number of clients the training data is split among. By default 10, or the number of clients that there
             are, if the data comes by client (`partition="column"`, or a dict of datasets).
         clients_per_round (`int`, *optional*):
-            The number of clients that train in a round, drawn anew in every round. By default all.
-        partition (`str`, *optional*, defaults to `"iid"`):
+            The number of clients that train in a round, drawn anew in every round. By default all, and never more than
+            are available.
+        participation_weights (`str` or `dict[str, float]`, *optional*):
+            How likely each client is to be drawn: `"examples"`, in proportion to its number of examples, or a weight for
+            each client by its name (0: never). A string other than `"examples"` is read as JSON. By default all are
+            equally likely. With `"examples"` a merge weighted by examples, as most are, counts sizes twice: use one with
+            uniform weights then. `merge_method="trimmed_mean"` with `merge_options={"trim": 0.0}` is the plain mean.
+        min_clients (`int`, *optional*, defaults to 1):
+            The number of clients that must be available for a round, see `availability` of [`FederatedTrainer`]. A round
+            with fewer is skipped: it is recorded without clients, and the adapter stays as it is.
+        partition (`str` or `Partitioner`, *optional*, defaults to `"iid"`):
             How one training set is split: `"iid"` (equal random parts), `"dirichlet"` (the labels of each client from a
-            Dirichlet distribution) or `"column"` (one client for each value of `partition_column`).
+            Dirichlet distribution), `"pathological"` (a few labels each) or `"column"` (one client for each value of
+            `partition_column`); or an object with the interface of flwr-datasets' `Partitioner`.
         partition_alpha (`float`, *optional*, defaults to 0.5):
             The concentration of the Dirichlet distribution: the smaller, the more the clients differ.
+        labels_per_client (`int`, *optional*, defaults to 2):
+            The number of labels of each client in the pathological partition.
         partition_column (`str`, *optional*):
-            The column with the labels (`"dirichlet"`, by default `"label"` or `"labels"`) or the clients (`"column"`).
+            The column with the labels (`"dirichlet"` and `"pathological"`, by default `"label"` or `"labels"`) or the
+            clients (`"column"`).
         merge_method (`str`, *optional*):
             The method that merges what the clients upload, see [`peft_ravan.merging.merge`]. By default `"ravan"` for a
             Ravan adapter and `"fedavg"` for any other.
@@ -63,12 +79,24 @@ class FederatedArguments(TrainingArguments):
     clients_per_round: int | None = field(
         default=None, metadata={"help": "Number of clients that train in a round. By default all."}
     )
+    participation_weights: dict[str, float] | str | None = field(
+        default=None,
+        metadata={
+            "help": "How likely each client is drawn: 'examples', or JSON of client -> weight. By default equally. With "
+            "'examples' a merge weighted by examples counts sizes twice; use one with uniform weights."
+        },
+    )
+    min_clients: int = field(
+        default=1, metadata={"help": "Number of clients that must be available; a round with fewer is skipped."}
+    )
+    # or a Partitioner, which a command line cannot name
     partition: str = field(
         default="iid", metadata={"help": f"How the training data is split among clients: {', '.join(PARTITIONS)}."}
     )
     partition_alpha: float = field(default=0.5, metadata={"help": "Concentration of the Dirichlet partition."})
+    labels_per_client: int = field(default=2, metadata={"help": "Labels of a client in the pathological partition."})
     partition_column: str | None = field(
-        default=None, metadata={"help": "Column with the labels (dirichlet) or the clients (column)."}
+        default=None, metadata={"help": "Column with the labels (dirichlet, pathological) or the clients (column)."}
     )
     merge_method: str | None = field(
         default=None, metadata={"help": "Merge method. By default 'ravan' for Ravan adapters, else 'fedavg'."}
@@ -101,10 +129,8 @@ class FederatedArguments(TrainingArguments):
     def __post_init__(self):
         super().__post_init__()
         self._check_counts()
-        if self.partition not in PARTITIONS:
-            raise ValueError(f"`partition` must be one of {', '.join(PARTITIONS)}, got {self.partition!r}.")
-        if not self.partition_alpha > 0:
-            raise ValueError(f"`partition_alpha` must be above 0, got {self.partition_alpha!r}.")
+        self._check_partition()
+        check_participation_arguments(self)
         self._check_merge()
         if self.federated_seed is None:
             self.federated_seed = self.seed
@@ -113,6 +139,15 @@ class FederatedArguments(TrainingArguments):
                 f"`lr_scheduler_type={self.lr_scheduler_type.value!r}` follows a metric, which is not supported over rounds. "
                 "Use a schedule of time, such as 'constant', 'linear' or 'cosine'."
             )
+
+    def _check_partition(self) -> None:
+        if self.partition not in PARTITIONS and not is_partitioner(self.partition):
+            raise ValueError(
+                f"`partition` must be one of {', '.join(PARTITIONS)}, or an object with `load_partition` and "
+                f"`num_partitions` as flwr-datasets' partitioners have, got {self.partition!r}."
+            )
+        if not self.partition_alpha > 0:
+            raise ValueError(f"`partition_alpha` must be above 0, got {self.partition_alpha!r}.")
 
     def _check_merge(self) -> None:
         for name in ("merge_options", "server_optimizer_options"):
@@ -132,7 +167,8 @@ class FederatedArguments(TrainingArguments):
             )
 
     def _check_counts(self) -> None:
-        for name in ("num_rounds", "num_clients", "clients_per_round", "min_successful_clients", "max_round_attempts"):
+        counts = ("num_rounds", "num_clients", "clients_per_round", "min_clients", "labels_per_client")
+        for name in (*counts, "min_successful_clients", "max_round_attempts"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be 1 or more, got {value!r}.")

@@ -21,10 +21,12 @@ from .callbacks import FederatedProgressCallback, call_federated_event
 from .clients import LiveAdapter, freeze, frozen_heap
 from .faults import ClientFault, RoundFailedError, TimeoutCallback
 from .local_training import LocalTrainingMixin
+from .participation import Availability, check_participation, sample_clients
 from .partition import make_clients
+from .partition_report import PartitionReportMixin
 from .reporting import SharingMixin
 from .resuming import CheckpointingMixin, Run
-from .rounds import Round, is_due, learning_rate_factors, sample_clients, serialized_bytes
+from .rounds import Round, is_due, learning_rate_factors, mean_train_loss, serialized_bytes
 
 
 logger = logging.get_logger(__name__)
@@ -34,7 +36,7 @@ def _listed(failures: Mapping[str, str]) -> str:
     return "Failed: " + "; ".join(f"{client!r} ({reason})" for client, reason in failures.items()) + "."
 
 
-class FederatedTrainer(CheckpointingMixin, SharingMixin, LocalTrainingMixin, Trainer):
+class FederatedTrainer(CheckpointingMixin, SharingMixin, PartitionReportMixin, LocalTrainingMixin, Trainer):
     """
     A [`~transformers.Trainer`] that trains an adapter over simulated clients.
 
@@ -54,6 +56,10 @@ class FederatedTrainer(CheckpointingMixin, SharingMixin, LocalTrainingMixin, Tra
         client_fault (`Callable`, *optional*):
             Is called with the name of a client, the number of the round and the client's update before the upload, so
             that tests can inject faults: it may raise, take its time, or return another update.
+        availability (`Callable[[str, int], bool]`, *optional*):
+            Whether a client, by its name, is available in a round, from 1. It is asked anew in every round, and again in
+            a run that is repeated or resumed, so its answer must depend on nothing else. By default all clients always
+            are. A keyword, not one of `args`, since a function cannot be saved with them.
         **kwargs:
             As for [`~transformers.Trainer`]. Each client needs an optimizer of its own, so choose it by `args.optim` or
             `optimizer_cls_and_kwargs`, not by `optimizers`.
@@ -90,6 +96,7 @@ class FederatedTrainer(CheckpointingMixin, SharingMixin, LocalTrainingMixin, Tra
         args: FederatedArguments | None = None,
         *trainer_args,
         client_fault: ClientFault | None = None,
+        availability: Availability | None = None,
         **kwargs,
     ):
         if args is None:
@@ -113,6 +120,8 @@ class FederatedTrainer(CheckpointingMixin, SharingMixin, LocalTrainingMixin, Tra
         if self.train_dataset is not None:
             self._live_adapter()  # raises if the model cannot be trained this way
             self.clients = make_clients(self.train_dataset, args)
+            check_participation(self._client_sizes(), args, availability)
+        self.availability = availability
         self.last_merge: MergeResult | None = None
         self.last_global_state: dict[str, torch.Tensor] | None = None
         self.client_fault = client_fault
@@ -145,6 +154,7 @@ class FederatedTrainer(CheckpointingMixin, SharingMixin, LocalTrainingMixin, Tra
             CheckpointError: if the checkpoint is damaged or belongs to another federation.
             RoundFailedError: if in all attempts at a round too few clients succeeded. The model then holds the last
                 merged adapter.
+            RuntimeError: if in no round as many clients as `min_clients` were available.
         """
         if not self.clients:
             raise ValueError("The FederatedTrainer needs a `train_dataset` to train.")
@@ -203,7 +213,7 @@ class FederatedTrainer(CheckpointingMixin, SharingMixin, LocalTrainingMixin, Tra
     def _finish_run(self, start_time: float) -> TrainOutput:
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
         records = [record for record in self.state.log_history if record.get("round")]
-        train_loss = sum(record["train_loss"] for record in records) / len(records)
+        train_loss = mean_train_loss(records, self.args)
         metrics = {
             "train_runtime": time.time() - start_time,
             "train_loss": train_loss,
@@ -216,8 +226,11 @@ class FederatedTrainer(CheckpointingMixin, SharingMixin, LocalTrainingMixin, Tra
 
     def _run_round(self, run: Run, number: int, ignore_keys_for_eval: list[str] | None, trial: Any) -> None:
         start_time = time.perf_counter()
-        this_round, self.last_merge = self._train_and_merge(run, number)
-        run.global_state, run.server_state, run.round = self.last_merge.state, self.last_merge.server_state, number
+        this_round, result = self._train_and_merge(run, number)
+        if result is not None:  # else the round is skipped
+            self.last_merge = result
+            run.global_state, run.server_state = result.state, result.server_state
+        run.round = number
         run.adapter.load(run.global_state)
         round_seconds = time.perf_counter() - start_time
 
@@ -235,31 +248,34 @@ class FederatedTrainer(CheckpointingMixin, SharingMixin, LocalTrainingMixin, Tra
         if is_save_due or (is_best and self.args.save_strategy == SaveStrategy.BEST):
             self._save_round(run, trial)
 
-    def _train_and_merge(self, run: Run, number: int) -> tuple[Round, MergeResult]:
-        """Train the clients of a round and merge what they upload, if need be several times, each with other clients."""
-        this_round = Round(number, sample_clients(list(self.clients), self.args, number))
+    def _train_and_merge(self, run: Run, number: int) -> tuple[Round, MergeResult | None]:
+        """
+        Train the clients of a round and merge what they upload, if need be several times, each with other clients. There
+        is nothing to merge if too few clients are available.
+        """
+        sizes = self._client_sizes()
+        this_round = Round(number, sample_clients(sizes, self.args, number, self.availability))
         while True:
-            result = self._merge(run, this_round)
-            if result is not None and len(this_round.num_examples) >= self._min_successful_clients:
+            needed = min(self.args.min_successful_clients, len(this_round.clients))
+            self._tell("on_round_begin", clients=this_round.clients)
+            result = self._merge(run, this_round) if this_round.clients else None
+            if len(this_round.num_examples) >= needed:
                 return this_round, result
             if this_round.attempts == self.args.max_round_attempts:
                 raise RoundFailedError(
-                    f"Round {number}: fewer than `min_successful_clients` = {self._min_successful_clients} clients succeeded "
-                    f"in each of {this_round.attempts} attempts. {_listed(this_round.failures)}"
+                    f"Round {number}: fewer than {needed} clients (`min_successful_clients`) succeeded in each of "
+                    f"{this_round.attempts} attempts. {_listed(this_round.failures)}"
                 ) from this_round.first_error
-            others = [client for client in self.clients if client not in this_round.failures]
             logger.warning(f"Round {number} is repeated with other clients. {_listed(this_round.failures)}")
-            this_round = this_round.again(
-                sample_clients(others or list(self.clients), self.args, number, this_round.attempts)
+            others = {client: size for client, size in sizes.items() if client not in this_round.failures}
+            enough = len(others) >= max(needed, self.args.min_clients)
+            clients = sample_clients(
+                others if enough else sizes, self.args, number, self.availability, attempt=this_round.attempts
             )
-
-    @property
-    def _min_successful_clients(self) -> int:
-        return min(self.args.min_successful_clients, self.args.clients_per_round or len(self.clients))
+            this_round = this_round.again(clients)
 
     def _merge(self, run: Run, this_round: Round) -> MergeResult | None:
         args = self.args
-        self._tell("on_round_begin", clients=this_round.clients)
         try:
             result = merge(
                 run.global_state,

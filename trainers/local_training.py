@@ -73,6 +73,9 @@ class LocalTrainingMixin:
             self.optimizer = self.lr_scheduler = self._log_sink = None
             self.is_in_train = True  # of the federation, which the local training has set to False
 
+    def _client_sizes(self) -> dict[str, int]:
+        return {client: self._num_examples(client) for client in self.clients}
+
     def _num_examples(self, client: str) -> int:
         dataset = self.clients[client]
         if has_length(dataset):

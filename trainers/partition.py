@@ -1,20 +1,23 @@
 """
 Splitting one data set among clients.
 
-flwr-datasets has these partitioners and more, but its releases up to 0.6.1 exclude datasets 5, so the three that are
-needed here are written out.
+flwr-datasets has these partitioners and more, but its releases up to 0.6.1 exclude datasets 5, so the four that are
+needed here are written out; `partitioner.py` takes any other of theirs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import datasets
 import numpy as np
+import pandas as pd
 from torch.utils.data import Dataset, Subset
 from transformers.trainer_utils import has_length
 
+from .columns import LABEL_COLUMNS, find_label_column, label_names, read_column, read_labels
+from .partitioner import load_partitions
 from .rounds import derive_seed
 
 
@@ -22,8 +25,7 @@ if TYPE_CHECKING:
     from .arguments import FederatedArguments
 
 
-PARTITIONS = ("iid", "dirichlet", "column")
-LABEL_COLUMNS = ("label", "labels")
+PARTITIONS = ("iid", "dirichlet", "pathological", "column")
 DEFAULT_NUM_CLIENTS = 10
 # a draw that leaves a client without data is thrown away, as flwr-datasets and the papers do
 MAX_DIRICHLET_DRAWS = 1000
@@ -37,8 +39,8 @@ def make_clients(train_dataset: Dataset | Mapping[str, Dataset], args: Federated
         train_dataset (`Dataset` or `Mapping[str, Dataset]`):
             One data set with a length, or client names to data sets.
         args ([`FederatedArguments`]):
-            The arguments, of which `partition`, `partition_alpha`, `partition_column`, `num_clients` and
-            `federated_seed` are read.
+            The arguments, of which `partition`, `partition_alpha`, `labels_per_client`, `partition_column`,
+            `num_clients` and `federated_seed` are read.
 
     Returns:
         `dict[str, Dataset]`: Client names to data sets, none of them empty.
@@ -54,9 +56,12 @@ def make_clients(train_dataset: Dataset | Mapping[str, Dataset], args: Federated
             f"A {type(train_dataset).__name__} without a length cannot be split among clients. Pass `train_dataset` as a "
             "dict of client name -> dataset instead."
         )
-    else:
+    elif isinstance(args.partition, str):
         parts = partition_indices(train_dataset, args)
         clients = {name: _select(train_dataset, indices) for name, indices in parts.items()}
+    else:
+        parts = load_partitions(args.partition, train_dataset)
+        clients = dict(zip(_client_names(len(parts)), parts, strict=True))
     _check_clients(clients, args)
     return clients
 
@@ -67,7 +72,7 @@ def partition_indices(dataset: Dataset, args: FederatedArguments) -> dict[str, n
 
     Args:
         dataset (`Dataset`): A data set with a length.
-        args ([`FederatedArguments`]): The arguments, as for [`make_clients`].
+        args ([`FederatedArguments`]): The arguments, as for [`make_clients`], with the name of a partition.
 
     Returns:
         `dict[str, np.ndarray]`: Client names to the indices of their examples. Every index is in exactly one of them.
@@ -89,11 +94,34 @@ def partition_indices(dataset: Dataset, args: FederatedArguments) -> dict[str, n
         )
     if args.partition == "iid":
         parts = np.array_split(rng.permutation(len(dataset)), num_clients)
+    elif args.partition == "dirichlet":
+        parts = _dirichlet(_labels(dataset, args), num_clients, args.partition_alpha, rng)
     else:
-        column = args.partition_column or _label_column(dataset)
-        parts = _dirichlet(np.asarray(_column(dataset, column)), num_clients, args.partition_alpha, rng)
+        parts = _pathological(_labels(dataset, args), num_clients, args.labels_per_client, rng)
+    return dict(zip(_client_names(num_clients), parts, strict=True))
+
+
+def describe_partition(args: FederatedArguments) -> str:
+    """
+    Args:
+        args ([`FederatedArguments`]): The arguments.
+
+    Returns:
+        `str`: How one training set is split, in words.
+    """
+    words = {
+        "iid": "equal random parts",
+        "dirichlet": f"labels from a Dirichlet distribution, alpha = {args.partition_alpha}",
+        "pathological": f"at most {args.labels_per_client} labels each",
+        "column": f"by the column {args.partition_column!r}",
+    }
+    return words[args.partition] if isinstance(args.partition, str) else f"by a {type(args.partition).__name__}"
+
+
+def _client_names(num_clients: int) -> list[str]:
+    # of one length, so that the order of the names is that of the numbers
     digits = len(str(num_clients - 1))
-    return {f"client_{index:0{digits}d}": part for index, part in enumerate(parts)}
+    return [f"client_{index:0{digits}d}" for index in range(num_clients)]
 
 
 def _dirichlet(labels: np.ndarray, num_clients: int, alpha: float, rng: np.random.Generator) -> list[np.ndarray]:
@@ -115,39 +143,68 @@ def _dirichlet(labels: np.ndarray, num_clients: int, alpha: float, rng: np.rando
     )
 
 
-def _by_column(dataset: Dataset, column: str) -> dict[str, np.ndarray]:
-    values = _column(dataset, column)
-    feature = dataset.features.get(column) if isinstance(dataset, datasets.Dataset) else None
-    if isinstance(feature, datasets.ClassLabel):
-        values = feature.int2str([int(value) for value in values])
-    names = np.asarray([str(value) for value in values])
-    return {str(name): np.flatnonzero(names == name) for name in np.unique(names)}
+def _pathological(labels: np.ndarray, num_clients: int, k: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """
+    Give each client shards of `k` labels (McMahan et al., 2017, arXiv 1602.05629).
+
+    The paper cuts the sorted examples into shards of one size, some of which have two labels, and deals them blindly. Here
+    a shard has one label and a client no label twice, so that clients have `k` labels, and fewer only where the examples
+    do not suffice.
+    """
+    names, label_of_example, sizes = np.unique(labels, return_inverse=True, return_counts=True)
+    _check_pathological(len(names), num_clients, k)
+    shards = _shards_by_label(sizes, num_clients, k)
+    parts: list[list[np.ndarray]] = [[] for _ in range(num_clients)]
+    for label in rng.permutation(len(names)):
+        examples = rng.permutation(np.flatnonzero(label_of_example == label))
+        # whoever has the fewest shards is next, by lot among equals: so nobody ends with more than k, or with none
+        fewest_first = np.lexsort((rng.random(num_clients), [len(part) for part in parts]))
+        for client, shard in zip(fewest_first[: shards[label]], np.array_split(examples, shards[label]), strict=True):
+            parts[client].append(shard)
+    return [rng.permutation(np.concatenate(part)) for part in parts]
 
 
-def _column(dataset: Dataset, column: str) -> Sequence[Any]:
-    if isinstance(dataset, datasets.Dataset):
-        if column not in dataset.column_names:
-            raise ValueError(
-                f"`partition_column` names {column!r}, but the training set has the columns {dataset.column_names}."
-            )
-        return list(dataset.with_format(None)[column])
-    try:
-        return [dataset[index][column] for index in range(len(dataset))]
-    except (KeyError, TypeError, IndexError) as error:
+def _check_pathological(num_labels: int, num_clients: int, k: int) -> None:
+    if k > num_labels:
         raise ValueError(
-            f"`partition_column` names {column!r}, but the examples of {type(dataset).__name__} have no such entry."
-        ) from error
+            f"`labels_per_client` is {k}, but the training set has {num_labels} labels. Use fewer labels per client."
+        )
+    if num_clients * k < num_labels:
+        raise ValueError(
+            f"{num_labels} labels do not fit into {num_clients} clients with labels_per_client={k}: every example goes to "
+            f"a client, and there is room for {num_clients * k} labels. Use more clients or more labels per client."
+        )
 
 
-def _label_column(dataset: Dataset) -> str:
-    names = dataset.column_names if isinstance(dataset, datasets.Dataset) else dataset[0]
-    for column in LABEL_COLUMNS:
-        if column in names:
-            return column
-    raise ValueError(
-        f"`partition='dirichlet'` needs the labels, but the training set has none of the columns {LABEL_COLUMNS}. Name the "
-        "column in `partition_column`."
-    )
+def _shards_by_label(sizes: np.ndarray, num_clients: int, k: int) -> np.ndarray:
+    """The number of shards each label is cut into: at most one for each client and example, of sizes as even as can be."""
+    most = np.minimum(sizes, num_clients)
+    shards = np.ones_like(sizes)
+    for _ in range(min(num_clients * k, most.sum()) - len(sizes)):
+        shards[np.argmax(np.where(shards < most, sizes / shards, 0))] += 1
+    return shards
+
+
+def _by_column(dataset: Dataset, column: str) -> dict[str, np.ndarray]:
+    names = dict(enumerate(label_names(dataset, column)))
+    clients = np.asarray([str(names.get(value, value)) for value in read_column(dataset, column)])
+    return {str(client): np.flatnonzero(clients == client) for client in np.unique(clients)}
+
+
+def _labels(dataset: Dataset, args: FederatedArguments) -> np.ndarray:
+    column = args.partition_column or find_label_column(dataset)
+    if column is None:
+        raise ValueError(
+            f"`partition={args.partition!r}` needs the labels, but the training set has none of the columns "
+            f"{LABEL_COLUMNS}. Name the column in `partition_column`."
+        )
+    labels = read_labels(dataset, column)
+    if pd.isna(labels).any():
+        raise ValueError(
+            f"`partition={args.partition!r}` needs a label for every example, but {pd.isna(labels).sum()} of {len(labels)} "
+            f"have none in {column!r}. Give them one, or leave them out."
+        )
+    return labels
 
 
 def _select(dataset: Dataset, indices: np.ndarray) -> Dataset:

@@ -11,6 +11,9 @@ from huggingface_hub import ModelCard
 from peft_ravan.hub import FederationRecord, make_model_card
 from peft_ravan.merging import get_merge_method, get_server_optimizer
 
+from .participation import describe_participation
+from .partition import describe_partition
+
 
 if TYPE_CHECKING:
     from .arguments import FederatedArguments
@@ -85,20 +88,16 @@ def federation_record(trainer: FederatedTrainer) -> FederationRecord | None:
     if not history:
         return None
     args, method = trainer.args, get_merge_method(trainer.merge_method)
-    partitions = {
-        "iid": "equal random parts",
-        "dirichlet": f"labels from a Dirichlet distribution, alpha = {args.partition_alpha}",
-        "column": f"by the column {args.partition_column!r}",
-    }
     given = isinstance(trainer.train_dataset, Mapping)
     steps = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
     batch_size = args.train_batch_size * args.gradient_accumulation_steps
+    skipped = sum(not record["clients"] for record in history)
     uploaded = sum(record["upload_bytes"] for record in history)
     facts = {
         "Clients": len(trainer.clients),
-        "Clients per round": args.clients_per_round or len(trainer.clients),
-        "Data of the clients": "given by client" if given else partitions[args.partition],
-        "Rounds": len(history),
+        "Clients per round": describe_participation(args, len(trainer.clients)),
+        "Data of the clients": "given by client" if given else describe_partition(args),
+        "Rounds": f"{len(history)}, {skipped} of them skipped" if skipped else len(history),
         "Local training": f"{steps} of {batch_size} examples, {_optimizer(trainer)}",
         "Learning rate": f"{_learning_rates(trainer)}, {args.lr_scheduler_type.value} over the rounds",
         "Merge method": f"[{method.pretty_name}]({method.reference})",

@@ -92,7 +92,7 @@ class CheckpointingMixin:
             },
             "peft_type": config["peft_type"],
             "clients": len(self.clients),
-            "clients_digest": _digest({client: self._num_examples(client) for client in self.clients}),
+            "clients_digest": _digest(self._client_sizes()),
             "merge_method": self.merge_method,
             "arguments": {name: getattr(self.args, name) for name in _COMPARED_ARGUMENTS},
         }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -34,27 +33,6 @@ def derive_seed(seed: int, *names: str | int) -> int:
     """
     digest = hashlib.sha256("/".join(str(part) for part in (seed, *names)).encode()).digest()
     return int.from_bytes(digest[:4], "big")
-
-
-def sample_clients(clients: Sequence[str], args: FederatedArguments, round_number: int, attempt: int = 0) -> list[str]:
-    """
-    Draw the clients of a round, without replacement.
-
-    Args:
-        clients (`Sequence[str]`): The names of all clients.
-        args ([`FederatedArguments`]): The arguments, of which `clients_per_round` and `federated_seed` are read.
-        round_number (`int`): The round, from 1.
-        attempt (`int`, *optional*, defaults to 0): How often the round was tried before.
-
-    Returns:
-        `list[str]`: The clients that take part, in the order of `clients`.
-    """
-    if args.clients_per_round is None or args.clients_per_round >= len(clients):
-        return list(clients)
-    attempts = (attempt,) if attempt else ()
-    rng = random.Random(derive_seed(args.federated_seed, "participation", round_number, *attempts))
-    chosen = set(rng.sample(list(clients), args.clients_per_round))
-    return [client for client in clients if client in chosen]
 
 
 def learning_rate_factors(args: FederatedArguments) -> list[float]:
@@ -188,17 +166,41 @@ class Round:
     def record(self) -> dict[str, Any]:
         """
         Returns:
-            `dict[str, Any]`: What the history says of the round.
+            `dict[str, Any]`: What the history says of the round. A round in which nobody trained has no loss and no
+            learning rate.
         """
         total = sum(self.num_examples.values())
-        return {
+        record = {
             "round": self.number,
             "clients": list(self.num_examples),
             "failed_clients": [{"client": client, "reason": reason} for client, reason in self.failures.items()],
             "attempts": self.attempts,
             "num_examples": total,
-            "train_loss": sum(self.train_losses[client] * n for client, n in self.num_examples.items()) / total,
             "upload_bytes": self.upload_bytes,
             "download_bytes": self.download_bytes,
-            "learning_rate": self.learning_rate,
         }
+        if not total:
+            return record
+        weighted = sum(self.train_losses[client] * n for client, n in self.num_examples.items())
+        return {**record, "train_loss": weighted / total, "learning_rate": self.learning_rate}
+
+
+def mean_train_loss(history: Sequence[Mapping[str, Any]], args: FederatedArguments) -> float:
+    """
+    Args:
+        history (`Sequence[Mapping[str, Any]]`): The records of the rounds.
+        args ([`FederatedArguments`]): The arguments, for the error.
+
+    Returns:
+        `float`: The mean training loss over the rounds in which clients trained.
+
+    Raises:
+        RuntimeError: if there was none.
+    """
+    losses = [record["train_loss"] for record in history if "train_loss" in record]
+    if not losses:
+        raise RuntimeError(
+            f"Nothing was trained: in none of the {len(history)} rounds were min_clients={args.min_clients} clients "
+            "available. Use a smaller `min_clients`, more rounds, or look into `availability`."
+        )
+    return sum(losses) / len(losses)

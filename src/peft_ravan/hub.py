@@ -115,7 +115,8 @@ def _rounds_table(history: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None
         [
             record["round"],
             len(record["clients"]),
-            f"{record['train_loss']:.4f}",
+            # a round in which nobody took part has no loss
+            f"{record['train_loss']:.4f}" if "train_loss" in record else "",
             *(f"{record[key]:.4f}" if key in record else "" for key in metrics),
             f"{record['upload_bytes'] / 1e6:.3f}",
         ]

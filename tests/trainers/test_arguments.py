@@ -19,6 +19,19 @@ def test_they_can_be_parsed_from_a_command_line():
     assert (args.num_rounds, args.merge_method, args.merge_options) == (3, "fedrpca", {"beta": 2})
 
 
+@pytest.mark.parametrize("weights, expected", [("examples", "examples"), ('{"a": 2}', {"a": 2.0})])
+def test_data_and_participation_can_be_parsed_from_a_command_line(weights, expected):
+    line = ["--partition", "pathological", "--labels_per_client", "3", "--participation_weights", weights]
+    [args] = HfArgumentParser(FederatedArguments).parse_args_into_dataclasses([*line, "--min_clients", "2"])
+    assert (args.partition, args.labels_per_client, args.min_clients) == ("pathological", 3, 2)
+    assert args.participation_weights == expected
+
+
+def test_printing_hides_tokens():
+    args = FederatedArguments("out", hub_token="secret")
+    assert "secret" not in repr(args) + str(args)
+
+
 @pytest.mark.parametrize(
     "fields, message",
     [
@@ -28,7 +41,13 @@ def test_they_can_be_parsed_from_a_command_line():
             {"num_clients": 3, "clients_per_round": 4},
             "`clients_per_round` must not be above `num_clients`, got 4 and 3",
         ),
-        ({"partition": "sharded"}, "`partition` must be one of iid, dirichlet, column, got 'sharded'"),
+        ({"partition": "sharded"}, "`partition` must be one of iid, dirichlet, pathological, column, or an obj"),
+        ({"labels_per_client": 0}, "`labels_per_client` must be 1 or more, got 0"),
+        ({"min_clients": 0}, "`min_clients` must be 1 or more, got 0"),
+        ({"participation_weights": "size"}, "must be 'examples' or a dict of client name -> weight, got 'size'"),
+        ({"participation_weights": {"a": -1.0}}, "0 or above, got -1.0 for client 'a'"),
+        ({"participation_weights": {"a": float("nan")}}, "must be finite numbers, 0 or above, got nan"),
+        ({"participation_weights": {"a": "many"}}, "must be finite numbers, 0 or above, got 'many'"),
         ({"partition_alpha": 0.0}, "`partition_alpha` must be above 0, got 0.0"),
         ({"merge_method": "mean"}, "no merge method 'mean'"),
         ({"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch"}, "is not supported over rounds"),

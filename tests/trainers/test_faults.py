@@ -109,9 +109,7 @@ def test_a_run_ends_when_every_attempt_fails_and_keeps_the_last_merge(tmp_path):
     trainer = make_trainer(
         tmp_path, client_fault=fault_at(raises, everybody, rounds=(2,)), max_steps=1, max_round_attempts=2
     )
-    with pytest.raises(
-        RoundFailedError, match="Round 2: fewer than .* = 1 clients .* in each of 2 attempts"
-    ) as caught:
+    with pytest.raises(RoundFailedError, match="Round 2: fewer than 1 clients .* in each of 2 attempts") as caught:
         trainer.train()
     assert "'client_3' (RuntimeError: out of paper)" in str(caught.value)
     assert "out of paper" in str(caught.value.__cause__)

@@ -46,7 +46,14 @@ def arguments(tmp_path, **kwargs) -> FederatedArguments:
 
 
 def make_trainer(
-    tmp_path, adapter=None, model=None, callbacks=None, train_dataset=None, client_fault=None, **kwargs
+    tmp_path,
+    adapter=None,
+    model=None,
+    callbacks=None,
+    train_dataset=None,
+    client_fault=None,
+    availability=None,
+    **kwargs,
 ) -> FederatedTrainer:
     return FederatedTrainer(
         get_peft_model(model or tiny_bert(), adapter or ravan()),
@@ -56,6 +63,7 @@ def make_trainer(
         compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
         callbacks=callbacks,
         client_fault=client_fault,
+        availability=availability,
     )
 
 

@@ -3,7 +3,8 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
+from sklearn.datasets import load_digits
 
 from peft_ravan.trainers import FederatedArguments, make_clients
 from peft_ravan.trainers.partition import partition_indices
@@ -34,6 +35,68 @@ def test_every_example_goes_to_exactly_one_client(num_examples, num_clients, num
     assert sorted(np.concatenate(list(parts.values()))) == list(range(num_examples))
     again = partition_indices(dataset, arguments)
     assert all(np.array_equal(parts[name], again[name]) for name in parts)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=8),
+    num_clients=st.integers(1, 12),
+    k=st.integers(1, 8),
+    seed=st.integers(0, 2**31),
+)
+def test_pathological_clients_have_at_most_k_labels(sizes, num_clients, k, seed):
+    assume(k <= len(sizes) <= num_clients * k and num_clients <= sum(sizes))
+    labels = np.repeat(np.arange(len(sizes)), sizes)
+    np.random.default_rng(seed).shuffle(labels)
+    parts = partition_indices(
+        labelled(labels),
+        args(num_clients=num_clients, partition="pathological", labels_per_client=k, federated_seed=seed),
+    )
+    assert sorted(np.concatenate(list(parts.values()))) == list(range(len(labels)))
+    label_counts = [len(set(labels[part])) for part in parts.values()]
+    assert 1 <= min(label_counts) and max(label_counts) <= k
+    # where there are examples enough, not fewer either
+    if min(sizes) >= num_clients:
+        assert set(label_counts) == {k}
+    assert max(label_counts) - min(label_counts) <= 1
+
+
+def test_pathological_on_digits_is_as_in_the_paper():
+    """Real data: 1,797 digits, and two of them for each of 100 clients."""
+    digits = load_digits().target
+    arguments = args(num_clients=100, partition="pathological", labels_per_client=2)
+    parts = partition_indices(labelled(digits), arguments)
+    assert all(len(set(digits[part])) == 2 for part in parts.values())
+    sizes = [len(part) for part in parts.values()]
+    assert sum(sizes) == 1797 and 15 <= min(sizes) <= max(sizes) <= 20
+    pairs = {tuple(sorted(set(digits[part]))) for part in parts.values()}
+    assert len(pairs) > 15  # of 45; who meets whom is drawn
+    again = partition_indices(labelled(digits), arguments)
+    other = partition_indices(labelled(digits), args(num_clients=100, partition="pathological", federated_seed=1))
+    assert all(np.array_equal(parts[name], again[name]) for name in parts)
+    assert not all(np.array_equal(parts[name], other[name]) for name in parts)
+
+
+@pytest.mark.parametrize("partition", ["iid", "dirichlet", "pathological"])
+def test_a_partition_does_not_depend_on_what_was_drawn_before(partition):
+    dataset, arguments = labelled(np.arange(60) % 3), args(num_clients=4, partition=partition)
+    first = partition_indices(dataset, arguments)
+    np.random.seed(1), np.random.random(5), torch.manual_seed(1)
+    second = partition_indices(dataset, arguments)
+    assert all(np.array_equal(first[name], second[name]) for name in first)
+
+
+def test_labels_of_every_kind():
+    class Tensors(torch.utils.data.Dataset):
+        def __len__(self):
+            return 12
+
+        def __getitem__(self, index):
+            return {"labels": torch.tensor(index % 3)}
+
+    for dataset in (Tensors(), labelled(list("abc") * 4), labelled([0.5, -1.0, 2.0] * 4)):
+        clients = make_clients(dataset, args(num_clients=3, partition="pathological", labels_per_client=1))
+        assert [len(client) for client in clients.values()] == [4, 4, 4]
 
 
 def test_iid_parts_are_equal_and_mixed():
@@ -112,6 +175,31 @@ def stream():
             labelled([0] * 20),
             {"num_clients": 20, "partition": "dirichlet", "partition_alpha": 0.01},
             "No Dirichlet split",
+        ),
+        (
+            labelled([0, 1, 2] * 3),
+            {"num_clients": 2, "partition": "pathological", "labels_per_client": 4},
+            "`labels_per_client` is 4, but the training set has 3 labels",
+        ),
+        (
+            labelled([0, 1, 2] * 3),
+            {"num_clients": 2, "partition": "pathological", "labels_per_client": 1},
+            "3 labels do not fit into 2 clients with labels_per_client=1",
+        ),
+        (
+            labelled([[0, 1]] * 9),
+            {"num_clients": 2, "partition": "pathological"},
+            "'label' has a list of values for each example",
+        ),
+        (
+            labelled([[0, 1]] * 9),
+            {"num_clients": 2, "partition": "dirichlet"},
+            "one number or string each. Name another column in `partition_column`",
+        ),
+        (
+            labelled([0, None, 1] * 3),
+            {"num_clients": 2, "partition": "pathological"},
+            "needs a label for every example, but 3 of 9 have none in 'label'",
         ),
         ({"ward": labelled([])}, {}, "client 'ward' has no training examples"),
         ({}, {}, "has no clients"),

@@ -8,7 +8,7 @@ from peft_ravan.trainers.rounds import (
     derive_seed,
     is_due,
     learning_rate_factors,
-    sample_clients,
+    mean_train_loss,
     serialized_bytes,
 )
 
@@ -20,22 +20,6 @@ def test_seeds_depend_on_their_name_only():
     seeds = {derive_seed(0, "client", round_, client) for round_ in range(20) for client in CLIENTS}
     assert len(seeds) == 200 and all(0 <= seed < 2**32 for seed in seeds)
     assert derive_seed(0, "client", 3, "a") == derive_seed(0, "client", 3, "a") != derive_seed(1, "client", 3, "a")
-
-
-def test_participation_is_drawn_anew_in_every_round_and_can_be_repeated():
-    args = FederatedArguments("out", clients_per_round=4)
-    rounds = [sample_clients(CLIENTS, args, number) for number in range(1, 31)]
-    assert all(len(set(chosen)) == 4 and set(chosen) <= set(CLIENTS) for chosen in rounds)
-    assert {client for chosen in rounds for client in chosen} == set(CLIENTS)
-    # round 17 does not depend on the rounds before it, which is what makes a run resumable
-    assert sample_clients(CLIENTS, args, 17) == rounds[16]
-    assert rounds != [
-        sample_clients(CLIENTS, FederatedArguments("out", clients_per_round=4, seed=1), n) for n in range(1, 31)
-    ]
-
-
-def test_by_default_everybody_takes_part():
-    assert sample_clients(CLIENTS, FederatedArguments("out"), 1) == CLIENTS
 
 
 def test_schedules_act_over_rounds():
@@ -67,3 +51,16 @@ def test_the_record_weighs_losses_and_counts_what_was_sent():
     assert record["train_loss"] == pytest.approx(1.25)
     assert record["download_bytes"] == 11
     assert 2 * 4000 < record["upload_bytes"] == 2 * serialized_bytes({"w": torch.zeros(1000)}) < 2 * 4100
+
+
+def test_a_round_in_which_nobody_trained_has_no_loss():
+    skipped, trained = Round(1, []), Round(2, ["a"])
+    trained.add(ClientUpdate({"w": torch.zeros(1)}, 30, "a"), train_loss=1.5)
+    assert skipped.record() == {
+        "round": 1, "clients": [], "failed_clients": [], "attempts": 1, "num_examples": 0, "upload_bytes": 0,
+        "download_bytes": 0,
+    }  # fmt: skip
+    args = FederatedArguments("out", min_clients=3)
+    assert mean_train_loss([skipped.record(), trained.record()], args) == 1.5
+    with pytest.raises(RuntimeError, match="in none of the 1 rounds were min_clients=3 clients available"):
+        mean_train_loss([skipped.record()], args)

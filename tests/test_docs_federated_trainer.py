@@ -1,0 +1,69 @@
+"""What docs/federated_trainer.md says is so: its code gives the results it shows, and its tables name what there is."""
+
+import doctest
+import re
+from pathlib import Path
+
+import pytest
+from peft import get_peft_model
+
+from peft_ravan import RavanConfig
+from peft_ravan.trainers import FederatedArguments
+from peft_ravan.trainers.partition import DEFAULT_NUM_CLIENTS, PARTITIONS
+from peft_ravan.trainers.partition_report import MAX_BARS, MAX_COLOURS
+
+from .conftest import classification_dataset
+from .markdown import code_blocks, dead_links, rows, section
+from .test_readme import make_model
+
+
+PAGE = Path(__file__).parent.parent / "docs" / "federated_trainer.md"
+TEXT = PAGE.read_text()
+
+
+def given() -> dict:
+    """What the page says its examples have."""
+    dataset = classification_dataset().rename_column("labels", "label")
+    speakers = ["anna", "ben", "chloe"] * (len(dataset) // 3)
+    return {
+        "dataset": dataset.add_column("speaker", speakers),
+        "model": get_peft_model(make_model(), RavanConfig(r=4, num_heads=2, task_type="SEQ_CLS")),
+    }
+
+
+@pytest.mark.filterwarnings("ignore:Round . is skipped")
+def test_the_code_gives_the_results_it_shows(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    namespace = given()
+    # pandas ends the lines of a table with blanks
+    runner = doctest.DocTestRunner(verbose=False, optionflags=doctest.NORMALIZE_WHITESPACE)
+    for number, block in enumerate(code_blocks(TEXT)):
+        if block.startswith(">>> "):
+            test = doctest.DocTestParser().get_doctest(block, namespace, f"{PAGE.name}, block {number}", PAGE, 0)
+            reports = []
+            runner.run(test, out=reports.append, clear_globs=False)
+            assert not reports, "".join(reports)
+            namespace = test.globs
+        else:
+            exec(compile(block, str(PAGE), "exec"), namespace)
+    assert runner.summarize(verbose=False).attempted >= 10
+    assert (tmp_path / "labels.png").exists() and (tmp_path / "speakers.png").exists()
+
+
+def test_every_partition_is_in_the_table_with_its_arguments():
+    table = {row[0].strip('`"'): row[2] for row in rows(section(TEXT, "Who has what", level=3))}
+    assert set(table) == {*PARTITIONS, "an object"}
+    defaults = dict(re.findall(r"`(\w+)` \(([\d.]+)\)", " ".join(table.values())))
+    args = FederatedArguments("out")
+    assert defaults.pop("num_clients") == str(DEFAULT_NUM_CLIENTS)
+    assert defaults == {name: str(getattr(args, name)) for name in ("partition_alpha", "labels_per_client")}
+
+
+def test_the_limits_of_bars():
+    text = section(TEXT, "The table and the picture", level=3)
+    assert f"more than {MAX_BARS} clients or {MAX_COLOURS} labels" in text
+
+
+def test_links_within_the_page():
+    assert not dead_links(TEXT)

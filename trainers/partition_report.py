@@ -1,0 +1,231 @@
+"""Who has what: the examples of each client by label, as a table and as a picture."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+from torch.utils.data import Dataset
+from transformers.trainer_utils import has_length
+
+from .columns import find_label_column, label_names, read_labels
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
+
+
+# up to here a bar for each client and a colour for each label can be told apart
+MAX_BARS = 60
+MAX_COLOURS = 20
+# of an axis; names beyond that are left out at equal distances
+MAX_NAMES = 60
+
+
+def partition_table(clients: Mapping[str, Dataset], label_column: str | None = None) -> pd.DataFrame:
+    """
+    Count the examples of each client by label.
+
+    Args:
+        clients (`Mapping[str, Dataset]`):
+            Client names to data sets.
+        label_column (`str`, *optional*):
+            The column with the labels. By default `"label"` or `"labels"`, if all clients have it and it has one label
+            for each example.
+
+    Returns:
+        `pandas.DataFrame`: A row for each client, a column for each label by its name, and the column `examples` with
+        their sum. Without labels `examples` only, and there without a number for a client whose data is a stream.
+
+    Raises:
+        ValueError: if there are no clients, or `label_column` is not in the data or has several values for an example.
+    """
+    if not clients:
+        raise ValueError("There are no clients to count the examples of. A trainer has them from its `train_dataset`.")
+    if all(has_length(dataset) for dataset in clients.values()):
+        labels = _labels_by_client(clients, label_column)
+        sizes = pd.Series({client: len(dataset) for client, dataset in clients.items()})
+    elif label_column is not None:
+        raise ValueError(
+            f"`label_column` is {label_column!r}, but the labels of a data set without a length cannot be counted. Leave "
+            "`label_column` out."
+        )
+    else:
+        labels = None
+        sizes = pd.Series({c: len(d) if has_length(d) else pd.NA for c, d in clients.items()}, dtype="Int64")
+    table = sizes.rename_axis("client").to_frame("examples")
+    if labels is None:
+        return table
+    counts = {client: values.value_counts(dropna=False) for client, values in labels.items()}
+    return (
+        pd.concat(counts, axis=1)
+        .sort_index()
+        .rename(index=str)
+        .T.fillna(0)
+        .astype(int)
+        .join(table)
+        .rename_axis("client")
+    )
+
+
+def _labels_by_client(clients: Mapping[str, Dataset], label_column: str | None) -> dict[str, pd.Series] | None:
+    column = label_column or _common_column(clients)
+    if column is None:
+        return None
+    try:
+        return {client: _named_labels(dataset, column) for client, dataset in clients.items()}
+    except ValueError:
+        # a column that nobody asked for, such as the labels of each token, need not be countable
+        if label_column is not None:
+            raise
+        return None
+
+
+def _named_labels(dataset: Dataset, column: str) -> pd.Series:
+    labels = pd.Series(read_labels(dataset, column, "label_column"))
+    names = label_names(dataset, column)
+    if not names:
+        return labels
+    # categories keep the order of the labels, which is not that of their names; -1 is how datasets say that there is none
+    return pd.Series(pd.Categorical.from_codes(labels.fillna(-1).astype(int), names))
+
+
+def _common_column(clients: Mapping[str, Dataset]) -> str | None:
+    columns = {find_label_column(dataset) for dataset in clients.values()}
+    return columns.pop() if len(columns) == 1 else None
+
+
+def plot_partition(
+    clients: Mapping[str, Dataset], label_column: str | None = None, path: str | os.PathLike | None = None
+) -> Figure:
+    """
+    Draw the examples of each client by label: as stacked bars, or as a heat map where there are too many clients or labels
+    for that. Without labels, as bars of the number of examples.
+
+    Args:
+        clients (`Mapping[str, Dataset]`): Client names to data sets.
+        label_column (`str`, *optional*): The column with the labels, as for [`partition_table`].
+        path (`str` or `os.PathLike`, *optional*): Where to save the picture; its ending tells the format.
+
+    Returns:
+        `matplotlib.figure.Figure`: The picture.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+        ValueError: as for [`partition_table`].
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "Plots need matplotlib, which comes with an optional extra: pip install 'peft-ravan[plot]'."
+        ) from error
+    table = partition_table(clients, label_column)
+    labels = table.drop(columns="examples")
+    as_bars = len(table) <= MAX_BARS and len(labels.columns) <= MAX_COLOURS
+    figure = Figure(figsize=_size(table, as_bars), layout="constrained")
+    axes = figure.subplots()
+    if labels.empty:
+        _draw_examples(axes, table)
+    elif as_bars:
+        _draw_bars(axes, labels)
+    else:
+        _draw_heat_map(axes, labels)
+    if path is not None:
+        figure.savefig(path, dpi=150)
+    return figure
+
+
+def _size(table: pd.DataFrame, as_bars: bool) -> tuple[float, float]:
+    rows, columns = table.shape
+    height = min(1.5 + 0.22 * rows, 10)
+    return (8, height) if as_bars or columns == 1 else (min(max(6, 2 + 0.12 * columns), 13), height)
+
+
+def _draw_bars(axes: Axes, labels: pd.DataFrame) -> None:
+    from matplotlib import colormaps
+
+    colours = colormaps["tab10" if len(labels.columns) <= 10 else "tab20"].colors
+    ends = labels.cumsum(axis=1)
+    for label, colour in zip(labels.columns, colours, strict=False):
+        axes.barh(range(len(labels)), labels[label], left=ends[label] - labels[label], color=colour, label=label)
+    axes.legend(title="label", loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    _finish_bars(axes, labels.index)
+
+
+def _draw_examples(axes: Axes, table: pd.DataFrame) -> None:
+    # of a stream, whose length is not known, there is no bar
+    examples = table["examples"].fillna(0).astype(int)
+    if len(table) <= MAX_BARS:
+        axes.barh(range(len(table)), examples)
+    else:
+        axes.stairs(examples, np.arange(len(table) + 1) - 0.5, orientation="horizontal", fill=True)
+        axes.set_xlim(left=0)
+    _finish_bars(axes, table.index)
+
+
+def _finish_bars(axes: Axes, clients: pd.Index) -> None:
+    axes.set(xlabel="examples", ylabel="client", ylim=(len(clients) - 0.5, -0.5))
+    axes.spines[["top", "right"]].set_visible(False)
+    _name_ticks(axes.yaxis, clients)
+
+
+def _draw_heat_map(axes: Axes, labels: pd.DataFrame) -> None:
+    from matplotlib.colors import LogNorm
+    from matplotlib.ticker import LogLocator
+
+    counts = np.ma.masked_equal(labels.to_numpy(), 0)
+    # a logarithm, since one client with much of a label would make all others look the same
+    norm = LogNorm(1, max(2, counts.max()))
+    image = axes.imshow(counts, aspect="auto", cmap="viridis_r", norm=norm, interpolation="nearest")
+    axes.set(xlabel="label", ylabel="client")
+    ticks = LogLocator(subs=(1, 2, 5))
+    axes.figure.colorbar(image, label="examples (white: none)", ticks=ticks, format="%d").minorticks_off()
+    _name_ticks(axes.yaxis, labels.index)
+    _name_ticks(axes.xaxis, labels.columns, rotation=90)
+
+
+def _name_ticks(axis: Axis, names: pd.Index, **text) -> None:
+    every = math.ceil(len(names) / MAX_NAMES)
+    axis.set_ticks(range(0, len(names), every), names[::every], fontsize=8, **text)
+
+
+class PartitionReportMixin:
+    """Shows which client of a [`FederatedTrainer`] has what."""
+
+    def partition_table(self, label_column: str | None = None) -> pd.DataFrame:
+        """
+        Count the examples of each client by label.
+
+        Args:
+            label_column (`str`, *optional*):
+                The column with the labels. By default the one that the data was split by, or else `"label"` or
+                `"labels"`.
+
+        Returns:
+            `pandas.DataFrame`: The table, see [`partition_table`].
+        """
+        return partition_table(self.clients, label_column or self._split_by())
+
+    def plot_partition(self, path: str | os.PathLike | None = None, label_column: str | None = None) -> Figure:
+        """
+        Draw the examples of each client by label.
+
+        Args:
+            path (`str` or `os.PathLike`, *optional*): Where to save the picture; its ending tells the format.
+            label_column (`str`, *optional*): The column with the labels, as for [`FederatedTrainer.partition_table`].
+
+        Returns:
+            `matplotlib.figure.Figure`: The picture, see [`plot_partition`].
+        """
+        return plot_partition(self.clients, label_column or self._split_by(), path)
+
+    def _split_by(self) -> str | None:
+        by_label = self.args.partition in ("dirichlet", "pathological") and not isinstance(self.train_dataset, Mapping)
+        return self.args.partition_column if by_label else None

@@ -1,0 +1,114 @@
+"""
+Partitions that are objects: anything with the interface of flwr-datasets' `Partitioner`.
+
+The interface is told by its attributes, so flwr-datasets need not be installed.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any, Protocol
+
+from torch.utils.data import Dataset
+from transformers.trainer_utils import has_length
+
+
+class Partitioner(Protocol):
+    """What an object needs to be a partition."""
+
+    dataset: Dataset
+
+    @property
+    def num_partitions(self) -> int:
+        """The number of partitions. It may be asked for only after `dataset` has been set."""
+
+    def load_partition(self, partition_id: int) -> Dataset:
+        """The partition with a number, from 0."""
+
+
+def is_partitioner(value: Any) -> bool:
+    """
+    Args:
+        value (`Any`): Any value.
+
+    Returns:
+        `bool`: Whether it is an object with the interface of flwr-datasets' `Partitioner`.
+    """
+    # static, since flwr-datasets' properties raise until there is a data set
+    return not isinstance(value, type) and all(
+        inspect.getattr_static(value, name, None) is not None for name in ("load_partition", "num_partitions")
+    )
+
+
+def load_partitions(partitioner: Partitioner, dataset: Dataset) -> list[Dataset]:
+    """
+    Split a data set.
+
+    Args:
+        partitioner ([`Partitioner`]): The object that splits. It keeps the data set, as flwr-datasets' do.
+        dataset (`Dataset`): The data set.
+
+    Returns:
+        `list[Dataset]`: Its partitions.
+
+    Raises:
+        ValueError: if the partitioner has another data set already, or gives a partition without examples.
+    """
+    name = type(partitioner).__name__
+    assigned = getattr(partitioner, "dataset", None)
+    if assigned is not None and assigned is not dataset:
+        raise ValueError(
+            f"The {name} in `partition` has another data set than `train_dataset` already. Make a new {name} for each data "
+            "set, and leave its data set to the trainer."
+        )
+    if assigned is None:
+        partitioner.dataset = dataset
+    partitions = [partitioner.load_partition(index) for index in range(partitioner.num_partitions)]
+    for index, partition in enumerate(partitions):
+        if has_length(partition) and len(partition) == 0:
+            raise ValueError(
+                f"The {name} in `partition` gives partition {index} of {len(partitions)} no examples, but every client needs "
+                "at least one. Use fewer partitions."
+            )
+    return partitions
+
+
+class PartitionerArgumentMixin:
+    """
+    Arguments whose `partition` can be an object. It has the training data, so what is written of the arguments (as a
+    dict, as JSON, as `training_args.bin`, or printed) has the name of its class instead. Copies have the object itself.
+    """
+
+    def to_dict(self) -> dict[str, Any]:
+        """
+        Returns:
+            `dict[str, Any]`: As for [`~transformers.TrainingArguments`], with the class name of a `partition` object.
+        """
+        return super(PartitionerArgumentMixin, self._named()).to_dict()
+
+    def __str__(self) -> str:
+        return super(PartitionerArgumentMixin, self._named()).__str__()
+
+    __repr__ = __str__
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self._named())
+
+    def __copy__(self):
+        copied = object.__new__(type(self))
+        copied.__dict__.update(vars(self))
+        return copied
+
+    def __deepcopy__(self, memo: dict[int, Any]):
+        copied = copy.copy(self)
+        memo[id(self)] = copied
+        memo[id(self.partition)] = self.partition
+        copied.__dict__ = copy.deepcopy(vars(self), memo)
+        return copied
+
+    def _named(self):
+        named = copy.copy(self)
+        if not isinstance(self.partition, str):
+            named.partition = type(self.partition).__name__
+        return named
