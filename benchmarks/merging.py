@@ -143,6 +143,8 @@ def plot(records: list[dict[str, float]], args: argparse.Namespace) -> None:
         chosen = [record for record in records if all(record[name] == value for name, value in fixed.items())]
         for name, title in (("fedrpca", "fedrpca"), ("ravan", "ravan"), ("read_tensors", "read once")):
             axis.loglog([r[key] for r in chosen], [r[name] for r in chosen], marker="o", label=title)
+        axis.set_xticks([record[key] for record in chosen], [f"{record[key]:,}" for record in chosen])
+        axis.minorticks_off()
         axis.set_xlabel(label)
         axis.grid(True, which="both", alpha=0.2)
     axes[0].set_ylabel("seconds")

@@ -19,8 +19,7 @@ and the next Z, and adds up the Gram matrix of the latter. Memory holds M, L, S 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 import torch
@@ -40,6 +39,8 @@ WARM_START_GAP = 0.25
 WARM_START_PENALTY = 16.0
 # half a megabyte in float32: with the parts of M, L, S and Z it stays in a core's cache
 CPU_BLOCK_ENTRIES = 2**17
+# as many matrices are solved together: enough for all threads to have work, little enough for the cores' caches together
+CPU_BATCH_ENTRIES = 2**20
 # a block is small against its matrix, unless the matrix is so small that a block is little work
 MIN_BLOCK_ENTRIES = 2**15
 # launching kernels must cost little against running them
@@ -81,9 +82,9 @@ class _Sweeps:
 
     def __init__(self, like: torch.Tensor):
         self.batch, self.n, self.C = like.shape
-        entries = _block_entries(like.device)
-        if self.batch == 1:  # several make one block by themselves
-            entries = min(entries, max(MIN_BLOCK_ENTRIES, like.numel() // 4))
+        entries = like.numel()  # several small matrices make one block by themselves
+        if self.batch == 1:
+            entries = min(_block_entries(like.device), max(MIN_BLOCK_ENTRIES, like.numel() // 4))
         self.rows = max(1, min(self.n, entries // (self.batch * self.C)))
         # the same memory serves as a block in the matrices' dtype and as half a block in float64
         self.memory = like.new_empty(self.batch * (self.rows + self.rows % 2) * self.C)
@@ -277,30 +278,14 @@ def _solve(
 def solve_in_parts(
     M: torch.Tensor, warm_start: tuple[torch.Tensor, torch.Tensor] | None, *options: float
 ) -> tuple[torch.Tensor, torch.Tensor, RobustPCAInfo]:
-    """Solve `[batch, n, C]`, as many matrices at once as make a block."""
+    """Solve `[batch, n, C]`, some matrices at once."""
     L, S = torch.empty_like(M), torch.empty_like(M)
-    size = max(1, _block_entries(M.device) // max(1, M[0].numel()))
-
-    @torch.no_grad()
-    def solve(start: int) -> RobustPCAInfo:
+    batch_entries = CPU_BATCH_ENTRIES if M.device.type == "cpu" else CUDA_BLOCK_ENTRIES
+    size = max(1, batch_entries // max(1, M[0].numel()))
+    infos = []
+    for start in range(0, len(M), size):
         part = slice(start, start + size)
         start_part = None if warm_start is None else (warm_start[0][part], warm_start[1][part])
-        return _solve(M[part], L[part], S[part], start_part, *options)
-
-    infos = _in_parallel(solve, range(0, len(M), size), M.device)
+        infos.append(_solve(M[part], L[part], S[part], start_part, *options))
     joined = {field.name: torch.cat([getattr(info, field.name) for info in infos]) for field in fields(RobustPCAInfo)}
     return L, S, RobustPCAInfo(**joined)
-
-
-def _in_parallel(
-    solve: Callable[[int], RobustPCAInfo], starts: Sequence[int], device: torch.device
-) -> list[RobustPCAInfo]:
-    # A part is small, and torch's threads would wait for one another after each of its many operations: on a busy machine
-    # for most of the time. A thread for each part has nothing to wait for.
-    num_threads = torch.get_num_threads()
-    if device.type != "cpu" or len(starts) < 2 or num_threads < 2:
-        return [solve(start) for start in starts]
-    with ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as threads:
-        infos = list(threads.map(solve, starts))
-    torch.set_num_threads(num_threads)  # a part of the setting is common to all threads
-    return infos
