@@ -20,6 +20,7 @@ from peft_ravan.merging import ClientUpdate, MergeResult, get_merge_method, merg
 
 from .arguments import FederatedArguments
 from .callbacks import FederatedProgressCallback, LocalCallbackHandler, call_federated_event
+from .client_budgets import choose_heads, count_trained_heads, resolve_client_budgets
 from .clients import LiveAdapter, freeze, frozen_heap, local_arguments
 from .partition import make_clients
 from .reporting import SharingMixin
@@ -61,14 +62,17 @@ class FederatedTrainer(SharingMixin, Trainer):
 
     **Attributes**:
         - **clients** (`dict[str, Dataset]`) -- The data set of each client.
+        - **client_budgets** (`dict[str, float]`) -- The share of the heads that each client can train, or `None`.
         - **state.log_history** (`list[dict]`) -- One record a round: `round` (from 1), `clients`, `num_examples`,
           `train_loss`, the metrics of the evaluation, `upload_bytes` and `download_bytes` (of all clients, counted from
-          the serialised tensors), `round_seconds` (without the evaluation) and `learning_rate`.
+          the serialised tensors), `round_seconds` (without the evaluation), `learning_rate` and, with `client_budgets`,
+          `heads_trained` (the number of heads of each client).
         - **last_merge** ([`~peft_ravan.merging.MergeResult`]) -- The last merge, with its diagnostics.
 
     Raises:
         TypeError: if `args` are not [`FederatedArguments`], or the model has no adapter.
-        ValueError: if the data cannot be split, or `optimizers` are given.
+        ValueError: if the data cannot be split, `client_budgets` do not suit the adapter, the clients or the merge
+            method, or `optimizers` are given.
 
     Example:
 
@@ -103,9 +107,11 @@ class FederatedTrainer(SharingMixin, Trainer):
                 "The FederatedTrainer runs in one process for now. Start it without a distributed launcher."
             )
         self.clients = {}
+        self.client_budgets: dict[str, float] | None = None
         if self.train_dataset is not None:
             self._live_adapter()  # raises if the model cannot be trained this way
             self.clients = make_clients(self.train_dataset, args)
+            self.client_budgets = resolve_client_budgets(self)
         self.last_merge: MergeResult | None = None
         self._learning_rate_factor: float | None = None  # set while a client trains
         self._log_sink: dict[str, Any] | None = None  # set while logs belong to a round's record
@@ -217,7 +223,8 @@ class FederatedTrainer(SharingMixin, Trainer):
         for client in this_round.clients:
             adapter.load(global_state)
             train_loss, this_round.learning_rate = self._train_client(client, number)
-            this_round.add(ClientUpdate(adapter.read(), self._num_examples(client), client), train_loss)
+            update = ClientUpdate(adapter.read(), self._num_examples(client), client, adapter.trained_heads())
+            this_round.add(update, train_loss)
             self._tell("on_client_end", client=client)
 
         self.last_merge = self._merge(global_state, this_round.updates)
@@ -226,6 +233,8 @@ class FederatedTrainer(SharingMixin, Trainer):
 
         self.state.global_step = number
         record = {**this_round.record(), "round_seconds": round_seconds}
+        if self.client_budgets is not None:
+            record["heads_trained"] = count_trained_heads(this_round.updates)
         if is_due(self.args.eval_strategy, self.args.eval_steps, number, self.args.num_rounds):
             record.update(self._evaluate_quietly(ignore_keys_for_eval))
         self.log(record)
@@ -310,6 +319,8 @@ class FederatedTrainer(SharingMixin, Trainer):
         """Train the model as it is on the data of a client. Returns the mean training loss and the learning rate."""
         with self._as_client(client, round_number):
             try:
+                if self.client_budgets is not None:
+                    choose_heads(self, client, round_number)
                 output = super().train()
                 return output.training_loss, self.lr_scheduler.get_last_lr()[0]
             except Exception as error:
