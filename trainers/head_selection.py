@@ -17,8 +17,8 @@ import torch
 from .rounds import derive_seed
 
 
-# The paper names these three shapes. Their exact form is ours: Beta distributions of the share of heads, which lie between
-# 0 and 1 whatever the number of heads, with means of 0.5, 0.5 and 2 / 7.
+# The names follow the paper; the form is ours and was not checked against it. Beta distributions of the share of heads lie
+# between 0 and 1 whatever the number of heads; these have means of 0.5, 0.5 and 2 / 7.
 BUDGET_DISTRIBUTIONS = {"uniform": (1.0, 1.0), "bell": (5.0, 5.0), "right_skewed": (2.0, 5.0)}
 HEAD_SELECTIONS = ("random", "weight", "gradient")
 HEAD_ALLOCATIONS = ("layer", "global")
