@@ -11,6 +11,8 @@ from torch.utils.data import DataLoader
 
 from peft_ravan import RavanConfig, RavanLayer
 from peft_ravan.bases import BASES
+from peft_ravan.merging import MERGE_METHODS
+from peft_ravan.trainers.head_selection import BUDGET_DISTRIBUTIONS
 from peft_ravan.weighted_adapter import COMBINATION_TYPES
 
 from .conftest import classification_dataset
@@ -45,18 +47,30 @@ def test_the_code_runs_in_order(tmp_path, monkeypatch):
     }
     for snippet in SNIPPETS:
         exec(compile(snippet, str(PAGE), "exec"), namespace)
+        if "optimizer_cls_and_kwargs" in snippet:
+            namespace["trainer"].create_optimizer()
+            namespace["group_names"] = [group["name"] for group in namespace["trainer"].optimizer.param_groups]
     assert (tmp_path / "ravan-adapter" / "adapter_model.safetensors").exists()
     assert (tmp_path / "merged-model" / "model.safetensors").exists()
     assert not any(isinstance(module, RavanLayer) for module in namespace["merged_model"].modules())
-    assert len(SNIPPETS) == 6 and len(namespace["groups"]) == 4
-    # the groups of the last snippet are those that a trainer would use
-    namespace["trainer"].create_optimizer()
-    assert [group["name"] for group in namespace["trainer"].optimizer.param_groups] == [
-        "cores",
-        "scalings",
-        "weights",
-        "biases",
-    ]
+    assert len(SNIPPETS) == 7 and len(namespace["groups"]) == 4
+    # the groups of the snippet are those that a trainer uses
+    assert namespace["group_names"] == ["cores", "scalings", "weights", "biases"]
+    trained = [state["exp_avg"].shape for state in namespace["trainer"].optimizer.state.values()]
+    assert trained.count((2, 8, 8)) == 2  # two of four heads of rank 8, at two targets
+    assert not any(layer.all_heads for layer in namespace["gradient_model"].modules() if isinstance(layer, RavanLayer))
+
+
+def test_the_methods_that_take_different_heads():
+    [text] = re.findall(r"Merge methods that take clients with different heads are (.*?)\. ", TEXT)
+    assert set(re.findall(r'"(\w+)"', text)) == {
+        name for name, method in MERGE_METHODS.items() if method.different_heads
+    }
+
+
+def test_the_distributions_of_budgets():
+    found = re.findall(r'`"(\w+)"` is Beta\((\d), (\d)\)', TEXT)
+    assert {name: (float(a), float(b)) for name, a, b in found} == BUDGET_DISTRIBUTIONS
 
 
 @pytest.mark.parametrize("snippet", code_blocks(TEXT))

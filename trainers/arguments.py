@@ -8,6 +8,7 @@ from transformers import SchedulerType, TrainingArguments
 
 from peft_ravan.merging import SERVER_OPTIMIZERS, get_merge_method, get_server_optimizer
 
+from .head_selection import BUDGET_DISTRIBUTIONS, HEAD_ALLOCATIONS, HEAD_SELECTIONS, parse_client_budgets
 from .participation import check_participation_arguments
 from .partition import PARTITIONS
 from .partitioner import PartitionerArgumentMixin, is_partitioner
@@ -67,8 +68,20 @@ class FederatedArguments(PartitionerArgumentMixin, TrainingArguments):
             How many clients of a round must succeed, else it is repeated with others.
         max_round_attempts (`int`, *optional*, defaults to 3):
             How often a round is tried before the run ends with an error.
+        client_budgets (`float`, `dict[str, float]` or `str`, *optional*):
+            The share of the heads of a Ravan adapter that clients can train, above 0 and up to 1: for all clients, or by
+            the name of the client (who is not named trains all heads), also as JSON. Or the name of a distribution that
+            each client's share is drawn from: `"uniform"`, `"bell"` (most can train about half of the heads) or
+            `"right_skewed"` (most can train few), see [`draw_client_budgets`]. By default all heads.
+        head_selection (`str`, *optional*, defaults to `"random"`):
+            Which heads a client trains in a round, if it cannot train all: `"random"` ones, those with the largest
+            `"weight"` (norm of s*H), or with the largest `"gradient"` (norm of the gradient of H on the batches of the
+            client's first step, which are passed once more through the model for this).
+        head_allocation (`str`, *optional*, defaults to `"layer"`):
+            How a client's budget is spent: `"layer"` trains the same share of heads, at least one, at every target;
+            `"global"` the best heads of all targets together, so that a target may get none.
         federated_seed (`int`, *optional*):
-            The seed of the partition, of who takes part in each round and of each client's local training. By default
+            The seed of the partition, of the clients' budgets and heads, of who takes part in each round and of each client's local training. By default
             `seed`.
     """
 
@@ -119,6 +132,21 @@ class FederatedArguments(PartitionerArgumentMixin, TrainingArguments):
     max_round_attempts: int = field(
         default=3, metadata={"help": "How often a round is tried before the run ends with an error."}
     )
+    client_budgets: dict[str, float] | str | float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of the heads that clients can train, as a number, as JSON by client, or drawn from one of "
+            f"{', '.join(BUDGET_DISTRIBUTIONS)}. By default all heads."
+        },
+    )
+    head_selection: str = field(
+        default="random",
+        metadata={"help": f"Which heads a client with a budget trains: {', '.join(HEAD_SELECTIONS)}."},
+    )
+    head_allocation: str = field(
+        default="layer",
+        metadata={"help": f"How the budget of a client is spent: {', '.join(HEAD_ALLOCATIONS)}."},
+    )
     federated_seed: int | None = field(
         default=None, metadata={"help": "Seed of partition, participation and local training. By default `seed`."}
     )
@@ -132,6 +160,7 @@ class FederatedArguments(PartitionerArgumentMixin, TrainingArguments):
         self._check_partition()
         check_participation_arguments(self)
         self._check_merge()
+        self._check_heads()
         if self.federated_seed is None:
             self.federated_seed = self.seed
         if self.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY):
@@ -165,6 +194,12 @@ class FederatedArguments(PartitionerArgumentMixin, TrainingArguments):
                 f"`merge_method={self.merge_method!r}` {reason}, which the rounds of the FederatedTrainer do not support yet. "
                 "Choose another method, or call `peft_ravan.merging.merge` on what the clients trained."
             )
+
+    def _check_heads(self) -> None:
+        self.client_budgets = parse_client_budgets(self.client_budgets)
+        for name, choices in (("head_selection", HEAD_SELECTIONS), ("head_allocation", HEAD_ALLOCATIONS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
 
     def _check_counts(self) -> None:
         counts = ("num_rounds", "num_clients", "clients_per_round", "min_clients", "labels_per_client")

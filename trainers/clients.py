@@ -14,7 +14,10 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from peft_ravan.state import checkpoint_state, exchange_state, is_scaling
+from peft_ravan import RavanModel
+from peft_ravan.functional import scaled_cores
+from peft_ravan.layer import RavanLayer
+from peft_ravan.state import CORE_NAME, checkpoint_state, exchange_state, is_scaling
 
 
 if TYPE_CHECKING:
@@ -77,7 +80,7 @@ class LiveAdapter:
     checkpoint. They are the model's own memory: loading writes into the model, and nothing is copied twice.
 
     What a client trains is what travels: the trained parameters of the adapter and of `modules_to_save`, and the running
-    statistics of the latter. Frozen bases do not. Buffers of the base model, such as the statistics of a batch norm, are
+    statistics of the latter. Frozen bases do not, nor do heads that are not trained at the moment. Buffers of the base model, such as the statistics of a batch norm, are
     put back to their first values at each load, so that nothing leaks from one client to the next.
 
     Args:
@@ -86,12 +89,14 @@ class LiveAdapter:
 
     Raises:
         TypeError: if the model is not a PEFT model.
-        ValueError: if there is more than one active adapter, nothing to train, or a trained parameter that is not in
-            the adapter's checkpoint and so could neither be uploaded nor averaged.
+        ValueError: if there is more than one active adapter, nothing to train, only some heads to train, or a trained
+            parameter that is not in the adapter's checkpoint and so could neither be uploaded nor averaged.
     """
 
     def __init__(self, model: nn.Module):
         self.adapter_name = _single_active_adapter(model)
+        self._tuner = model.base_model
+        self._layers = _ravan_layers(self._tuner, self.adapter_name)
         checkpoint = get_peft_model_state_dict(model, adapter_name=self.adapter_name, save_embedding_layers=False)
         trained = {
             parameter.data_ptr(): name for name, parameter in model.named_parameters() if parameter.requires_grad
@@ -118,11 +123,13 @@ class LiveAdapter:
 
     def load(self, state: Mapping[str, torch.Tensor]) -> None:
         """
-        Write a global state into the model. Every scaling becomes 1.
+        Write a global state into the model, which then trains all heads. Every scaling becomes 1.
 
         Args:
             state (`Mapping[str, torch.Tensor]`): Checkpoint names to tensors, as [`LiveAdapter.read`] gives them.
         """
+        if self._layers:
+            self._tuner.set_trained_heads(None, self.adapter_name)
         with torch.no_grad():
             for name, tensor in checkpoint_state(state, self._tensors).items():
                 self._tensors[name].copy_(tensor)
@@ -141,15 +148,47 @@ class LiveAdapter:
 
     def read(self) -> dict[str, torch.Tensor]:
         """
-        Read what a client uploads: products s*H, and all other trained tensors as they are.
+        Read what a client uploads: products s*H of the heads that it trains, and all other trained tensors as they are.
 
         Returns:
             `dict[str, torch.Tensor]`: Checkpoint names to copies on the CPU.
         """
         with torch.no_grad():
-            return {
-                name: tensor.detach().to("cpu", copy=True) for name, tensor in exchange_state(self._tensors).items()
-            }
+            state = exchange_state(self._tensors)
+            for name in self.trained_heads() or ():
+                # the tensors of all heads do not have the trained values yet
+                layer = self._layers[name]
+                state[name] = scaled_cores(layer.ravan_H[self.adapter_name], layer.ravan_s[self.adapter_name])
+            return {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
+
+    def trained_heads(self) -> dict[str, torch.Tensor] | None:
+        """
+        Which heads the model trains, where it trains some only.
+
+        Returns:
+            `dict[str, torch.Tensor]`: Checkpoint names of cores to bool tensors, `[h]`, as [`ClientUpdate`] has them, or
+            `None` if all heads are trained.
+        """
+        masks = {
+            name: layer.trained_heads(self.adapter_name)
+            for name, layer in self._layers.items()
+            if self.adapter_name in layer.all_heads
+        }
+        return masks or None
+
+
+def _ravan_layers(tuner: nn.Module, adapter_name: str) -> dict[str, RavanLayer]:
+    """The layers of a Ravan adapter by the checkpoint names of their cores; none for another adapter."""
+    if not isinstance(tuner, RavanModel):
+        return {}
+    masks = tuner.trained_heads(adapter_name)
+    partly = [name for name, mask in masks.items() if not mask.all()]
+    if partly:
+        raise ValueError(
+            f"Only some heads of {partly[0]!r} are trained, but a federation decides itself who trains which heads. Call "
+            "`model.set_trained_heads(None)`, and use `client_budgets`."
+        )
+    return {f"base_model.model.{name}.{CORE_NAME}": tuner.model.get_submodule(name) for name in masks}
 
 
 def _single_active_adapter(model: nn.Module) -> str:

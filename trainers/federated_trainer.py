@@ -18,6 +18,7 @@ from peft_ravan.merging import ClientUpdate, MergeResult, UpdateError, get_merge
 
 from .arguments import FederatedArguments
 from .callbacks import FederatedProgressCallback, call_federated_event
+from .client_budgets import resolve_client_budgets
 from .clients import LiveAdapter, freeze, frozen_heap
 from .faults import ClientFault, RoundFailedError, TimeoutCallback
 from .local_training import LocalTrainingMixin
@@ -66,15 +67,19 @@ class FederatedTrainer(CheckpointingMixin, SharingMixin, PartitionReportMixin, L
 
     **Attributes**:
         - **clients** (`dict[str, Dataset]`) -- The data set of each client.
-        - **state.log_history** (`list[dict]`) -- One record a round: `round` (from 1), `clients` (whose updates
-          were merged), `failed_clients` (with the reason), `attempts`, `num_examples`, `train_loss`, the metrics of the evaluation, `upload_bytes` and `download_bytes` (of all clients, counted from
-          the serialised tensors), `round_seconds` (without the evaluation) and `learning_rate`.
+        - **client_budgets** (`dict[str, float]`) -- The share of the heads that each client can train, or `None`.
+        - **state.log_history** (`list[dict]`) -- One record a round: `round` (from 1), `clients` (whose updates were
+          merged), `failed_clients` (with the reason), `attempts`, `num_examples`, `train_loss`, the metrics of the
+          evaluation, `upload_bytes` and `download_bytes` (of all clients, counted from the serialised tensors),
+          `round_seconds` (without the evaluation), `learning_rate` and, with `client_budgets`, `heads_trained` (the number
+          of heads of each client).
         - **last_global_state** (`dict[str, torch.Tensor]`) -- The merged state that the last run has ended with.
         - **last_merge** ([`~peft_ravan.merging.MergeResult`]) -- The last merge, with its diagnostics.
 
     Raises:
         TypeError: if `args` are not [`FederatedArguments`], or the model has no adapter.
-        ValueError: if the data cannot be split, or `optimizers` are given.
+        ValueError: if the data cannot be split, `client_budgets` do not suit the adapter, the clients or the merge
+            method, or `optimizers` are given.
 
     Example:
 
@@ -117,9 +122,11 @@ class FederatedTrainer(CheckpointingMixin, SharingMixin, PartitionReportMixin, L
                 "The FederatedTrainer runs in one process for now. Start it without a distributed launcher."
             )
         self.clients = {}
+        self.client_budgets: dict[str, float] | None = None
         if self.train_dataset is not None:
             self._live_adapter()  # raises if the model cannot be trained this way
             self.clients = make_clients(self.train_dataset, args)
+            self.client_budgets = resolve_client_budgets(self)
             check_participation(self._client_sizes(), args, availability)
         self.availability = availability
         self.last_merge: MergeResult | None = None
@@ -305,7 +312,9 @@ class FederatedTrainer(CheckpointingMixin, SharingMixin, PartitionReportMixin, L
             try:
                 with torch.enable_grad():  # the merge that asks for updates needs no gradients
                     train_loss, this_round.learning_rate = self._train_client(client, this_round.number, timeout)
-                update = ClientUpdate(run.adapter.read(), self._num_examples(client), client)
+                update = ClientUpdate(
+                    run.adapter.read(), self._num_examples(client), client, run.adapter.trained_heads()
+                )
                 if self.client_fault is not None:
                     update = self.client_fault(client, this_round.number, update) or update
                 timeout.check()
@@ -314,7 +323,7 @@ class FederatedTrainer(CheckpointingMixin, SharingMixin, PartitionReportMixin, L
                 this_round.fail(client, f"{type(error).__name__}: {error}", error)
                 logger.warning(f"Round {this_round.number}: client {client!r} failed and is left out. {error}")
             else:
-                this_round.add(update, train_loss)
+                this_round.add(update, train_loss, count_heads=self.client_budgets is not None)
                 yield update
                 del update
             self._tell("on_client_end", client=client, failure=this_round.failures.get(client))

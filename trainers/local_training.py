@@ -11,6 +11,7 @@ from transformers import TrainerControl, set_seed
 from transformers.trainer_utils import has_length
 
 from .callbacks import LocalCallbackHandler
+from .client_budgets import choose_heads
 from .clients import local_arguments
 from .faults import TimeoutCallback
 from .rounds import derive_seed
@@ -40,6 +41,8 @@ class LocalTrainingMixin:
         """Train the model as it is on the data of a client. Returns the mean training loss and the learning rate."""
         with self._as_client(client, round_number, timeout):
             try:
+                if self.client_budgets is not None:
+                    choose_heads(self, client, round_number)
                 output = super().train()
                 return output.training_loss, self.lr_scheduler.get_last_lr()[0]
             except Exception as error:

@@ -103,6 +103,7 @@ def federation_record(trainer: FederatedTrainer) -> FederationRecord | None:
         "Merge method": f"[{method.pretty_name}]({method.reference})",
         "Merge options": {**method.options, **(args.merge_options or {})} or "none",
         **_server_optimizer(args),
+        **_client_budgets(trainer),
         "Uploaded": f"{uploaded / 1e6:.2f} MB by all clients",
         "Seed": args.federated_seed,
     }
@@ -115,6 +116,17 @@ def _server_optimizer(args: FederatedArguments) -> dict[str, str]:
     optimizer = get_server_optimizer(args.server_optimizer)
     options = {**optimizer.options, **(args.server_optimizer_options or {})}
     return {"Server optimizer": f"[{optimizer.pretty_name}]({optimizer.reference}), {options}"}
+
+
+def _client_budgets(trainer: FederatedTrainer) -> dict[str, str]:
+    if trainer.client_budgets is None:
+        return {}
+    args, shares = trainer.args, trainer.client_budgets.values()
+    mean = sum(shares) / len(shares)
+    spent = "at every target" if args.head_allocation == "layer" else "over all targets"
+    return {
+        "Heads a client trains": f"{min(shares):.0%} to {max(shares):.0%} (mean {mean:.0%}), by {args.head_selection}, {spent}"
+    }
 
 
 def _optimizer(trainer: FederatedTrainer) -> str:

@@ -13,6 +13,7 @@ from transformers import get_scheduler
 from transformers.trainer_utils import IntervalStrategy
 
 from peft_ravan.merging import ClientUpdate
+from peft_ravan.state import is_core
 
 
 if TYPE_CHECKING:
@@ -104,6 +105,7 @@ class Round:
         clients (`list[str]`): The clients that take part.
         num_examples (`dict[str, int]`): The examples of the clients that have uploaded.
         train_losses (`dict[str, float]`): Their mean local training losses.
+        heads_trained (`dict[str, int]`): How many heads they trained, if not all.
         failures (`dict[str, str]`): The clients that failed, and why, in this and earlier attempts at the round.
         first_error (`Exception`, *optional*): The error of the first of them.
         attempts (`int`): How often the round was tried, this time included.
@@ -116,6 +118,7 @@ class Round:
     clients: list[str]
     num_examples: dict[str, int] = field(default_factory=dict)
     train_losses: dict[str, float] = field(default_factory=dict)
+    heads_trained: dict[str, int] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     first_error: Exception | None = None
     attempts: int = 1
@@ -123,14 +126,17 @@ class Round:
     upload_bytes: int = 0
     download_bytes: int = 0
 
-    def add(self, update: ClientUpdate, train_loss: float) -> None:
+    def add(self, update: ClientUpdate, train_loss: float, count_heads: bool = False) -> None:
         """
         Args:
             update ([`ClientUpdate`]): What a client uploaded.
             train_loss (`float`): Its mean local training loss.
+            count_heads (`bool`, *optional*, defaults to `False`): Whether to say how many heads it trained.
         """
         self.num_examples[update.client_id] = update.num_examples
         self.train_losses[update.client_id] = train_loss
+        if count_heads:
+            self.heads_trained[update.client_id] = sum(len(t) for name, t in update.state.items() if is_core(name))
         self.upload_bytes += serialized_bytes(update.state)
 
     def fail(self, client: str, reason: str, error: Exception | None = None) -> None:
@@ -143,6 +149,7 @@ class Round:
         self.failures[client] = reason
         self.num_examples.pop(client, None)
         self.train_losses.pop(client, None)
+        self.heads_trained.pop(client, None)
         self.first_error = self.first_error or error
 
     def again(self, clients: list[str]) -> Round:
@@ -179,6 +186,8 @@ class Round:
             "upload_bytes": self.upload_bytes,
             "download_bytes": self.download_bytes,
         }
+        if self.heads_trained:
+            record["heads_trained"] = list(self.heads_trained.values())
         if not total:
             return record
         weighted = sum(self.train_losses[client] * n for client, n in self.num_examples.items())

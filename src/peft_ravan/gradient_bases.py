@@ -148,7 +148,7 @@ def _gradient_targets(model: nn.Module, adapter_name: str) -> dict[str, RavanLay
                 f"Bases from a gradient are made for linear layers, but the target {name!r} is a "
                 f"{type(layer.get_base_layer()).__name__}."
             )
-        if layer.ravan_H[adapter_name].any():
+        if layer.adapter_tensors(adapter_name)[2].any():
             raise ValueError(
                 f"The adapter {adapter_name!r} was trained already (its core at {name!r} is not zero). Other bases would "
                 "make it another adapter; set them before training."

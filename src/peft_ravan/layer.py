@@ -15,12 +15,14 @@ from torch import nn
 from .bases import BASES, BasesShape, make_bases
 from .config import RavanConfig
 from .functional import adapted_linear, delta_output, delta_weight, dense_is_cheaper, expand
+from .trained_heads import AllHeads, LayerTrainedHeads
 
 
-class RavanLayer(BaseTunerLayer, nn.Module):
+class RavanLayer(LayerTrainedHeads, BaseTunerLayer, nn.Module):
     """
     What every Ravan layer has: per adapter the trained core `ravan_H` `[h, r, r]` and scaling `ravan_s` `[h]`, and the
-    frozen bases `ravan_A` `[h*r, d_in]` and `ravan_B` `[d_out, h*r]`.
+    frozen bases `ravan_A` `[h*r, d_in]` and `ravan_B` `[d_out, h*r]`. While only k heads are trained, `ravan_H` and
+    `ravan_s` hold these, and `all_heads` the parameters of all.
 
     A kind of layer says what d_in and d_out are (`bases_size`), how its input is projected (`compute_delta`), and in
     which layout it keeps its weight (`to_weight_layout`).
@@ -29,7 +31,9 @@ class RavanLayer(BaseTunerLayer, nn.Module):
     # All names of layers that may contain (trainable) adapter weights
     adapter_layer_names: tuple[str, ...] = ("ravan_H", "ravan_s")
     # All names of other parameters that may contain adapter-related parameters
-    other_param_names: tuple[str, ...] = ("ravan_A", "ravan_B", "ravan_dropout", "r", "num_heads", "init_bases")
+    other_param_names: tuple[str, ...] = (
+        "ravan_A", "ravan_B", "ravan_dropout", "r", "num_heads", "init_bases", "all_heads"
+    )  # fmt: skip
 
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, target_name: str, config: RavanConfig, **kwargs
@@ -45,6 +49,7 @@ class RavanLayer(BaseTunerLayer, nn.Module):
         self.ravan_dropout = nn.ModuleDict({})
         self.ravan_H = nn.ParameterDict({})
         self.ravan_s = nn.ParameterDict({})
+        self.all_heads: dict[str, AllHeads] = {}
         # Buffers, not frozen parameters: PEFT's set_requires_grad and gradient checkpointing would train parameters.
         self.ravan_A = BufferDict({}, persistent=config.save_projection)
         self.ravan_B = BufferDict({}, persistent=config.save_projection)
@@ -104,6 +109,7 @@ class RavanLayer(BaseTunerLayer, nn.Module):
         matrix = self._base_matrix() if from_weight else None
         basis_A, basis_B = make_bases(config.init_bases, shape, config.projection_seed, target_name, matrix)
 
+        self.all_heads.pop(adapter_name, None)
         self.r[adapter_name] = r
         self.num_heads[adapter_name] = num_heads
         self.init_bases[adapter_name] = config.init_bases
@@ -202,12 +208,10 @@ class RavanLayer(BaseTunerLayer, nn.Module):
 
     def adapter_tensors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """A `[h*r, d_in]`, B `[d_out, h*r]`, H `[h, r, r]` and s `[h]` of an adapter."""
-        return (
-            self.ravan_A[adapter_name],
-            self.ravan_B[adapter_name],
-            self.ravan_H[adapter_name],
-            self.ravan_s[adapter_name],
-        )
+        core, scaling = self.ravan_H[adapter_name], self.ravan_s[adapter_name]
+        if adapter_name in self.all_heads:
+            core, scaling = self.all_heads[adapter_name].with_trained(core, scaling)
+        return self.ravan_A[adapter_name], self.ravan_B[adapter_name], core, scaling
 
     def _cast_to_each_other(self, x: torch.Tensor, adapter_name: str) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """Bring the input to the dtype of the adapter, or the adapter to that of the input if casting inputs is off."""
@@ -304,12 +308,12 @@ class Linear(RavanLayer):
 
     def compute_delta(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
         x, tensors = self._cast_to_each_other(x, adapter_name)
-        return delta_output(self.ravan_dropout[adapter_name](x), *tensors)
+        return delta_output(self.ravan_dropout[adapter_name](x), *tensors, self.gradient_heads(adapter_name))
 
     def _adapted_forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         adapter_names = [name for name in self.active_adapters if name in self.ravan_H]
         if not args and not kwargs and self._can_use_dense_weight(x, adapter_names):
-            tensors = self.adapter_tensors(adapter_names[0])
+            tensors = (*self.adapter_tensors(adapter_names[0]), self.gradient_heads(adapter_names[0]))
             return adapted_linear(x, self.base_layer.weight, self.base_layer.bias, *tensors)
         return super()._adapted_forward(x, *args, **kwargs)
 
@@ -336,11 +340,10 @@ class Linear(RavanLayer):
             or torch.is_autocast_enabled(x.device.type)
         ):
             return False
+        num_trained, r, _ = core.shape
         training = torch.is_grad_enabled() and core.requires_grad
-        num_tokens = x.numel() // self.in_features
-        return dense_is_cheaper(
-            num_tokens, self.in_features, self.out_features, core.shape[0] * core.shape[1], training
-        )
+        num_tokens, total_rank = x.numel() // self.in_features, self.num_heads[adapter_names[0]] * r
+        return dense_is_cheaper(num_tokens, self.in_features, self.out_features, total_rank, training, num_trained * r)
 
 
 class Embedding(RavanLayer):
@@ -350,7 +353,7 @@ class Embedding(RavanLayer):
 
     def compute_delta(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
         basis_A, *tensors = self.adapter_tensors(adapter_name)
-        delta = expand(F.embedding(x, basis_A.T), *tensors)
+        delta = expand(F.embedding(x, basis_A.T), *tensors, self.gradient_heads(adapter_name))
         scale = self._get_embed_scale()
         return delta if scale is None else delta * scale.to(delta.dtype)
 
@@ -374,4 +377,4 @@ class Conv2d(RavanLayer):
             return base_layer._conv_forward(x, kernel, None)
         kernel = basis_A.reshape(-1, *base_layer.weight.shape[1:])  # [h*r, channels, height, width]
         inner = base_layer._conv_forward(x, kernel, None)  # [N, h*r, height, width]
-        return expand(inner.movedim(1, -1), *tensors).movedim(-1, 1)
+        return expand(inner.movedim(1, -1), *tensors, self.gradient_heads(adapter_name)).movedim(-1, 1)

@@ -24,6 +24,7 @@ from .bases import BASES, BasesShape, check_bases_fit
 from .config import RavanConfig
 from .layer import Conv2d, Embedding, Linear, RavanLayer
 from .param_wrapper import ParamWrapper
+from .trained_heads import ModelTrainedHeads
 from .weighted_adapter import (
     ON_SHARED_BASES,
     check_combination,
@@ -81,7 +82,7 @@ def _pass_adapter_names(
     return args, {**kwargs, "adapter_names": adapter_names}
 
 
-class RavanModel(BaseTuner):
+class RavanModel(ModelTrainedHeads, BaseTuner):
     """
     Creates a Ravan model from a pretrained transformers model.
 

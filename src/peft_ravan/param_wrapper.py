@@ -24,6 +24,8 @@ class ParamWrapper(RavanLayer):
     Several parameters of one module are adapted by wrappers around wrappers.
     """
 
+    can_train_some_heads = False
+
     def __init__(
         self,
         base_layer: nn.Module,

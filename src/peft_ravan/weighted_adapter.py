@@ -71,7 +71,7 @@ def have_shared_bases(layer: RavanLayer, adapters: Sequence[str]) -> bool:
     """Whether adapters of a layer have the same bases, head by head."""
     first = adapters[0]
     return all(
-        layer.ravan_H[name].shape == layer.ravan_H[first].shape
+        (layer.num_heads[name], layer.r[name]) == (layer.num_heads[first], layer.r[first])
         and torch.equal(layer.ravan_A[name], layer.ravan_A[first])
         and torch.equal(layer.ravan_B[name], layer.ravan_B[first])
         for name in adapters[1:]
@@ -122,12 +122,12 @@ def concatenate_heads(layer: RavanLayer, adapters: Sequence[str], weights: Seque
     for name, weight in zip(adapters, weights, strict=True):
         num_heads, rank = layer.num_heads[name], layer.r[name]
         missing = r - rank
-        basis_A = layer.ravan_A[name].reshape(num_heads, rank, -1)
-        basis_B = layer.ravan_B[name].reshape(-1, num_heads, rank)
+        basis_A, basis_B, core, scaling = layer.adapter_tensors(name)
+        basis_A, basis_B = basis_A.reshape(num_heads, rank, -1), basis_B.reshape(-1, num_heads, rank)
         bases_A.append(nn.functional.pad(basis_A, (0, 0, 0, missing)).flatten(0, 1))
         bases_B.append(nn.functional.pad(basis_B, (0, missing)).flatten(1))
-        cores.append(nn.functional.pad(layer.ravan_H[name], (0, missing, 0, missing)))
-        scalings.append(weight * layer.ravan_s[name])
+        cores.append(nn.functional.pad(core, (0, missing, 0, missing)))
+        scalings.append(weight * scaling)
     layer.ravan_A[new].copy_(torch.cat(bases_A, dim=0))
     layer.ravan_B[new].copy_(torch.cat(bases_B, dim=1))
     layer.ravan_H[new].copy_(torch.cat(cores))
@@ -156,7 +156,7 @@ def combine_cores(
     combine: Callable[[list[torch.Tensor], torch.Tensor], torch.Tensor],
 ) -> None:
     """Combine the products s*H of adapters with shared bases, as task vectors. Every new scaling is 1."""
-    products = [scaled_cores(layer.ravan_H[name], layer.ravan_s[name]) for name in adapters]
+    products = [scaled_cores(*layer.adapter_tensors(name)[2:]) for name in adapters]
     layer.ravan_A[new].copy_(layer.ravan_A[adapters[0]])
     layer.ravan_B[new].copy_(layer.ravan_B[adapters[0]])
     layer.ravan_H[new].copy_(combine(products, torch.tensor(weights).to(products[0])))

@@ -76,6 +76,12 @@ def test_the_cheaper_way_depends_on_the_shape():
     assert dense_is_cheaper(num_tokens=500, d_in=768, d_out=768, total_rank=220, training=False)
 
 
+def test_fewer_trained_heads_make_the_dense_way_cheaper():
+    shape = {"num_tokens": 1000, "d_in": 768, "d_out": 768, "total_rank": 220, "training": True}
+    ways = [dense_is_cheaper(**shape, trained_rank=trained_rank) for trained_rank in (220, 165, 110, 55)]
+    assert dense_is_cheaper(**shape) == ways[0] and ways == sorted(ways)
+
+
 def adapted_stack(**kwargs):
     model = get_peft_model(
         nn.Sequential(nn.Linear(16, 16)), RavanConfig(r=4, num_heads=2, target_modules=["0"], **kwargs)

@@ -1,0 +1,171 @@
+"""Clients that can train only some heads of a Ravan adapter: their budgets, and their choice of heads in each round."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftType
+from torch import nn
+from transformers import set_seed
+
+from peft_ravan import RavanLayer
+from peft_ravan.functional import scaled_cores
+from peft_ravan.merging import MERGE_METHODS, get_merge_method
+
+from .head_selection import draw_client_budgets, head_norms, select_heads
+from .rounds import derive_seed
+
+
+if TYPE_CHECKING:
+    from .federated_trainer import FederatedTrainer
+
+
+def resolve_client_budgets(trainer: FederatedTrainer) -> dict[str, float] | None:
+    """
+    Find the share of heads of each client.
+
+    Args:
+        trainer ([`FederatedTrainer`]): The trainer, of which the arguments, the clients and the model are read.
+
+    Returns:
+        `dict[str, float]`: Client names to shares, above 0 and up to 1, or `None` if `client_budgets` is not set.
+
+    Raises:
+        ValueError: if the adapter has no heads, if clients are named that there are not, or if the merge method needs all
+            heads of every client.
+    """
+    budgets, clients = trainer.args.client_budgets, list(trainer.clients)
+    if budgets is None:
+        return None
+    config = trainer.model.active_peft_config
+    if config.peft_type != PeftType.RAVAN:
+        raise ValueError(
+            f"`client_budgets` are shares of the heads of a Ravan adapter, but this adapter is {config.peft_type.value}, "
+            "which has no heads. Use `RavanConfig`, or leave `client_budgets` out."
+        )
+    if isinstance(budgets, str):
+        shares = draw_client_budgets(clients, budgets, trainer.args.federated_seed)
+    elif isinstance(budgets, dict):
+        unknown = [client for client in budgets if client not in trainer.clients]
+        if unknown:
+            raise ValueError(
+                f"`client_budgets` names the client {unknown[0]!r}, but the clients are {_some(clients)}."
+            )
+        shares = {client: budgets.get(client, 1.0) for client in clients}
+    else:
+        shares = dict.fromkeys(clients, budgets)
+    if any(share < 1 for share in shares.values()):
+        _check_partial_heads(trainer)
+    return shares
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _check_partial_heads(trainer: FederatedTrainer) -> None:
+    if not get_merge_method(trainer.merge_method).different_heads:
+        able = ", ".join(name for name, method in MERGE_METHODS.items() if method.different_heads)
+        raise ValueError(
+            f"`client_budgets` below 1 let clients train different heads, but merge_method={trainer.merge_method!r} needs "
+            f"all heads of every client. Choose one of: {able}."
+        )
+    if trainer.model.active_peft_config.target_parameters:
+        raise ValueError(
+            "`client_budgets` below 1 do not work with `target_parameters`, which train all their heads. Adapt layers "
+            "(`target_modules`) only."
+        )
+
+
+def choose_heads(trainer: FederatedTrainer, client: str, round_number: int) -> None:
+    """
+    Let the model train the heads that a client can afford, as `head_selection` and `head_allocation` say. To be called
+    when the trainer is that of the client, right before its training, whose random numbers are left as they were.
+
+    Args:
+        trainer ([`FederatedTrainer`]): The trainer, with a model that trains all heads.
+        client (`str`): The name of the client.
+        round_number (`int`): The round, from 1.
+    """
+    args, share = trainer.args, trainer.client_budgets[client]
+    if share == 1:
+        return
+    layers = _ravan_layers(trainer.model)
+    scores = {name: torch.zeros(len(layer.trained_heads(adapter))) for name, (layer, adapter) in layers.items()}
+    if args.head_selection == "weight":
+        scores = head_norms(
+            {name: scaled_cores(*layer.adapter_tensors(adapter)[2:]) for name, (layer, adapter) in layers.items()}
+        )
+    elif args.head_selection == "gradient":
+        scores = head_norms(_first_gradients(trainer, layers))
+    sizes = {name: layer.r[adapter] ** 2 + 1 for name, (layer, adapter) in layers.items()}
+    seed = derive_seed(args.federated_seed, "heads", round_number, client)
+    trainer.model.set_trained_heads(select_heads(scores, share, seed, args.head_allocation, sizes))
+    if trainer.optimizer_cls_and_kwargs is not None:
+        optimizer_cls, kwargs = trainer.optimizer_cls_and_kwargs
+        trainer.optimizer_cls_and_kwargs = (optimizer_cls, _with_trained_heads(kwargs, layers.values()))
+
+
+def _ravan_layers(model: nn.Module) -> dict[str, tuple[RavanLayer, str]]:
+    [adapter] = model.active_adapters
+    return {name: (model.get_base_model().get_submodule(name), adapter) for name in model.trained_heads()}
+
+
+def _first_gradients(trainer: FederatedTrainer, layers: dict[str, tuple[RavanLayer, str]]) -> dict[str, torch.Tensor]:
+    """The gradients of the cores of all heads, `[h, r, r]`, on the batches of the client's first optimizer step."""
+    model = trainer.model
+    with _undisturbed(model, trainer.args.seed):
+        # with this seed the sampler gives the batches that it will give the training
+        batches = itertools.islice(trainer.get_train_dataloader(), trainer.args.gradient_accumulation_steps)
+        for inputs in batches:
+            # accelerate puts autocast into the model's forward only when the first client trains
+            with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
+                loss = trainer.compute_loss(model, trainer._prepare_inputs(inputs))
+            loss.backward()
+        cores = {name: layer.ravan_H[adapter] for name, (layer, adapter) in layers.items()}
+        # a layer that the loss does not depend on has no gradient
+        return {name: torch.zeros_like(core) if core.grad is None else core.grad for name, core in cores.items()}
+
+
+@contextmanager
+def _undisturbed(model: nn.Module, seed: int) -> Iterator[None]:
+    """Compute gradients in training mode and leave the model, and what follows from the seed, as they were."""
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers() if ".ravan_" not in name}
+    training = model.training
+    model.train()
+    try:
+        yield
+    finally:
+        model.train(training)
+        model.zero_grad(set_to_none=True)
+        for name, buffer in buffers.items():
+            model.get_buffer(name).copy_(buffer)
+        set_seed(seed)
+
+
+def _with_trained_heads(kwargs: dict[str, Any], layers: Iterable[tuple[RavanLayer, str]]) -> dict[str, Any]:
+    """The arguments of an optimizer, with the parameters of the trained heads in the place of those of all heads."""
+    if "params" not in kwargs:
+        return kwargs
+    instead = {}
+    for layer, adapter in layers:
+        if adapter in layer.all_heads:
+            everything = layer.all_heads[adapter]
+            instead[id(everything.core)] = layer.ravan_H[adapter]
+            instead[id(everything.scaling)] = layer.ravan_s[adapter]
+
+    def replaced(entry: Any) -> Any:
+        # all that torch takes: parameters, pairs of a name and a parameter, groups of one or several of these
+        if isinstance(entry, dict):
+            return {**entry, "params": replaced(entry["params"])}
+        if isinstance(entry, torch.Tensor):
+            return instead.get(id(entry), entry)
+        if isinstance(entry, str):
+            return entry
+        return (tuple if isinstance(entry, tuple) else list)(map(replaced, entry))
+
+    return replaced(kwargs)

@@ -1,0 +1,181 @@
+"""
+Which heads of a Ravan adapter a client trains in a round, for clients that cannot train all of them. Pure functions: they
+know of shares, scores and seeds, and of no model.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from .rounds import derive_seed
+
+
+# The names follow the paper; the form is ours and was not checked against it. Beta distributions of the share of heads lie
+# between 0 and 1 whatever the number of heads; these have means of 0.5, 0.5 and 2 / 7.
+BUDGET_DISTRIBUTIONS = {"uniform": (1.0, 1.0), "bell": (5.0, 5.0), "right_skewed": (2.0, 5.0)}
+HEAD_SELECTIONS = ("random", "weight", "gradient")
+HEAD_ALLOCATIONS = ("layer", "global")
+
+
+def draw_client_budgets(clients: Iterable[str], distribution: str, seed: int) -> dict[str, float]:
+    """
+    Draw the share of heads that each client can train.
+
+    Args:
+        clients (`Iterable[str]`): The names of the clients. What one of them gets does not depend on the others.
+        distribution (`str`):
+            `"uniform"` (every share is as likely), `"bell"` (most clients can train about half of the heads) or
+            `"right_skewed"` (most clients can train few heads, and a few clients many): the Beta distributions (1, 1),
+            (5, 5) and (2, 5).
+        seed (`int`): The seed.
+
+    Returns:
+        `dict[str, float]`: Client names to shares above 0 and up to 1.
+
+    Raises:
+        ValueError: if there is no such distribution.
+    """
+    if distribution not in BUDGET_DISTRIBUTIONS:
+        raise ValueError(
+            f"A distribution of budgets is one of {', '.join(BUDGET_DISTRIBUTIONS)}, got {distribution!r}."
+        )
+    shape = BUDGET_DISTRIBUTIONS[distribution]
+    return {
+        client: float(np.random.default_rng(derive_seed(seed, "budget", client)).beta(*shape)) for client in clients
+    }
+
+
+def parse_client_budgets(budgets: Any) -> float | dict[str, float] | str | None:
+    """
+    Read the budgets of clients as an argument gives them.
+
+    Args:
+        budgets (`float`, `dict[str, float]` or `str`, *optional*):
+            A share for all clients, client names to shares, one of these as JSON, or the name of a distribution.
+
+    Returns:
+        `float`, `dict[str, float]` or `str`: The same, without JSON.
+
+    Raises:
+        ValueError: if it is none of these, or if a share is not above 0 and up to 1.
+    """
+    if budgets is None or (isinstance(budgets, str) and budgets in BUDGET_DISTRIBUTIONS):
+        return budgets
+    parsed = _from_json(budgets) if isinstance(budgets, str) else budgets
+    shares = parsed if isinstance(parsed, Mapping) else {None: parsed}
+    for client, share in shares.items():
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
+            of_client = "" if client is None else f" of client {client!r}"
+            raise ValueError(
+                "`client_budgets` is a share of heads above 0 and up to 1, a dict of client names to shares, or one of "
+                f"{', '.join(BUDGET_DISTRIBUTIONS)}, but the share{of_client} is {share!r}."
+            )
+    return {str(client): float(share) for client, share in shares.items()} if shares is parsed else float(parsed)
+
+
+def _from_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def head_norms(matrices: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """
+    Score heads by the size of their products s*H, or of the gradients of H: by the root mean square of the entries. Within
+    a target this is the order of the Frobenius norms. Between targets of different ranks, it is the norm for its cost.
+
+    Args:
+        matrices (`Mapping[str, torch.Tensor]`): Target names to one matrix a head, `[h, r, r]`.
+
+    Returns:
+        `dict[str, torch.Tensor]`: Target names to scores, `[h]`.
+    """
+    return {name: heads.detach().float().square().mean(dim=(1, 2)).sqrt() for name, heads in matrices.items()}
+
+
+def select_heads(
+    scores: Mapping[str, torch.Tensor],
+    share: float,
+    seed: int,
+    allocation: str = "layer",
+    head_sizes: Mapping[str, int] | None = None,
+) -> dict[str, torch.Tensor]:
+    """
+    Choose the heads with the highest scores, within a budget.
+
+    Args:
+        scores (`Mapping[str, torch.Tensor]`):
+            Target names to the scores of their heads, `[h]`. The seed decides between equal scores, so scores that are all
+            equal give a random choice.
+        share (`float`):
+            The share of the heads that can be trained, above 0 and up to 1.
+        seed (`int`):
+            The seed.
+        allocation (`str`, *optional*, defaults to `"layer"`):
+            `"layer"` chooses the same share of every target's heads, `max(1, round(share * h))`. `"global"` spends the
+            budget over all targets at once, so that a target may get none: it chooses `round(share * h)` of all h heads,
+            or where heads differ in size, the best ones that fit into that share of all parameters.
+        head_sizes (`Mapping[str, int]`, *optional*):
+            Target names to the number of parameters of a head. By default they are the same everywhere.
+
+    Returns:
+        `dict[str, torch.Tensor]`: Target names to masks of the chosen heads, bool tensors `[h]`. At least one head is
+        chosen.
+
+    Raises:
+        ValueError: if the share or the allocation is not one of those above.
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"A share of heads must be above 0 and up to 1, got {share!r}.")
+    if allocation not in HEAD_ALLOCATIONS:
+        raise ValueError(f"An allocation of heads is one of {', '.join(HEAD_ALLOCATIONS)}, got {allocation!r}.")
+    masks = {name: torch.zeros(len(heads), dtype=torch.bool) for name, heads in scores.items()}
+    best_first = _rank(scores, seed)
+    if allocation == "layer":
+        chosen = _best_of_each(best_first, {name: max(1, round(share * len(mask))) for name, mask in masks.items()})
+    else:
+        sizes = {name: 1 if head_sizes is None else head_sizes[name] for name in scores}
+        chosen = _best_of_all(best_first, share, sizes)
+    for name, head in chosen:
+        masks[name][head] = True
+    return masks
+
+
+def _rank(scores: Mapping[str, torch.Tensor], seed: int) -> list[tuple[str, int]]:
+    """All heads, the best first."""
+    keys = {}
+    for name, heads in scores.items():
+        # a generator for each target, so that the order of the targets makes no difference
+        rng = random.Random(derive_seed(seed, name))
+        for head, score in enumerate(heads.tolist()):
+            # nothing can be said of a NaN, and a sort with one in it would depend on the order
+            keys[name, head] = (0.0 if math.isnan(score) else -score, rng.random())
+    return sorted(keys, key=lambda head: (*keys[head], head))
+
+
+def _best_of_each(best_first: list[tuple[str, int]], numbers: dict[str, int]) -> list[tuple[str, int]]:
+    left, chosen = dict(numbers), []
+    for name, head in best_first:
+        if left[name]:
+            left[name] -= 1
+            chosen.append((name, head))
+    return chosen
+
+
+def _best_of_all(best_first: list[tuple[str, int]], share: float, sizes: dict[str, int]) -> list[tuple[str, int]]:
+    if share == 1 or len(set(sizes.values())) <= 1:
+        return best_first[: max(1, round(share * len(best_first)))]
+    left, chosen = share * sum(sizes[name] for name, _ in best_first), []
+    for name, head in best_first:
+        if sizes[name] <= left:
+            left -= sizes[name]
+            chosen.append((name, head))
+    return chosen or best_first[:1]
