@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import SchedulerType, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 from peft_ravan.merging import SERVER_OPTIMIZERS, get_merge_method, get_server_optimizer
 
@@ -62,6 +63,16 @@ class FederatedArguments(PartitionerArgumentMixin, TrainingArguments):
             The server optimizer that takes a step towards what was merged: `"fedavgm"`, `"fedadam"` or `"fedyogi"`.
         server_optimizer_options (`dict[str, Any]`, *optional*):
             The options of the server optimizer, such as `{"learning_rate": 0.01}`. A string is read as JSON.
+        local_parameters (`list[str]` or `str`, *optional*):
+            Regular expressions for the checkpoint names of what stays with its client and is neither uploaded nor merged,
+            such as `["classifier"]` or `["lora_B"]`. Each client keeps its own between its rounds, in
+            `output_dir/client_states`. A string is one expression, or a list as JSON. By default nothing, or what the
+            merge method leaves with the clients.
+        proximal_mu (`float`, *optional*, defaults to 0.0):
+            FedProx: how strongly a client is pulled back to the global adapter.
+        scaffold (`bool`, *optional*, defaults to `False`):
+            SCAFFOLD: correct the clients' gradients by control variates, which doubles what is sent. It is made for
+            `optim="sgd"`; the control variates are means of gradients, whatever the optimizer.
         client_timeout (`float`, *optional*):
             The seconds after which a client's local training is given up, looked at after every step. By default never.
         min_successful_clients (`int`, *optional*, defaults to 1):
@@ -123,6 +134,15 @@ class FederatedArguments(PartitionerArgumentMixin, TrainingArguments):
     server_optimizer_options: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Options of the server optimizer, as JSON."}
     )
+    local_parameters: list[str] | str | None = field(
+        default=None, metadata={"help": "Regular expressions for the names of what stays with its client."}
+    )
+    proximal_mu: float = field(
+        default=0.0, metadata={"help": "FedProx: how strongly a client is pulled back to the global adapter."}
+    )
+    scaffold: bool = field(
+        default=False, metadata={"help": "SCAFFOLD: correct the clients' gradients by control variates."}
+    )
     client_timeout: float | None = field(
         default=None, metadata={"help": "Seconds after which a client's local training is given up. By default never."}
     )
@@ -150,6 +170,9 @@ class FederatedArguments(PartitionerArgumentMixin, TrainingArguments):
     federated_seed: int | None = field(
         default=None, metadata={"help": "Seed of partition, participation and local training. By default `seed`."}
     )
+    save_strategy: SaveStrategy | str = field(
+        default="epoch", metadata={"help": "When to save a checkpoint to resume from. By default after every round."}
+    )
     lr_scheduler_type: SchedulerType | str = field(
         default="constant", metadata={"help": "How the learning rate changes from round to round."}
     )
@@ -161,6 +184,7 @@ class FederatedArguments(PartitionerArgumentMixin, TrainingArguments):
         check_participation_arguments(self)
         self._check_merge()
         self._check_heads()
+        self._check_local_training()
         if self.federated_seed is None:
             self.federated_seed = self.seed
         if self.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY):
@@ -188,11 +212,22 @@ class FederatedArguments(PartitionerArgumentMixin, TrainingArguments):
             return
         method = get_merge_method(self.merge_method)
         method.check_options(self.merge_options or {})
-        if method.changes_model or method.personal_parts:
-            reason = "changes the base model or the rank" if method.changes_model else "keeps a part with each client"
+        if method.changes_model:
             raise ValueError(
-                f"`merge_method={self.merge_method!r}` {reason}, which the rounds of the FederatedTrainer do not support yet. "
+                f"`merge_method={self.merge_method!r}` changes the base model or the rank, which the rounds of the FederatedTrainer do not support yet. "
                 "Choose another method, or call `peft_ravan.merging.merge` on what the clients trained."
+            )
+
+    def _check_local_training(self) -> None:
+        if isinstance(self.local_parameters, str):
+            is_list = self.local_parameters.lstrip().startswith("[")
+            self.local_parameters = json.loads(self.local_parameters) if is_list else [self.local_parameters]
+        if not self.proximal_mu >= 0:
+            raise ValueError(f"`proximal_mu` must be 0 or more, got {self.proximal_mu!r}.")
+        if self.scaffold and self.client_budgets is not None:
+            raise ValueError(
+                "`scaffold` needs the gradients of all heads, which clients with `client_budgets` do not have. Use one of "
+                "both, or `proximal_mu`."
             )
 
     def _check_heads(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,11 +21,13 @@ from .arguments import FederatedArguments
 from .callbacks import FederatedProgressCallback, call_federated_event
 from .client_budgets import resolve_client_budgets
 from .clients import LiveAdapter, freeze, frozen_heap
-from .faults import ClientFault, RoundFailedError, TimeoutCallback
+from .faults import ClientFault, RoundFailedError
+from .local_objective import ControlVariates
 from .local_training import LocalTrainingMixin
 from .participation import Availability, check_participation, sample_clients
 from .partition import make_clients
 from .partition_report import PartitionReportMixin
+from .personal import check_patterns
 from .reporting import SharingMixin
 from .resuming import CheckpointingMixin, Run
 from .rounds import Round, is_due, learning_rate_factors, mean_train_loss, serialized_bytes
@@ -179,10 +182,10 @@ class FederatedTrainer(CheckpointingMixin, SharingMixin, PartitionReportMixin, L
                     self._run_round(run, number, ignore_keys_for_eval, trial)
             if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
                 self._load_best_model()
-                run.global_state = run.adapter.read()
+                run.take_state()
         finally:
             # also after an error: the model holds the last merged adapter, not that of a client
-            run.adapter.load(run.global_state)
+            run.load_global()
             self.last_global_state = run.global_state
             self._learning_rate_factor = None
             self.is_in_train = False
@@ -196,14 +199,17 @@ class FederatedTrainer(CheckpointingMixin, SharingMixin, PartitionReportMixin, L
         self.model_wrapped = self.callback_handler.model = self.model
 
     def _start_run(self, resume_from_checkpoint: str | bool | None, trial: Any) -> Run:
-        adapter = self._live_adapter()
-        run = Run(adapter, adapter.read())
+        run = Run(self._live_adapter(), personal_patterns=self._personal_patterns)
+        check_patterns(run.adapter.read(), self.args.local_parameters or ())
+        run.take_state()
         self.last_merge = None
         self.is_in_train = True
         self.state = TrainerState(stateful_callbacks=self._stateful_callbacks())
         if resume_from_checkpoint:
             self._load_checkpoint(resume_from_checkpoint, run, trial)
             self._restore_callbacks()
+        if self._keeps_state:
+            self._store.forget_after(run.round)
         was_stopped = self.control.should_training_stop
         self.state.max_steps = self.args.num_rounds
         self.state.is_local_process_zero = self.is_local_process_zero()
@@ -238,7 +244,7 @@ class FederatedTrainer(CheckpointingMixin, SharingMixin, PartitionReportMixin, L
             self.last_merge = result
             run.global_state, run.server_state = result.state, result.server_state
         run.round = number
-        run.adapter.load(run.global_state)
+        run.load_global()
         round_seconds = time.perf_counter() - start_time
 
         self.state.global_step = number
@@ -283,10 +289,11 @@ class FederatedTrainer(CheckpointingMixin, SharingMixin, PartitionReportMixin, L
 
     def _merge(self, run: Run, this_round: Round) -> MergeResult | None:
         args = self.args
+        control = ControlVariates(run.server_state, len(self.clients)) if args.scaffold else None
         try:
             result = merge(
                 run.global_state,
-                self._train_clients(run, this_round),
+                self._train_clients(run, this_round, control),
                 self.merge_method,
                 config=self.model.active_peft_config,
                 on_bad_update="drop",
@@ -296,34 +303,28 @@ class FederatedTrainer(CheckpointingMixin, SharingMixin, PartitionReportMixin, L
                 **(args.merge_options or {}),
             )
         except UpdateError as error:  # no update was left
-            for client in list(this_round.num_examples):
+            for client in [client for client in this_round.clients if client not in this_round.failures]:
                 this_round.fail(client, str(error), error)
             return None
         for dropped in result.diagnostics["dropped"]:
             this_round.fail(dropped["client"], dropped["reason"])
-        return result
+        return (
+            result
+            if control is None
+            else replace(result, server_state={**result.server_state, **control.server_state()})
+        )
 
-    def _train_clients(self, run: Run, this_round: Round) -> Iterator[ClientUpdate]:
+    def _train_clients(self, run: Run, this_round: Round, control: ControlVariates | None) -> Iterator[ClientUpdate]:
         """Train one client after the other, while the merge takes what they upload: no update is kept longer than that."""
         this_round.download_bytes += serialized_bytes(run.global_state) * len(this_round.clients)
         for client in this_round.clients:
-            run.adapter.load(run.global_state)
-            timeout = TimeoutCallback(self.args.client_timeout)
             try:
-                with torch.enable_grad():  # the merge that asks for updates needs no gradients
-                    train_loss, this_round.learning_rate = self._train_client(client, this_round.number, timeout)
-                update = ClientUpdate(
-                    run.adapter.read(), self._num_examples(client), client, run.adapter.trained_heads()
-                )
-                if self.client_fault is not None:
-                    update = self.client_fault(client, this_round.number, update) or update
-                timeout.check()
+                update = self._client_round(run, this_round, client, control)
             except Exception as error:
                 traceback.clear_frames(error.__traceback__)  # what they hold may be what memory ran out for
                 this_round.fail(client, f"{type(error).__name__}: {error}", error)
                 logger.warning(f"Round {this_round.number}: client {client!r} failed and is left out. {error}")
             else:
-                this_round.add(update, train_loss, count_heads=self.client_budgets is not None)
                 yield update
                 del update
             self._tell("on_client_end", client=client, failure=this_round.failures.get(client))

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import TrainerControl, set_seed
 from transformers.trainer_utils import has_length
 
+from peft_ravan.merging import ClientUpdate, get_merge_method
+from peft_ravan.merging.checking import is_finite
+
 from .callbacks import LocalCallbackHandler
 from .client_budgets import choose_heads
 from .clients import local_arguments
 from .faults import TimeoutCallback
-from .rounds import derive_seed
+from .local_objective import SCAFFOLD_PREFIX, ControlVariates, GradientCorrection
+from .personal import ClientStore, split_state
+from .resuming import Run
+from .rounds import Round, derive_seed, serialized_bytes
 
 
 # what a client's local training replaces, and what is put back after it
@@ -29,6 +36,11 @@ _OF_THE_FEDERATION = (
 )
 
 
+def _of_scaffold(kept: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    prefixed = {name: tensor for name, tensor in kept.items() if name.startswith(SCAFFOLD_PREFIX)}
+    return {name.removeprefix(SCAFFOLD_PREFIX): tensor for name, tensor in prefixed.items()}
+
+
 class LocalTrainingMixin:
     """
     Lets a [`~transformers.Trainer`] train as one of its clients: with the client's data and seed, and the learning rate
@@ -36,6 +48,67 @@ class LocalTrainingMixin:
     """
 
     _learning_rate_factor: float | None = None  # set while a federation runs
+    _gradient_correction: GradientCorrection | None = None  # set while a client trains
+
+    def _client_round(self, run: Run, this_round: Round, client: str, control: ControlVariates | None) -> ClientUpdate:
+        """Load the adapter that a client starts from, train it, and read what the client uploads."""
+        number, timeout = this_round.number, TimeoutCallback(self.args.client_timeout)
+        kept = self._store.load(client, before=number) if self._keeps_state else {}
+        own = {name: kept.get(name, tensor) for name, tensor in run.personal_start.items()}
+        run.adapter.load({**run.global_state, **own})
+        old_control, own_control = _of_scaffold(kept), {}
+        self._gradient_correction = None
+        if self.args.proximal_mu or control is not None:
+            server_control = None if control is None else control.server
+            self._gradient_correction = GradientCorrection(
+                self.model, self.args.proximal_mu, server_control, old_control
+            )
+        with torch.enable_grad():  # the merge that asks for updates needs no gradients
+            train_loss, this_round.learning_rate = self._train_client(client, number, timeout)
+        heads = run.adapter.trained_heads()
+        own, shared = split_state(run.adapter.read(), run.personal_patterns)
+        update = ClientUpdate(shared, self._num_examples(client), client, heads)
+        if self.client_fault is not None:
+            update = self.client_fault(client, number, update) or update
+        timeout.check()
+        if control is not None:
+            own_control = self._gradient_correction.new_client_control()
+        kept = {**own, **{f"{SCAFFOLD_PREFIX}{name}": tensor for name, tensor in own_control.items()}}
+        if not all(map(is_finite, [*kept.values(), *update.state.values()])):
+            return update  # which the merge refuses, and of which nothing is kept
+        if control is not None:
+            this_round.upload_bytes += serialized_bytes(control.add(old_control, own_control))
+            this_round.download_bytes += serialized_bytes(control.server)
+        if self._keeps_state:
+            keep_from = number - 1 if run.oldest_checkpoint is None else run.oldest_checkpoint
+            self._store.save(client, number, kept, keep_from)
+        this_round.add(update, train_loss, count_heads=self.client_budgets is not None)
+        return update
+
+    @property
+    def _keeps_state(self) -> bool:
+        return self.args.scaffold or bool(self._personal_patterns)
+
+    @property
+    def _personal_patterns(self) -> tuple[str, ...]:
+        parts = get_merge_method(self.merge_method).personal_parts
+        return (*(self.args.local_parameters or ()), *map(re.escape, parts))
+
+    @property
+    def _store(self) -> ClientStore:
+        return ClientStore(self.args.output_dir)
+
+    def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
+        """
+        Set up the optimizer, with what FedProx and SCAFFOLD add to the gradients of a client.
+
+        Returns:
+            `torch.optim.Optimizer`: The optimizer.
+        """
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self._gradient_correction is not None:
+            optimizer.register_step_pre_hook(self._gradient_correction)
+        return optimizer
 
     def _train_client(self, client: str, round_number: int, timeout: TimeoutCallback) -> tuple[float, float]:
         """Train the model as it is on the data of a client. Returns the mean training loss and the learning rate."""

@@ -29,6 +29,7 @@ from .checkpoints import (
     write_federation_state,
 )
 from .clients import LiveAdapter
+from .personal import split_state
 
 
 logger = logging.get_logger(__name__)
@@ -51,12 +52,26 @@ class Run:
         global_state (`dict[str, torch.Tensor]`): What was merged last.
         server_state (`dict[str, torch.Tensor]`): What server optimizers and merge methods remember.
         round (`int`): The last round that was run.
+        personal_patterns (`tuple[str, ...]`): Which tensors stay with their clients, as regular expressions.
+        personal_start (`dict[str, torch.Tensor]`): What a client that takes part for the first time has of them.
+        oldest_checkpoint (`int`, *optional*): The first round after which the run can be taken up again.
     """
 
     adapter: LiveAdapter
-    global_state: dict[str, torch.Tensor]
+    global_state: dict[str, torch.Tensor] = field(default_factory=dict)
     server_state: dict[str, torch.Tensor] = field(default_factory=dict)
     round: int = 0
+    personal_patterns: tuple[str, ...] = ()
+    personal_start: dict[str, torch.Tensor] = field(default_factory=dict)
+    oldest_checkpoint: int | None = None
+
+    def take_state(self) -> None:
+        """Make the adapter that is in the model the global one."""
+        self.personal_start, self.global_state = split_state(self.adapter.read(), self.personal_patterns)
+
+    def load_global(self) -> None:
+        """Put the global adapter into the model. Personal parts are those that clients start with."""
+        self.adapter.load({**self.global_state, **self.personal_start})
 
 
 class CheckpointingMixin:
@@ -77,6 +92,7 @@ class CheckpointingMixin:
         if self.args.push_to_hub:
             self._push_from_checkpoint(folder)
         rotate_checkpoints(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
+        run.oldest_checkpoint = min(int(path.name.rpartition("-")[2]) for path in find_checkpoints(run_dir))
         self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
     def _stateful_callbacks(self) -> list[ExportableState]:
@@ -105,7 +121,8 @@ class CheckpointingMixin:
         self._check_bases(folder, tensors)
         state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
         run.adapter.load_checkpoint(tensors)
-        run.global_state, run.server_state, run.round = run.adapter.read(), dict(saved.server_state), saved.round
+        run.take_state()
+        run.server_state, run.round = dict(saved.server_state), saved.round
         self.state = state
         restore_random_state(folder)
         logger.info(f"Going on after round {saved.round}, from {folder}.")

@@ -8,7 +8,7 @@ from peft_ravan.merging import MERGE_METHODS, SERVER_OPTIMIZERS
 from .test_federated_trainer import adapter_state, arguments, assert_same, lora, make_trainer, ravan
 
 
-IN_ROUNDS = [name for name, method in MERGE_METHODS.items() if not method.changes_model and not method.personal_parts]
+IN_ROUNDS = [name for name, method in MERGE_METHODS.items() if not method.changes_model]
 
 
 @pytest.mark.parametrize("merge_method", [name for name in IN_ROUNDS if name != "fed_sb"])
@@ -82,7 +82,6 @@ def test_a_method_that_does_not_suit_the_adapter_is_told_by_what_does(tmp_path, 
         ({"merge_method": "fedadam"}, "'fedadam' is a server optimizer.*server_optimizer='fedadam'"),
         ({"server_optimizer": "adam"}, "no server optimizer 'adam'. Choose one of: fedavgm"),
         ({"merge_method": "flora"}, "'flora'` changes the base model or the rank"),
-        ({"merge_method": "fedsa_lora"}, "'fedsa_lora'` keeps a part with each client"),
     ],
 )
 def test_what_cannot_run_is_told_before_the_run(tmp_path, options, message):

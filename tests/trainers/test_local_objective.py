@@ -1,0 +1,126 @@
+"""FedProx and SCAFFOLD against loops written from their papers."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from peft_ravan.trainers import FederatedCallback
+from peft_ravan.trainers.local_objective import ControlVariates, GradientCorrection
+
+from .test_federated_trainer import adapter_state, assert_same, lora, make_trainer, ravan
+
+
+class Quadratic(torch.nn.Module):
+    """The loss 1/2 * ||w - target||^2, whose gradient is w - target."""
+
+    def __init__(self, start: float):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.tensor([start]))
+
+
+def local_steps(model, target, correction, steps=4, lr=0.1):
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    optimizer.register_step_pre_hook(correction)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (0.5 * (model.w - target).square()).sum().backward()
+        optimizer.step()
+    return model.w.item()
+
+
+def test_fedprox_is_gradient_descent_on_the_proximal_objective():
+    model, mu, w = Quadratic(1.0), 0.5, 1.0
+    found = local_steps(model, target=3.0, correction=GradientCorrection(model, proximal_mu=mu))
+    for _ in range(4):
+        w -= 0.1 * ((w - 3.0) + mu * (w - 1.0))
+    assert found == pytest.approx(w, abs=1e-6)
+
+
+def test_scaffold_is_option_two_of_the_paper():
+    # two clients with targets 1 and 5, written out: x and c of the server, c_i of the clients
+    x, c, controls, targets, lr, steps = 0.0, 0.0, [0.0, 0.0], [1.0, 5.0], 0.1, 4
+    server_state, kept, found_x = {}, [{}, {}], 0.0
+    for _ in range(3):
+        control = ControlVariates(server_state, num_clients=2)
+        new_x, found, changes = [], [], []
+        for index, target in enumerate(targets):
+            y = x
+            for _ in range(steps):
+                y -= lr * ((y - target) - controls[index] + c)
+            new_control = controls[index] - c + (x - y) / (steps * lr)
+            changes.append(new_control - controls[index])
+            controls[index] = new_control
+            new_x.append(y)
+
+            model = Quadratic(found_x)
+            correction = GradientCorrection(model, 0.0, control.server, kept[index])
+            found.append(local_steps(model, target, correction, steps, lr))
+            control.add(kept[index], correction.new_client_control())
+            kept[index] = correction.new_client_control()
+        x, c = sum(new_x) / 2, c + sum(changes) / 2
+        found_x, server_state = sum(found) / 2, control.server_state()
+        assert found_x == pytest.approx(x, abs=1e-5)
+        assert server_state["scaffold.w"].item() == pytest.approx(c, abs=1e-5)
+        assert [part["w"].item() for part in kept] == pytest.approx(controls, abs=1e-5)
+
+
+def test_with_few_of_many_clients_the_control_of_the_server_moves_by_their_share():
+    control = ControlVariates({}, num_clients=10)
+    control.add({}, {"w": torch.tensor([5.0])})
+    assert control.server_state()["scaffold.w"].item() == 0.5
+
+
+@pytest.mark.parametrize("adapter", [ravan, lora])
+def test_a_strong_proximal_term_keeps_clients_at_the_global_adapter(tmp_path, adapter):
+    moved = {}
+    for mu in (0.0, 1e-9, 50.0):
+        trainer = make_trainer(tmp_path, adapter(), proximal_mu=mu, optim="sgd", num_rounds=1, max_steps=5)
+        start = adapter_state(trainer)
+        trainer.train()
+        end = adapter_state(trainer)
+        moved[mu] = sum((tensor - start[name]).square().sum().item() for name, tensor in end.items())
+    assert moved[1e-9] == pytest.approx(moved[0.0], rel=1e-3)
+    assert moved[50.0] < 0.7 * moved[0.0]
+
+
+def test_scaffold_in_rounds_changes_what_clients_do_from_the_second_round_on(tmp_path):
+    states = {}
+    for scaffold in (False, True):
+        for num_rounds in (1, 2):
+            trainer = make_trainer(
+                tmp_path / f"{scaffold}{num_rounds}", scaffold=scaffold, num_rounds=num_rounds, optim="sgd",
+                partition="dirichlet", partition_alpha=0.1,
+            )  # fmt: skip
+            trainer.train()
+            states[scaffold, num_rounds] = adapter_state(trainer)
+    assert_same(states[False, 1], states[True, 1])  # all control variates start at zero
+    assert any(not torch.equal(tensor, states[True, 2][name]) for name, tensor in states[False, 2].items())
+
+
+def test_scaffold_counts_what_it_sends_and_keeps_control_variates_by_client(tmp_path):
+    plain = make_trainer(tmp_path / "plain", num_rounds=2)
+    scaffold = make_trainer(tmp_path / "scaffold", num_rounds=2, scaffold=True, clients_per_round=2)
+    plain.train(), scaffold.train()
+    uploads = [trainer.state.log_history[1]["upload_bytes"] for trainer in (plain, scaffold)]
+    # 2 instead of 4 clients, each with its update and the change of its control variate, which has H and s apart
+    assert uploads[0] < uploads[1] < 1.3 * uploads[0]
+    files = list((tmp_path / "scaffold" / "client_states").rglob("*.safetensors"))
+    taken_part = {client for record in scaffold.state.log_history for client in record["clients"]}
+    assert len({file.parent for file in files}) == len(taken_part)
+    assert all(name.startswith("scaffold.") for name in load_file(files[0]))
+
+
+def test_scaffold_resumed_is_scaffold_uninterrupted(tmp_path):
+    class Stop(FederatedCallback):
+        def on_save(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                raise KeyboardInterrupt
+
+    options = {"scaffold": True, "proximal_mu": 0.1, "num_rounds": 3, "clients_per_round": 2, "save_strategy": "epoch"}
+    whole = make_trainer(tmp_path / "whole", **options)
+    whole.train()
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(tmp_path / "resumed", callbacks=[Stop()], **options).train()
+    resumed = make_trainer(tmp_path / "resumed", **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same(adapter_state(whole), adapter_state(resumed))

@@ -1,0 +1,162 @@
+"""Personal parts stay with their clients: they are neither uploaded nor merged, and are there again in the next round."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from peft_ravan.trainers import FederatedCallback
+from peft_ravan.trainers.personal import ClientStore
+
+from .test_federated_trainer import adapter_state, assert_same, lora, make_trainer, ravan
+
+
+class Recorder(FederatedCallback):
+    """What the model has before and after each client's training."""
+
+    def __init__(self):
+        self.before, self.after, self.trainer = {}, {}, None
+
+    def on_round_begin(self, args, state, control, clients, **kwargs):
+        self.clients, self.fresh = iter(clients), True
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 0:
+            self.current = (self.trainer.state.global_step, len(self.before))
+            self.before[self.current] = adapter_state(self.trainer)
+
+    def on_client_end(self, args, state, control, client, **kwargs):
+        self.after[client, state.global_step + 1] = adapter_state(self.trainer)
+        self.before[client, state.global_step + 1] = self.before.pop(self.current)
+
+
+def recorded_run(tmp_path, adapter, **kwargs):
+    recorder = Recorder()
+    trainer = make_trainer(tmp_path, adapter, callbacks=[recorder], **{"max_steps": 2, "num_rounds": 3, **kwargs})
+    recorder.trainer = trainer
+    start = adapter_state(trainer)
+    trainer.train()
+    return trainer, recorder, start
+
+
+@pytest.mark.parametrize(
+    "adapter, patterns, merge_method",
+    [(ravan, ["classifier"], None), (lora, ["lora_B"], None), (lora, None, "fedsa_lora"), (ravan, r"layer\.0", None)],
+)
+def test_a_client_finds_its_own_part_again_and_the_shared_part_of_all(tmp_path, adapter, patterns, merge_method):
+    trainer, recorder, start = recorded_run(
+        tmp_path, adapter(), local_parameters=patterns, merge_method=merge_method, clients_per_round=2, num_rounds=4
+    )
+    expected = {None: "lora_B", r"layer\.0": "layer.0"}.get(patterns if not isinstance(patterns, list) else 0)
+    part = expected or patterns[0]
+    personal = {name for name in start if part in name}
+    assert personal and personal != set(start)
+    assert set(trainer.last_global_state) == set(start) - personal
+    last = {}
+    for record in trainer.state.log_history:
+        number = record["round"]
+        befores = [recorder.before[client, number] for client in record["clients"]]
+        for client, before in zip(record["clients"], befores, strict=True):
+            own = last.get(client, start)
+            assert all(torch.equal(before[name], own[name]) for name in personal)
+            assert all(torch.equal(before[name], befores[0][name]) for name in set(start) - personal)
+            last[client] = recorder.after[client, number]
+    assert any(len([r for r in trainer.state.log_history if client in r["clients"]]) > 1 for client in last)
+    # afterwards the model has the shared part, and of the personal part what clients start with
+    end = adapter_state(trainer)
+    assert all(torch.equal(end[name], start[name]) for name in personal)
+    assert any(not torch.equal(end[name], start[name]) for name in set(start) - personal)
+
+
+def test_personal_parts_are_saved_for_each_client_and_not_uploaded(tmp_path):
+    trainer, recorder, start = recorded_run(tmp_path, lora(), merge_method="fedsa_lora")
+    everything, _, _ = recorded_run(tmp_path / "all", lora(), merge_method="fedit")
+    store = ClientStore(tmp_path)
+    for client in trainer.clients:
+        kept = store.load(client, before=4)
+        assert set(kept) == {name for name in start if "lora_B" in name}
+        assert all(torch.equal(tensor, recorder.after[client, 3][name]) for name, tensor in kept.items())
+    uploads = [run.state.log_history[-1]["upload_bytes"] for run in (trainer, everything)]
+    assert uploads[0] < 0.7 * uploads[1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["all", "client_states"]
+
+
+def test_a_resumed_run_finds_what_its_clients_had(tmp_path):
+    class Stop(FederatedCallback):
+        def on_client_end(self, args, state, control, **kwargs):
+            self.count = getattr(self, "count", 0) + 1
+            if self.count == 5:  # the first client of the third round has already kept its new part
+                raise KeyboardInterrupt
+
+    options = {
+        "local_parameters": "classifier", "clients_per_round": 2, "num_rounds": 4, "save_strategy": "epoch", "max_steps": 2,
+    }  # fmt: skip
+    whole = make_trainer(tmp_path / "whole", **options)
+    whole.train()
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(tmp_path / "resumed", callbacks=[Stop()], **options).train()
+    resumed = make_trainer(tmp_path / "resumed", **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same(adapter_state(whole), adapter_state(resumed))
+    for client in whole.clients:
+        first, second = (ClientStore(tmp_path / run).load(client, before=5) for run in ("whole", "resumed"))
+        assert_same(first, second)
+
+
+def test_a_diverged_client_keeps_what_it_had(tmp_path):
+    def client_fault(client, round_number, update):
+        if client == "client_1" and round_number == 2:
+            next(iter(update.state.values())).view(-1)[0] = torch.nan
+        return update
+
+    trainer, recorder, _ = recorded_run(tmp_path, ravan(), local_parameters="classifier", client_fault=client_fault)
+    assert [failed["client"] for failed in trainer.state.log_history[1]["failed_clients"]] == ["client_1"]
+    before = recorder.before["client_1", 3]
+    after = recorder.after["client_1", 1]
+    assert all(torch.equal(before[name], after[name]) for name in before if "classifier" in name)
+
+
+@pytest.mark.parametrize(
+    "patterns, message",
+    [(["clasifier"], "'clasifier' is in none of the names"), ([".*"], "so there is nothing to share")],
+)
+def test_patterns_that_cannot_be_meant_are_refused_before_the_run(tmp_path, patterns, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, local_parameters=patterns).train()
+
+
+# ---- The store -------------------------------------------------------------------
+
+
+def value(number: float) -> dict[str, torch.Tensor]:
+    return {"w": torch.tensor([number])}
+
+
+def test_the_store_gives_the_last_round_before(tmp_path):
+    store = ClientStore(tmp_path)
+    assert store.load("a", before=5) == {}
+    for number in (1, 3):
+        store.save("a", number, value(number), keep_from=0)
+    assert [store.load("a", before=number).get("w", torch.zeros(1)).item() for number in (1, 2, 3, 4)] == [0, 1, 1, 3]
+    store.forget_after(1)
+    assert store.load("a", before=9)["w"].item() == 1
+
+
+def test_the_store_deletes_what_no_resumed_run_needs(tmp_path):
+    store = ClientStore(tmp_path)
+    for number in (1, 2, 4, 5):
+        store.save("a", number, value(number), keep_from=number - 1)
+    # a run may go on after round 4 or 5
+    assert sorted(path.name for path in tmp_path.rglob("*.safetensors")) == [
+        "round-4.safetensors",
+        "round-5.safetensors",
+    ]
+    assert load_file(next(tmp_path.rglob("round-5.safetensors")))["w"].item() == 5
+
+
+def test_names_of_clients_do_not_lead_out_of_the_folder(tmp_path):
+    store = ClientStore(tmp_path / "run")
+    for name in ("../../etc", "a/b", "a_b", "x" * 500, "Zürich ☃"):
+        store.save(name, 1, value(len(name)), keep_from=0)
+    assert {path.parent.parent for path in tmp_path.rglob("*.safetensors")} == {tmp_path / "run" / "client_states"}
+    assert store.load("a/b", before=2)["w"].item() == 3 and store.load("x" * 500, before=2)["w"].item() == 500
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 5

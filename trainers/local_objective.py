@@ -1,0 +1,123 @@
+"""
+What a client minimises beside its own loss: FedProx's pull towards the global adapter, SCAFFOLD's control variates.
+
+Both are terms of the gradient. They are added right before an optimizer step, after clipping, so they work with every
+trainer, optimizer, mixed precision and gradient accumulation, and the loss that is reported is that of the client.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+
+SCAFFOLD_PREFIX = "scaffold."
+
+
+class GradientCorrection:
+    """
+    Changes the gradients of one client's local training.
+
+    FedProx (Li et al., Federated Optimization in Heterogeneous Networks, MLSys 2020) adds `mu * (w - w_global)`. SCAFFOLD
+    (Karimireddy et al., SCAFFOLD: Stochastic Controlled Averaging for Federated Learning, ICML 2020) adds `c - c_i`. The
+    client's new control variate is the mean of its gradients, which for SGD is option II of the paper.
+
+    Args:
+        model (`torch.nn.Module`):
+            The model, with the global adapter.
+        proximal_mu (`float`):
+            FedProx's mu; 0 for none.
+        server_control (`Mapping[str, torch.Tensor]`, *optional*):
+            SCAFFOLD's c by the names of parameters, with zeros where there is none; `None` without SCAFFOLD.
+        client_control (`Mapping[str, torch.Tensor]`, *optional*):
+            SCAFFOLD's c_i, likewise.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        proximal_mu: float = 0.0,
+        server_control: Mapping[str, torch.Tensor] | None = None,
+        client_control: Mapping[str, torch.Tensor] | None = None,
+    ):
+        self.proximal_mu = proximal_mu
+        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._global = {name: p.detach().clone() for name, p in self._parameters.items()} if proximal_mu else {}
+        self._uses_control = server_control is not None
+        self._server_control, self._client_control = server_control or {}, client_control or {}
+        self._means: dict[str, torch.Tensor] = {}
+        self._num_steps = 0
+
+    @torch.no_grad()
+    def __call__(self, optimizer: torch.optim.Optimizer, args, kwargs) -> None:
+        """The hook before an optimizer step."""
+        self._num_steps += 1
+        for name, parameter in self._parameters.items():
+            if parameter.grad is None:
+                continue
+            gradient = parameter.grad
+            if self._uses_control:
+                mean = self._means.setdefault(name, torch.zeros_like(gradient, dtype=torch.float32))
+                mean.lerp_(gradient.float(), 1 / self._num_steps)
+                gradient.add_(self._control(self._server_control, name) - self._control(self._client_control, name))
+            if self.proximal_mu:
+                gradient.add_(parameter - self._global[name], alpha=self.proximal_mu)
+
+    def _control(self, control: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
+        parameter = self._parameters[name]
+        return control[name].to(parameter) if name in control else torch.zeros_like(parameter)
+
+    def new_client_control(self) -> dict[str, torch.Tensor]:
+        """
+        Returns:
+            `dict[str, torch.Tensor]`: The client's new c_i, on the CPU: the mean of its gradients over the steps.
+        """
+        return {name: mean.cpu() for name, mean in self._means.items()}
+
+
+class ControlVariates:
+    """
+    SCAFFOLD's control variates during a round.
+
+    Args:
+        server_state (`Mapping[str, torch.Tensor]`): What the server remembers; c is under `scaffold.`.
+        num_clients (`int`): The number of all clients.
+    """
+
+    def __init__(self, server_state: Mapping[str, torch.Tensor], num_clients: int):
+        self.server = {
+            name.removeprefix(SCAFFOLD_PREFIX): tensor
+            for name, tensor in server_state.items()
+            if name.startswith(SCAFFOLD_PREFIX)
+        }
+        self._num_clients = num_clients
+        self._change: dict[str, torch.Tensor] = {}
+
+    def add(self, old: Mapping[str, torch.Tensor], new: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """
+        Args:
+            old (`Mapping[str, torch.Tensor]`): A client's c_i before the round; zeros where there is none.
+            new (`Mapping[str, torch.Tensor]`): The one after it.
+
+        Returns:
+            `dict[str, torch.Tensor]`: Their difference, which the client uploads.
+        """
+        difference = {name: tensor - old[name] if name in old else tensor for name, tensor in new.items()}
+        for name, tensor in difference.items():
+            # c moves by the mean over the clients of the round times their share of all clients
+            share = tensor / self._num_clients
+            self._change[name] = self._change[name] + share if name in self._change else share
+        return difference
+
+    def server_state(self) -> dict[str, torch.Tensor]:
+        """
+        Returns:
+            `dict[str, torch.Tensor]`: c after the round, as the server remembers it.
+        """
+        names = {**self.server, **self._change}
+        return {
+            f"{SCAFFOLD_PREFIX}{name}": sum(part[name] for part in (self.server, self._change) if name in part)
+            for name in names
+        }
