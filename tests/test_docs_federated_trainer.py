@@ -67,3 +67,11 @@ def test_the_limits_of_bars():
 
 def test_links_within_the_page():
     assert not dead_links(TEXT)
+
+
+def test_the_arguments_of_faults_are_in_the_table_with_their_defaults():
+    table = {row[0].strip("`"): row[1] for row in rows(section(TEXT, "Clients", level=3))}
+    args = FederatedArguments("out")
+    assert set(table) == {"client_timeout", "min_successful_clients", "max_round_attempts"}
+    assert f"({args.min_successful_clients})" in table["min_successful_clients"]
+    assert f"({args.max_round_attempts})" in table["max_round_attempts"] and args.client_timeout is None
