@@ -63,3 +63,7 @@ def test_values_out_of_range_are_told(fields, message):
 def test_options_that_the_merge_method_does_not_have_are_told_early():
     with pytest.raises(TypeError, match="'ravan' has no option 'beta'"):
         FederatedArguments("out", merge_method="ravan", merge_options={"beta": 2})
+
+
+def test_a_checkpoint_after_every_round_is_the_default():
+    assert FederatedArguments("out").save_strategy == "epoch"
