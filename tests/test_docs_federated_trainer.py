@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from peft import get_peft_model
 
-from peft_ravan import RavanConfig
+from peft_ravan import GradientSketch, RavanConfig
+from peft_ravan.bases import BasesShape
 from peft_ravan.trainers import FederatedArguments
 from peft_ravan.trainers.partition import DEFAULT_NUM_CLIENTS, PARTITIONS
 from peft_ravan.trainers.partition_report import MAX_BARS, MAX_COLOURS
@@ -26,6 +27,7 @@ def given() -> dict:
     dataset = classification_dataset().rename_column("labels", "label")
     speakers = ["anna", "ben", "chloe"] * (len(dataset) // 3)
     return {
+        "base_model": make_model(),
         "dataset": dataset.add_column("speaker", speakers),
         "model": get_peft_model(make_model(), RavanConfig(r=4, num_heads=2, task_type="SEQ_CLS")),
     }
@@ -63,6 +65,17 @@ def test_every_partition_is_in_the_table_with_its_arguments():
 def test_the_limits_of_bars():
     text = section(TEXT, "The table and the picture", level=3)
     assert f"more than {MAX_BARS} clients or {MAX_COLOURS} labels" in text
+
+
+def test_the_figures_of_bases_from_the_clients():
+    figures = rows(section(TEXT, "What it costs", level=3))
+    for (_, heads, *columns), d in zip(figures, (384, 4096), strict=True):
+        num_heads, r = map(int, re.findall(r"\d+", heads))
+        sketch = GradientSketch(BasesShape(d, d, num_heads, r), 0, "cpu")
+        numbers = [sketch.columns.numel() + sketch.rows.numel(), d * d, 2 * d * num_heads * r]
+        assert columns[:3] == [f"{4 * number / 1e6:.2f} MB" for number in numbers]
+        assert columns[3] == f"{4 * num_heads * r**2 / 1e6:.3f} MB"
+        assert f"{numbers[0] / (num_heads * r**2):.0f} rounds" in section(TEXT, "What it costs", level=3)
 
 
 def test_links_within_the_page():

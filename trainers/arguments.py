@@ -91,6 +91,14 @@ class FederatedArguments(PartitionerArgumentMixin, TrainingArguments):
         head_allocation (`str`, *optional*, defaults to `"layer"`):
             How a client's budget is spent: `"layer"` trains the same share of heads, at least one, at every target;
             `"global"` the best heads of all targets together, so that a target may get none.
+        bases_clients (`int`, *optional*):
+            With `init_bases="gradient_svd"`, how many clients make the common bases in round 0, before the first round.
+            By default as many as in a round.
+        bases_warmup_steps (`int`, *optional*, defaults to 10):
+            How many steps each of them trains the task head first, and nothing else. A model without `modules_to_save`
+            has none, and is not warmed up.
+        bases_batches (`int`, *optional*, defaults to 8):
+            Over how many batches each of them takes its mean gradient, or fewer if it has not that many.
         federated_seed (`int`, *optional*):
             The seed of the partition, of the clients' budgets and heads, of who takes part in each round and of each client's local training. By default
             `seed`.
@@ -167,6 +175,14 @@ class FederatedArguments(PartitionerArgumentMixin, TrainingArguments):
         default="layer",
         metadata={"help": f"How the budget of a client is spent: {', '.join(HEAD_ALLOCATIONS)}."},
     )
+    bases_clients: int | None = field(
+        default=None,
+        metadata={"help": "Number of clients that make bases from gradients. By default `clients_per_round`."},
+    )
+    bases_warmup_steps: int = field(
+        default=10, metadata={"help": "Steps on the task head before gradients are taken for the bases."}
+    )
+    bases_batches: int = field(default=8, metadata={"help": "Batches of a client's gradient for the bases."})
     federated_seed: int | None = field(
         default=None, metadata={"help": "Seed of partition, participation and local training. By default `seed`."}
     )
@@ -238,10 +254,12 @@ class FederatedArguments(PartitionerArgumentMixin, TrainingArguments):
 
     def _check_counts(self) -> None:
         counts = ("num_rounds", "num_clients", "clients_per_round", "min_clients", "labels_per_client")
-        for name in (*counts, "min_successful_clients", "max_round_attempts"):
+        for name in (*counts, "min_successful_clients", "max_round_attempts", "bases_clients", "bases_batches"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be 1 or more, got {value!r}.")
+        if self.bases_warmup_steps < 0:
+            raise ValueError(f"`bases_warmup_steps` must be 0 or more, got {self.bases_warmup_steps!r}.")
         if self.client_timeout is not None and not self.client_timeout > 0:
             raise ValueError(f"`client_timeout` must be above 0 seconds, got {self.client_timeout!r}.")
         if self.num_clients and self.clients_per_round and self.clients_per_round > self.num_clients:

@@ -30,6 +30,7 @@ from .partition_report import PartitionReportMixin
 from .personal import check_patterns
 from .reporting import SharingMixin
 from .resuming import CheckpointingMixin, Run
+from .round_zero import RoundZeroMixin
 from .rounds import Round, is_due, learning_rate_factors, mean_train_loss, serialized_bytes
 
 
@@ -40,7 +41,9 @@ def _listed(failures: Mapping[str, str]) -> str:
     return "Failed: " + "; ".join(f"{client!r} ({reason})" for client, reason in failures.items()) + "."
 
 
-class FederatedTrainer(CheckpointingMixin, SharingMixin, PartitionReportMixin, LocalTrainingMixin, Trainer):
+class FederatedTrainer(
+    CheckpointingMixin, RoundZeroMixin, SharingMixin, PartitionReportMixin, LocalTrainingMixin, Trainer
+):
     """
     A [`~transformers.Trainer`] that trains an adapter over simulated clients.
 
@@ -75,7 +78,8 @@ class FederatedTrainer(CheckpointingMixin, SharingMixin, PartitionReportMixin, L
           merged), `failed_clients` (with the reason), `attempts`, `num_examples`, `train_loss`, the metrics of the
           evaluation, `upload_bytes` and `download_bytes` (of all clients, counted from the serialised tensors),
           `round_seconds` (without the evaluation), `learning_rate` and, with `client_budgets`, `heads_trained` (the number
-          of heads of each client).
+          of heads of each client). A record of round 0 comes before with `eval_on_start`, and where common bases are made
+          from the clients' gradients (`init_bases="gradient_svd"`).
         - **last_global_state** (`dict[str, torch.Tensor]`) -- The merged state that the last run has ended with.
         - **last_merge** ([`~peft_ravan.merging.MergeResult`]) -- The last merge, with its diagnostics.
 
@@ -175,6 +179,7 @@ class FederatedTrainer(CheckpointingMixin, SharingMixin, PartitionReportMixin, L
         run = self._start_run(resume_from_checkpoint, trial)
         try:
             with frozen_heap():
+                self._open_run(run)
                 for number, factor in list(enumerate(learning_rate_factors(self.args), start=1))[run.round :]:
                     if self.control.should_training_stop:
                         break
@@ -219,8 +224,6 @@ class FederatedTrainer(CheckpointingMixin, SharingMixin, PartitionReportMixin, L
         self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
         if run.round:
             self.control.should_training_stop |= was_stopped
-        elif self.args.eval_on_start:
-            self.log({"round": 0, **self._evaluate_quietly(None)})
         return run
 
     def _finish_run(self, start_time: float) -> TrainOutput:
@@ -230,8 +233,10 @@ class FederatedTrainer(CheckpointingMixin, SharingMixin, PartitionReportMixin, L
         metrics = {
             "train_runtime": time.time() - start_time,
             "train_loss": train_loss,
-            "upload_bytes": sum(record["upload_bytes"] for record in records),
-            "download_bytes": sum(record["download_bytes"] for record in records),
+            **{
+                name: sum(record.get(name, 0) for record in self.state.log_history)  # those of round 0, too
+                for name in ("upload_bytes", "download_bytes")
+            },
         }
         return TrainOutput(self.state.global_step, train_loss, metrics)
 

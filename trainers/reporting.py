@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard
 
@@ -92,7 +92,9 @@ def federation_record(trainer: FederatedTrainer) -> FederationRecord | None:
     steps = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
     batch_size = args.train_batch_size * args.gradient_accumulation_steps
     skipped = sum(not record["clients"] for record in history)
-    uploaded = sum(record["upload_bytes"] for record in history)
+    # with `eval_on_start` alone, round 0 has an evaluation and no clients
+    opening = [r for r in trainer.state.log_history if r.get("round") == 0 and "clients" in r]
+    uploaded = sum(record["upload_bytes"] for record in [*opening, *history])
     facts = {
         "Clients": len(trainer.clients),
         "Clients per round": describe_participation(args, len(trainer.clients)),
@@ -104,10 +106,11 @@ def federation_record(trainer: FederatedTrainer) -> FederationRecord | None:
         "Merge options": {**method.options, **(args.merge_options or {})} or "none",
         **_server_optimizer(args),
         **_client_budgets(trainer),
+        **_common_bases(opening),
         "Uploaded": f"{uploaded / 1e6:.2f} MB by all clients",
         "Seed": args.federated_seed,
     }
-    return FederationRecord(len(trainer.clients), facts, history)
+    return FederationRecord(len(trainer.clients), facts, [*opening, *history])
 
 
 def _server_optimizer(args: FederatedArguments) -> dict[str, str]:
@@ -126,6 +129,16 @@ def _client_budgets(trainer: FederatedTrainer) -> dict[str, str]:
     spent = "at every target" if args.head_allocation == "layer" else "over all targets"
     return {
         "Heads a client trains": f"{min(shares):.0%} to {max(shares):.0%} (mean {mean:.0%}), by {args.head_selection}, {spent}"
+    }
+
+
+def _common_bases(opening: list[dict[str, Any]]) -> dict[str, str]:
+    if not opening:
+        return {}
+    [record] = opening
+    up, down = (f"{record[name] / 1e6:.2f} MB" for name in ("upload_bytes", "download_bytes"))
+    return {
+        "Bases": f"from gradients of {len(record['clients'])} clients, in a round 0 with {up} of uploads and {down} of downloads"
     }
 
 

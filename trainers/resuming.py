@@ -19,6 +19,9 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import logging
 
+from peft_ravan.gradient_bases import awaits_gradient
+from peft_ravan.state import is_basis
+
 from .checkpoints import (
     CheckpointError,
     FederationState,
@@ -118,8 +121,10 @@ class CheckpointingMixin:
         folder, saved = self._choose_checkpoint(resume_from_checkpoint, trial)
         self._check_facts(folder, saved, run.adapter)
         tensors = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
-        self._check_bases(folder, tensors)
+        bases = self._check_bases(folder, tensors)
         state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+        for own, saved_basis in bases:
+            own.copy_(saved_basis)
         run.adapter.load_checkpoint(tensors)
         run.take_state()
         run.server_state, run.round = dict(saved.server_state), saved.round
@@ -167,15 +172,19 @@ class CheckpointingMixin:
                 f"not interrupted: {', '.join(changed)}."
             )
 
-    def _check_bases(self, folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    def _check_bases(self, folder: Path, tensors: dict[str, torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The bases of the model and those that have to be written into them: none, unless they come from a round 0."""
         frozen = get_peft_model_state_dict(self.model, save_embedding_layers=False)
-        for name, tensor in frozen.items():
-            if ".ravan_A" in name or ".ravan_B" in name:
-                if name in tensors and not torch.equal(tensor.cpu(), tensors[name]):
-                    raise CheckpointError(
-                        f"{folder} belongs to another federation: the bases in {name!r} are not those of the model. Use the "
-                        "`init_bases` and the `seed` that it was written with."
-                    )
+        bases = {name: tensor for name, tensor in frozen.items() if is_basis(name)}
+        if awaits_gradient(self.model, self.model.active_adapter):
+            return _saved_bases(folder, tensors, bases)
+        for name, tensor in bases.items():
+            if name in tensors and not torch.equal(tensor.cpu(), tensors[name]):
+                raise CheckpointError(
+                    f"{folder} belongs to another federation: the bases in {name!r} are not those of the model. Use the "
+                    "`init_bases` and the `seed` that it was written with."
+                )
+        return []
 
     def _restore_callbacks(self) -> None:
         # Trainer does so on request; here a run that goes on is to be the run that was interrupted
@@ -186,6 +195,18 @@ class CheckpointingMixin:
             self._load_callback_state()
         finally:
             self.args.restore_callback_states_from_checkpoint = before
+
+
+def _saved_bases(
+    folder: Path, tensors: dict[str, torch.Tensor], bases: dict[str, torch.Tensor]
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    for name in bases:
+        if name not in tensors:
+            raise CheckpointError(
+                f"{folder} cannot be resumed: the bases in {name!r} were made from gradients, and are not in the "
+                "checkpoint. Start without `resume_from_checkpoint`, with `save_projection=True`."
+            )
+    return [(tensor, tensors[name]) for name, tensor in bases.items()]
 
 
 def _digest(value: Any) -> str:

@@ -41,7 +41,8 @@ class RavanConfig(PeftConfig):
             head has the same bases) and `"shared"` (random mixtures of one pair) are controls, with an update of rank
             `r`. `"weight_svd"`: the i-th head takes the i-th block of `r` singular directions of the weight; with one
             head this is LoRA-XS. `"gradient_svd"`: the same of a gradient, which has to be given by
-            [`initialize_bases_from_gradient`]; with one head this is the adapter of LoRA-SB and Fed-SB.
+            [`initialize_bases_from_gradient`], or by the clients of a federation; with one head this is the adapter of
+            LoRA-SB and Fed-SB.
         projection_seed (`int`, *optional*, defaults to `0`):
             The seed of the bases. Together with the name of the target it determines them, so everybody who uses the
             same seed has the same bases.

@@ -27,7 +27,7 @@ class GradientSketch:
     Two random projections of a gradient G, `[d_out, d_in]`: `G Omega`, `[d_out, k]`, and `Psi G`, `[l, d_in]`.
 
     Args:
-        shape ([`~peft_ravan.bases.BasesShape`]): The shape of the target; k is h*r and a few more, l is 2 k + 1.
+        shape ([`~peft_ravan.bases.BasesShape`]): The shape of the target; k is h*r + 10, l is h*r + 20.
         seed (`int`): The seed of the projections; sketches that are added up need the same.
         device (`torch.device`): Where the sketch is kept.
     """
@@ -35,7 +35,9 @@ class GradientSketch:
     def __init__(self, shape: BasesShape, seed: int, device: torch.device):
         self.shape = shape
         num_columns = min(shape.total_rank + OVERSAMPLING, shape.d_in, shape.d_out)
-        num_rows = min(2 * num_columns + 1, shape.d_out)
+        # Tropp's choice, 2 k + 1, recovers a little more of flat spectra, and would be larger than the gradient itself from
+        # h*r = d/3 on. What a client sends should stay near h*r numbers for each row and each column.
+        num_rows = min(num_columns + OVERSAMPLING, shape.d_out)
         generator = torch.Generator().manual_seed(seed)
         self.omega = torch.randn(shape.d_in, num_columns, generator=generator).to(device)
         self.psi = torch.randn(num_rows, shape.d_out, generator=generator).to(device)
@@ -62,6 +64,14 @@ class GradientSketch:
         gradient = gradient.to(self.omega)
         self.columns += gradient @ self.omega
         self.rows += self.psi @ gradient
+
+    def divide(self, number: int) -> None:
+        """
+        Args:
+            number (`int`): By what to divide the gradients that were added, to get their mean.
+        """
+        self.columns /= number
+        self.rows /= number
 
     def low_rank(self) -> torch.Tensor:
         """
@@ -107,14 +117,118 @@ def initialize_bases_from_gradient(
         >>> initialize_bases_from_gradient(model, dataloader, num_batches=8)
         ```
     """
-    targets = _gradient_targets(model, adapter_name)
-    sketches = {name: _make_sketch(layer, adapter_name, index) for index, (name, layer) in enumerate(targets.items())}
     if isinstance(dataloader_or_gradients, Mapping):
+        sketches = make_sketches(model, adapter_name)
         _add_gradients(sketches, dataloader_or_gradients)
     else:
         batches = islice(dataloader_or_gradients, num_batches)
-        _add_batches(model, targets, sketches, batches, compute_loss or _loss_of_the_model)
+        sketches = sketch_gradients(model, batches, adapter_name, compute_loss)
+    set_bases_from_sketches(model, sketches, adapter_name)
 
+
+def make_sketches(model: nn.Module, adapter_name: str = "default") -> dict[str, GradientSketch]:
+    """
+    Args:
+        model ([`~peft.PeftModel`]): The model, with a fresh adapter that was made for bases from a gradient.
+        adapter_name (`str`, *optional*, defaults to `"default"`): The name of the adapter.
+
+    Returns:
+        `dict[str, GradientSketch]`: An empty sketch for each target, by its name within the base model.
+
+    Raises:
+        ValueError: if the adapter has other bases or was trained already.
+        TypeError: if a target is not a linear layer.
+    """
+    # the index as the seed: sketches can be added up only where everybody has the same projections
+    return {
+        name: GradientSketch(_shape_of(layer, adapter_name), index, layer.ravan_A[adapter_name].device)
+        for index, (name, layer) in enumerate(_gradient_targets(model, adapter_name).items())
+    }
+
+
+def sketch_gradients(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    adapter_name: str = "default",
+    compute_loss: Callable[[nn.Module, Mapping[str, Any]], torch.Tensor] | None = None,
+) -> dict[str, GradientSketch]:
+    """
+    Sketch the mean gradient of each target's weight over some batches. The model is left as it was.
+
+    Args:
+        model ([`~peft.PeftModel`]): The model, with a fresh adapter that was made for bases from a gradient.
+        batches (`Iterable[Mapping[str, Any]]`): Batches of keyword arguments of the model, labels included.
+        adapter_name (`str`, *optional*, defaults to `"default"`): The name of the adapter.
+        compute_loss (`Callable`, *optional*):
+            The loss, from the model and a batch. By default the loss that the model returns.
+
+    Returns:
+        `dict[str, GradientSketch]`: The sketches, by the names of the targets within the base model. They depend on
+        nothing random, so those of several clients can be averaged.
+
+    Raises:
+        ValueError: if the adapter has other bases or was trained already, or if no batch is given.
+        TypeError: if a target is not a linear layer.
+    """
+    sketches = make_sketches(model, adapter_name)
+    targets = _adapted_layers(model, adapter_name)
+    _add_batches(model, targets, sketches, batches, compute_loss or _loss_of_the_model)
+    return sketches
+
+
+def sketch_state(sketches: Mapping[str, GradientSketch]) -> dict[str, torch.Tensor]:
+    """
+    Args:
+        sketches (`Mapping[str, GradientSketch]`): The sketches, by the names of the targets.
+
+    Returns:
+        `dict[str, torch.Tensor]`: What of them travels, by name, in float32 on the CPU. The projections do not: everybody
+        can make them.
+    """
+    return {
+        f"{name}.{part}": getattr(sketch, part).float().cpu()
+        for name, sketch in sketches.items()
+        for part in ("columns", "rows")
+    }
+
+
+def sketches_from_state(
+    model: nn.Module, state: Mapping[str, torch.Tensor], adapter_name: str = "default"
+) -> dict[str, GradientSketch]:
+    """
+    The inverse of [`sketch_state`].
+
+    Args:
+        model ([`~peft.PeftModel`]): The model that the sketches are for.
+        state (`Mapping[str, torch.Tensor]`): What travelled, or its mean over clients.
+        adapter_name (`str`, *optional*, defaults to `"default"`): The name of the adapter.
+
+    Returns:
+        `dict[str, GradientSketch]`: The sketches, by the names of the targets.
+    """
+    sketches = make_sketches(model, adapter_name)
+    for name, sketch in sketches.items():
+        sketch.columns.copy_(state[f"{name}.columns"])
+        sketch.rows.copy_(state[f"{name}.rows"])
+    return sketches
+
+
+def set_bases_from_sketches(
+    model: nn.Module, sketches: Mapping[str, GradientSketch], adapter_name: str = "default"
+) -> None:
+    """
+    Set the bases of a fresh adapter, in the memory that they have.
+
+    Args:
+        model ([`~peft.PeftModel`]): The model.
+        sketches (`Mapping[str, GradientSketch]`): Sketches of the gradients, by the names of the targets.
+        adapter_name (`str`, *optional*, defaults to `"default"`): The name of the adapter.
+
+    Raises:
+        ValueError: if the adapter has other bases or was trained already, or if a target got no gradient.
+        TypeError: if a target is not a linear layer.
+    """
+    targets = _gradient_targets(model, adapter_name)
     seed = model.peft_config[adapter_name].projection_seed
     new_bases = {}
     for name, sketch in sketches.items():
@@ -129,6 +243,38 @@ def initialize_bases_from_gradient(
         targets[name].ravan_B[adapter_name].copy_(basis_B)
 
 
+def awaits_gradient(model: nn.Module, adapter_name: str = "default") -> bool:
+    """
+    Whether an adapter was made for bases from a gradient and has not been given any yet. That is seen at the bases
+    themselves, so that it does not matter how the model got them.
+
+    Args:
+        model ([`~peft.PeftModel`]): The model.
+        adapter_name (`str`, *optional*, defaults to `"default"`): The name of the adapter.
+
+    Returns:
+        `bool`: Whether the bases are those that stand in until there is a gradient.
+    """
+    config = model.peft_config[adapter_name]
+    if BASES[getattr(config, "init_bases", "normal")].from_matrix != "gradient":
+        return False
+    # the bases of all targets are set at once, so one tells of all
+    name, layer = next(iter(_adapted_layers(model, adapter_name).items()))
+    stand_in, _ = make_bases("gradient_svd", _shape_of(layer, adapter_name), config.projection_seed, name)
+    basis_A = layer.ravan_A[adapter_name].float().cpu()
+    # not equal: they may have been saved elsewhere, or in another dtype
+    return bool((basis_A - stand_in).norm() < 0.05 * stand_in.norm())
+
+
+def _adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, RavanLayer]:
+    base_model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return {
+        name: module
+        for name, module in base_model.named_modules()
+        if isinstance(module, RavanLayer) and adapter_name in module.ravan_H
+    }
+
+
 def _gradient_targets(model: nn.Module, adapter_name: str) -> dict[str, RavanLayer]:
     config = model.peft_config[adapter_name]
     if BASES[getattr(config, "init_bases", "normal")].from_matrix != "gradient":
@@ -136,12 +282,7 @@ def _gradient_targets(model: nn.Module, adapter_name: str) -> dict[str, RavanLay
             f"The adapter {adapter_name!r} was not made for bases from a gradient. Use "
             "`RavanConfig(init_bases='gradient_svd')`."
         )
-    base_model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    targets = {
-        name: module
-        for name, module in base_model.named_modules()
-        if isinstance(module, RavanLayer) and adapter_name in module.ravan_H
-    }
+    targets = _adapted_layers(model, adapter_name)
     for name, layer in targets.items():
         if not isinstance(layer, Linear):
             raise TypeError(
@@ -156,9 +297,8 @@ def _gradient_targets(model: nn.Module, adapter_name: str) -> dict[str, RavanLay
     return targets
 
 
-def _make_sketch(layer: RavanLayer, adapter_name: str, seed: int) -> GradientSketch:
-    shape = BasesShape(layer.in_features, layer.out_features, layer.num_heads[adapter_name], layer.r[adapter_name])
-    return GradientSketch(shape, seed, layer.ravan_A[adapter_name].device)
+def _shape_of(layer: RavanLayer, adapter_name: str) -> BasesShape:
+    return BasesShape(*layer.bases_dimensions(), layer.num_heads[adapter_name], layer.r[adapter_name])
 
 
 def _add_gradients(sketches: Mapping[str, GradientSketch], gradients: Mapping[str, torch.Tensor]) -> None:
@@ -211,3 +351,5 @@ def _add_batches(
         model.train(was_training)
     if not num_seen:
         raise ValueError("Bases from a gradient need at least one batch, got none.")
+    for sketch in sketches.values():
+        sketch.divide(num_seen)

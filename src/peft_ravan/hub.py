@@ -103,7 +103,8 @@ def _json_default(value: Any) -> Any:
 
 
 def _rounds_table(history: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    records = [record for record in history if record.get("round")]
+    # an evaluation before the first round is no round; one in which clients made the bases is
+    records = [record for record in history if record.get("round") or ("round" in record and "clients" in record)]
     if not records:
         return None
     metrics = [

@@ -1,0 +1,197 @@
+"""
+Round 0: the clients make the common bases of an adapter with `init_bases="gradient_svd"`, before anything is trained.
+
+Some clients warm up the task head, since a head with random weights gives gradients that say little. With the mean of
+their heads, each uploads a sketch of its mean gradient; the bases come from the mean of the sketches. Both means are
+plain weighted ones: a server that adds up securely would do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import get_peft_model_state_dict
+from torch import nn
+from transformers.utils import logging
+
+from peft_ravan.gradient_bases import (
+    awaits_gradient,
+    make_sketches,
+    set_bases_from_sketches,
+    sketch_gradients,
+    sketch_state,
+    sketches_from_state,
+)
+from peft_ravan.merging import ClientUpdate, UpdateError, merge
+from peft_ravan.state import CORE_NAME, SCALING_NAME, is_basis, is_core
+
+from .faults import RoundFailedError, TimeoutCallback
+from .participation import sample_clients
+from .rounds import Round, derive_seed, serialized_bytes
+
+
+if TYPE_CHECKING:
+    from .arguments import FederatedArguments
+    from .resuming import Run
+
+
+logger = logging.get_logger(__name__)
+
+# What a client does while the trainer is that of the client: what it uploads, and its mean loss.
+ClientWork = Callable[[Round, str, TimeoutCallback], tuple[dict[str, torch.Tensor], float]]
+
+
+def sample_bases_clients(sizes: Mapping[str, int], args: FederatedArguments) -> list[str]:
+    """
+    Draw the clients of round 0.
+
+    Args:
+        sizes (`Mapping[str, int]`): The names of all clients, and how many examples each has.
+        args ([`FederatedArguments`]): The arguments.
+
+    Returns:
+        `list[str]`: The names of the clients, drawn with the weights of a round but from a seed of their own.
+    """
+    args = copy.copy(args)
+    args.clients_per_round = args.bases_clients or args.clients_per_round
+    args.federated_seed = derive_seed(args.federated_seed, "bases")
+    return sample_clients(sizes, args, 0)
+
+
+class RoundZeroMixin:
+    """Lets a federation make its common bases from the clients' gradients."""
+
+    def _open_run(self, run: Run) -> None:
+        """What comes before the first round, and is not repeated when a run goes on: one record, if there is anything."""
+        if run.round:
+            return
+        record = self._make_bases(run) if awaits_gradient(self.model, run.adapter.adapter_name) else {}
+        if self.args.eval_on_start:
+            record.update(self._evaluate_quietly(None))
+        if record:
+            self.log({"round": 0, **record})
+
+    def _make_bases(self, run: Run) -> dict[str, Any]:
+        """Run round 0. Neither the bases nor the global state has changed if it fails."""
+        start_time = time.perf_counter()
+        adapter_name = run.adapter.adapter_name
+        no_gradient = sketch_state(make_sketches(self.model, adapter_name))  # raises for an adapter that was trained
+        this_round = Round(0, sample_bases_clients(self._client_sizes(), self.args))
+        # not that of the first round, which is 0 if the schedule starts with a warm-up
+        self._learning_rate_factor = 1.0
+        head = {name: tensor for name, tensor in run.global_state.items() if not is_core(name)}
+        if head and self.args.bases_warmup_steps:
+            head = self._mean_upload(this_round, head, head, partial(self._warm_up_head, run))
+        # who has not managed to warm up is not asked again
+        this_round.clients = [client for client in this_round.clients if client not in this_round.failures]
+        run.adapter.load({**run.global_state, **run.personal_start, **head})
+        state = self._mean_upload(this_round, no_gradient, head, self._sketch_gradient)
+        set_bases_from_sketches(self.model, sketches_from_state(self.model, state, adapter_name), adapter_name)
+        run.global_state = {**run.global_state, **head}
+        this_round.download_bytes += _bases_bytes(self.model, adapter_name) * len(self.clients)
+        return {**this_round.record(), "round_seconds": time.perf_counter() - start_time}
+
+    def _mean_upload(
+        self, this_round: Round, like: dict[str, torch.Tensor], sent: dict[str, torch.Tensor], work: ClientWork
+    ) -> dict[str, torch.Tensor]:
+        """The mean of what the clients make of what is sent to them; `like` has its names and shapes."""
+        if sent:
+            this_round.download_bytes += serialized_bytes(sent) * len(this_round.clients)
+        uploads = self._uploads(this_round, work)
+        try:
+            result = merge(like, uploads, "fedavg", on_bad_update="drop")
+        except UpdateError as error:  # no upload was left
+            for client in list(this_round.num_examples):
+                this_round.fail(client, str(error), error)
+        else:
+            for dropped in result.diagnostics["dropped"]:
+                this_round.fail(dropped["client"], dropped["reason"])
+        needed = min(self.args.min_successful_clients, len(this_round.clients))
+        if len(this_round.num_examples) < max(1, needed):
+            failures = "; ".join(f"{client!r} ({reason})" for client, reason in this_round.failures.items())
+            raise RoundFailedError(
+                f"Round 0, which makes the bases: fewer than {needed} clients (`min_successful_clients`) succeeded. Failed: "
+                f"{failures}. Let more clients take part (`bases_clients`), or make the bases before with "
+                "`initialize_bases_from_gradient`."
+            ) from this_round.first_error
+        return result.state
+
+    def _uploads(self, this_round: Round, work: ClientWork) -> Iterator[ClientUpdate]:
+        for client in this_round.clients:
+            timeout = TimeoutCallback(self.args.client_timeout)
+            try:
+                with torch.enable_grad(), self._as_client(client, 0, timeout):
+                    state, loss = work(this_round, client, timeout)
+                update = ClientUpdate(state, self._num_examples(client), client)
+                if self.client_fault is not None:
+                    update = self.client_fault(client, 0, update) or update
+                timeout.check()
+            except Exception as error:
+                traceback.clear_frames(error.__traceback__)  # what they hold may be what memory ran out for
+                this_round.fail(client, f"{type(error).__name__}: {error}", error)
+                logger.warning(f"Round 0: client {client!r} failed and is left out. {error}")
+            else:
+                this_round.add(update, loss)
+                yield update
+                del update
+
+    def _warm_up_head(
+        self, run: Run, this_round: Round, client: str, timeout: TimeoutCallback
+    ) -> tuple[dict[str, torch.Tensor], float]:
+        head = {name for name in run.global_state if not is_core(name)}
+        run.load_global()
+        self.args.max_steps = self.args.bases_warmup_steps  # of the client's arguments, which are a copy
+        with _cores_frozen(self.model):
+            loss = super().train().training_loss
+        this_round.learning_rate = self.lr_scheduler.get_last_lr()[0]
+        return {name: tensor for name, tensor in run.adapter.read().items() if name in head}, loss
+
+    def _sketch_gradient(
+        self, this_round: Round, client: str, timeout: TimeoutCallback
+    ) -> tuple[dict[str, torch.Tensor], float]:
+        losses = []
+
+        def batches() -> Iterator[Mapping[str, Any]]:
+            for inputs in islice(self.get_train_dataloader(), self.args.bases_batches):
+                timeout.check()
+                yield self._prepare_inputs(inputs)
+
+        def compute_loss(model: nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor:
+            # accelerate puts autocast into the model's forward only when the first client trains
+            with self.compute_loss_context_manager(), self.accelerator.autocast():
+                loss = self.compute_loss(model, inputs)
+            losses.append(loss.item())
+            return loss
+
+        sketches = sketch_gradients(self.model, batches(), self.model.active_adapter, compute_loss)
+        return sketch_state(sketches), sum(losses) / len(losses)
+
+
+@contextlib.contextmanager
+def _cores_frozen(model: nn.Module) -> Iterator[None]:
+    """Let only what is not a part of the adapter's matrices train."""
+    frozen = [
+        parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and (f".{CORE_NAME}." in name or f".{SCALING_NAME}." in name)
+    ]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+
+
+def _bases_bytes(model: nn.Module, adapter_name: str) -> int:
+    checkpoint = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    return serialized_bytes({name: tensor.contiguous() for name, tensor in checkpoint.items() if is_basis(name)})
