@@ -14,6 +14,7 @@ from .callbacks import LocalCallbackHandler
 from .client_budgets import choose_heads
 from .clients import local_arguments
 from .faults import TimeoutCallback
+from .partition import ClientParts
 from .rounds import derive_seed
 
 
@@ -80,6 +81,8 @@ class LocalTrainingMixin:
         return {client: self._num_examples(client) for client in self.clients}
 
     def _num_examples(self, client: str) -> int:
+        if isinstance(self.clients, ClientParts):
+            return self.clients.num_examples(client)
         dataset = self.clients[client]
         if has_length(dataset):
             return len(dataset)
