@@ -38,6 +38,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
+    PrinterCallback,
     Trainer,
     default_data_collator,
     set_seed,
@@ -97,6 +98,14 @@ def federated_arguments(folder: str, **kwargs) -> FederatedArguments:
     return FederatedArguments(
         folder, report_to="none", disable_tqdm=True, save_strategy="no", use_cpu=True, learning_rate=1e-3, **kwargs
     )
+
+
+def quiet_trainer(
+    model: PeftModel, args: FederatedArguments, *callbacks: FederatedCallback, **kwargs
+) -> FederatedTrainer:
+    trainer = FederatedTrainer(model, args, callbacks=list(callbacks), **kwargs)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 # ---- The time of a round ---------------------------------------------------------------
@@ -214,14 +223,12 @@ def measure_round(args: argparse.Namespace, folder: str) -> dict[str, Any]:
         num_train_epochs=1,
         per_device_train_batch_size=args.batch_size,
     )
-    callback.trainer = FederatedTrainer(
-        with_ravan(realistic_model(args)), arguments, train_dataset=dataset, callbacks=[callback]
-    )
+    callback.trainer = quiet_trainer(with_ravan(realistic_model(args)), arguments, callback, train_dataset=dataset)
     callback.trainer.train()
     rounds = callback.rounds[1:]  # the first one imports, and fills the caches of the allocator
-    parts = {name: statistics.median(record[name] for record in rounds) for name in rounds[0]}
+    seconds = {name: statistics.fmean(record[name] for record in rounds) for name in rounds[0]}
     ratios = [record["round"] / record["bare"] for record in rounds]
-    return {"ratio": statistics.median(ratios), "ratios": ratios, "seconds": parts}
+    return {"ratio": seconds["round"] / seconds["bare"], "ratios": ratios, "seconds": seconds}
 
 
 # ---- Memory ----------------------------------------------------------------------------
@@ -257,7 +264,7 @@ def measure_clients(
         per_device_train_batch_size=args.examples,
     )
     watch, start = MemoryWatch(), time.perf_counter()
-    trainer = FederatedTrainer(with_ravan(bert(32, 2, 16), r=4), arguments, train_dataset=dataset, callbacks=[watch])
+    trainer = quiet_trainer(with_ravan(bert(32, 2, 16), r=4), arguments, watch, train_dataset=dataset)
     setup_seconds = time.perf_counter() - start
     trainer.train()
     seconds = [record["round_seconds"] for record in trainer.state.log_history if record.get("round")]
@@ -292,7 +299,7 @@ def measure_upload(args: argparse.Namespace, folder: str) -> dict[str, Any]:
             for parameter_name, parameter in model.named_parameters()
             if parameter.requires_grad and ".ravan_s." not in parameter_name  # it travels within the product s*H
         )
-        trainer = FederatedTrainer(model, arguments, train_dataset=dataset)
+        trainer = quiet_trainer(model, arguments, train_dataset=dataset)
         trainer.train()
         sent = trainer.state.log_history[0]["upload_bytes"]
         figures[name] = {"parameters": counted, "bytes": sent, "ratio": sent / (4 * counted)}

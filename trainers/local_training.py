@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
@@ -87,6 +88,19 @@ class LocalTrainingMixin:
         if has_length(dataset):
             return len(dataset)
         return self.args.max_steps * self.args.gradient_accumulation_steps * self.args.train_batch_size
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """
+        The operations of a training step, for the state of the trainer. That of a client is thrown away after its
+        training, and to count the parameters of a model in each step takes as long as a small step.
+
+        Args:
+            inputs (`dict[str, Any]`): The batch.
+
+        Returns:
+            `int`: The number of operations; 0 while a client trains.
+        """
+        return super().floating_point_ops(inputs) if self._learning_rate_factor is None else 0
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         """
