@@ -72,7 +72,7 @@ class FederatedTrainer(
             `optimizer_cls_and_kwargs`, not by `optimizers`.
 
     **Attributes**:
-        - **clients** (`dict[str, Dataset]`) -- The data set of each client.
+        - **clients** (`Mapping[str, Dataset]`) -- The data set of each client.
         - **client_budgets** (`dict[str, float]`) -- The share of the heads that each client can train, or `None`.
         - **state.log_history** (`list[dict]`) -- One record a round: `round` (from 1), `clients` (whose updates were
           merged), `failed_clients` (with the reason), `attempts`, `num_examples`, `train_loss`, the metrics of the

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
@@ -19,6 +20,7 @@ from .client_budgets import choose_heads
 from .clients import local_arguments
 from .faults import TimeoutCallback
 from .local_objective import SCAFFOLD_PREFIX, ControlVariates, GradientCorrection
+from .partition import ClientParts
 from .personal import ClientStore, split_state
 from .resuming import Run
 from .rounds import Round, derive_seed, serialized_bytes
@@ -153,10 +155,25 @@ class LocalTrainingMixin:
         return {client: self._num_examples(client) for client in self.clients}
 
     def _num_examples(self, client: str) -> int:
+        if isinstance(self.clients, ClientParts):
+            return self.clients.num_examples(client)
         dataset = self.clients[client]
         if has_length(dataset):
             return len(dataset)
         return self.args.max_steps * self.args.gradient_accumulation_steps * self.args.train_batch_size
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """
+        The operations of a training step, for the state of the trainer. That of a client is thrown away after its
+        training, and to count the parameters of a model in each step takes as long as a small step.
+
+        Args:
+            inputs (`dict[str, Any]`): The batch.
+
+        Returns:
+            `int`: The number of operations; 0 while a client trains.
+        """
+        return super().floating_point_ops(inputs) if self._learning_rate_factor is None else 0
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         """

@@ -7,7 +7,7 @@ needed here are written out; `partitioner.py` takes any other of theirs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import datasets
@@ -27,11 +27,56 @@ if TYPE_CHECKING:
 
 PARTITIONS = ("iid", "dirichlet", "pathological", "column")
 DEFAULT_NUM_CLIENTS = 10
+# how many parts of a data set are kept once they are made: about 6 KB each
+MAX_KEPT_PARTS = 256
 # a draw that leaves a client without data is thrown away, as flwr-datasets and the papers do
 MAX_DIRICHLET_DRAWS = 1000
 
 
-def make_clients(train_dataset: Dataset | Mapping[str, Dataset], args: FederatedArguments) -> dict[str, Dataset]:
+class ClientParts(Mapping):
+    """
+    The parts of one data set, by the names of the clients. A part is made when it is asked for: to make those of thousands
+    of clients, of which a few train in a round, would take longer and more memory than many a federation.
+
+    Args:
+        dataset (`Dataset`): A data set with a length.
+        indices (`Mapping[str, np.ndarray]`): Client names to the indices of their examples.
+    """
+
+    def __init__(self, dataset: Dataset, indices: Mapping[str, np.ndarray]):
+        self._dataset = dataset
+        self._indices = dict(indices)
+        self._kept: dict[str, Dataset] = {}
+
+    def __getitem__(self, client: str) -> Dataset:
+        if client not in self._kept:
+            part = _select(self._dataset, self._indices[client])
+            if len(self._kept) >= MAX_KEPT_PARTS:
+                del self._kept[next(iter(self._kept))]
+            self._kept[client] = part
+        return self._kept[client]
+
+    def __contains__(self, client: object) -> bool:
+        return client in self._indices  # that of Mapping would make the part
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._indices)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def num_examples(self, client: str) -> int:
+        """
+        Args:
+            client (`str`): The name of a client.
+
+        Returns:
+            `int`: The length of its part, which is not made for this.
+        """
+        return len(self._indices[client])
+
+
+def make_clients(train_dataset: Dataset | Mapping[str, Dataset], args: FederatedArguments) -> Mapping[str, Dataset]:
     """
     Split a training set among clients, or check clients that are given.
 
@@ -43,7 +88,7 @@ def make_clients(train_dataset: Dataset | Mapping[str, Dataset], args: Federated
             `num_clients` and `federated_seed` are read.
 
     Returns:
-        `dict[str, Dataset]`: Client names to data sets, none of them empty.
+        `Mapping[str, Dataset]`: Client names to data sets, none of them empty.
 
     Raises:
         ValueError: if a client has no data, if the data cannot be split that way, or if there are fewer clients than
@@ -51,14 +96,14 @@ def make_clients(train_dataset: Dataset | Mapping[str, Dataset], args: Federated
     """
     if isinstance(train_dataset, Mapping):
         clients = {str(name): dataset for name, dataset in train_dataset.items()}
+        _check_not_empty(clients)
     elif not has_length(train_dataset):
         raise ValueError(
             f"A {type(train_dataset).__name__} without a length cannot be split among clients. Pass `train_dataset` as a "
             "dict of client name -> dataset instead."
         )
     elif isinstance(args.partition, str):
-        parts = partition_indices(train_dataset, args)
-        clients = {name: _select(train_dataset, indices) for name, indices in parts.items()}
+        clients = ClientParts(train_dataset, partition_indices(train_dataset, args))
     else:
         parts = load_partitions(args.partition, train_dataset)
         clients = dict(zip(_client_names(len(parts)), parts, strict=True))
@@ -211,12 +256,15 @@ def _select(dataset: Dataset, indices: np.ndarray) -> Dataset:
     return dataset.select(indices) if isinstance(dataset, datasets.Dataset) else Subset(dataset, indices.tolist())
 
 
-def _check_clients(clients: Mapping[str, Dataset], args: FederatedArguments) -> None:
+def _check_not_empty(clients: Mapping[str, Dataset]) -> None:
     if not clients:
         raise ValueError("`train_dataset` has no clients: pass at least one client name with its data set.")
     for name, dataset in clients.items():
         if has_length(dataset) and len(dataset) == 0:
             raise ValueError(f"client {name!r} has no training examples. Leave it out of `train_dataset`.")
+
+
+def _check_clients(clients: Mapping[str, Dataset], args: FederatedArguments) -> None:
     if args.num_clients is not None and args.num_clients != len(clients):
         raise ValueError(
             f"`num_clients` is {args.num_clients}, but the data has {len(clients)} clients. Leave `num_clients` out when "

@@ -48,6 +48,7 @@ def partition_table(clients: Mapping[str, Dataset], label_column: str | None = N
     """
     if not clients:
         raise ValueError("There are no clients to count the examples of. A trainer has them from its `train_dataset`.")
+    clients = dict(clients)  # each data set is looked at several times, and may have to be made
     if all(has_length(dataset) for dataset in clients.values()):
         labels = _labels_by_client(clients, label_column)
         sizes = pd.Series({client: len(dataset) for client, dataset in clients.items()})

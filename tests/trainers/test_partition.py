@@ -6,7 +6,7 @@ import torch
 from hypothesis import assume, given, settings
 from sklearn.datasets import load_digits
 
-from peft_ravan.trainers import FederatedArguments, make_clients
+from peft_ravan.trainers import FederatedArguments, make_clients, partition
 from peft_ravan.trainers.partition import partition_indices
 
 
@@ -150,6 +150,23 @@ def test_torch_datasets_are_split_too():
 def test_clients_that_are_given_are_kept():
     given_clients = {"b": labelled([0, 1]), "a": labelled([1])}
     assert make_clients(given_clients, args()) == given_clients
+
+
+def test_parts_are_made_when_they_are_asked_for(monkeypatch):
+    made = []
+    monkeypatch.setattr(partition, "_select", lambda dataset, indices: made.append(len(indices)) or list(indices))
+    monkeypatch.setattr(partition, "MAX_KEPT_PARTS", 2)
+    clients = make_clients(labelled([0] * 12), args(num_clients=4, clients_per_round=2))
+    assert list(clients) == [f"client_{index}" for index in range(4)] and len(clients) == 4
+    assert "client_0" in clients and "client_4" not in clients
+    assert [clients.num_examples(name) for name in clients] == [3, 3, 3, 3]
+    assert made == []
+    assert clients["client_0"] is clients["client_0"] and made == [3]
+    first = clients["client_0"]
+    assert sorted(index for part in clients.values() for index in part) == list(range(12))
+    assert clients["client_0"] is not first and clients["client_0"] == first
+    with pytest.raises(KeyError):
+        clients["client_4"]
 
 
 def stream():

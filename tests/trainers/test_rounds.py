@@ -1,5 +1,8 @@
 import pytest
+import safetensors.torch
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from peft_ravan.merging import ClientUpdate
 from peft_ravan.trainers import FederatedArguments
@@ -51,6 +54,34 @@ def test_the_record_weighs_losses_and_counts_what_was_sent():
     assert record["train_loss"] == pytest.approx(1.25)
     assert record["download_bytes"] == 11
     assert 2 * 4000 < record["upload_bytes"] == 2 * serialized_bytes({"w": torch.zeros(1000)}) < 2 * 4100
+
+
+DTYPES = [
+    torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64,
+    torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool,
+]  # fmt: skip
+TENSORS = st.builds(
+    lambda shape, dtype: torch.zeros(shape, dtype=dtype),
+    st.lists(st.integers(0, 12), max_size=4),
+    st.sampled_from(DTYPES),
+)
+NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.dictionaries(NAMES, TENSORS, max_size=12))
+def test_bytes_are_those_of_a_safetensors_file(state):
+    assert serialized_bytes(state) == len(safetensors.torch.save(state))
+
+
+def test_bytes_are_counted_of_tensors_that_a_file_would_need_to_copy():
+    transposed = torch.zeros(3, 5).T
+    assert serialized_bytes({"w": transposed}) == len(safetensors.torch.save({"w": transposed.contiguous()}))
+
+
+def test_bytes_of_a_dtype_without_a_known_place_in_the_file_are_counted_too():
+    state = {"w": torch.zeros(4, dtype=torch.float32), "scales": torch.zeros(6).to(torch.float8_e8m0fnu)}
+    assert serialized_bytes(state) == len(safetensors.torch.save(state))
 
 
 def test_a_round_in_which_nobody_trained_has_no_loss():

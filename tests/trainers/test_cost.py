@@ -1,0 +1,50 @@
+"""What a federation leaves out to be cheap, and that nothing is missed by it. Times are for `benchmarks/federation.py`."""
+
+import pytest
+from peft import get_peft_model
+
+from peft_ravan import RavanConfig
+from peft_ravan.trainers import FederatedArguments, FederatedTrainer
+from peft_ravan.trainers.callbacks import FederatedCallback
+
+from ..conftest import tiny_bert
+
+
+class Watch(FederatedCallback):
+    """What is counted while clients train, and which parts of the data have been made after each round."""
+
+    def __init__(self):
+        self.trainer = None
+        self.operations, self.made = [], []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.operations.append(state.total_flos + self.trainer.current_flos)
+
+    def on_round_end(self, args, state, control, record, **kwargs):
+        self.made.append(set(self.trainer.clients._kept) == set(record["clients"]))
+
+
+@pytest.fixture
+def watch(train_dataset, tmp_path):
+    args = FederatedArguments(
+        str(tmp_path), num_clients=60, clients_per_round=2, num_rounds=1, max_steps=2, report_to="none", use_cpu=True
+    )
+    watch = Watch()
+    watch.trainer = FederatedTrainer(
+        get_peft_model(tiny_bert(), RavanConfig(r=2, num_heads=2, task_type="SEQ_CLS")),
+        args,
+        train_dataset=train_dataset,
+        callbacks=[watch],
+    )
+    watch.trainer.train()
+    return watch
+
+
+def test_operations_are_not_counted_for_a_state_that_is_thrown_away(watch, train_dataset):
+    assert watch.operations == [0] * 4
+    batch = watch.trainer.data_collator([train_dataset[0]])
+    assert watch.trainer.floating_point_ops(batch) > 0
+
+
+def test_only_clients_that_train_have_their_data_made(watch):
+    assert watch.made == [True]
