@@ -262,8 +262,7 @@ class FederatedArguments(PartitionerArgumentMixin, TrainingArguments):
             raise ValueError(f"`bases_warmup_steps` must be 0 or more, got {self.bases_warmup_steps!r}.")
         if self.client_timeout is not None and not self.client_timeout > 0:
             raise ValueError(f"`client_timeout` must be above 0 seconds, got {self.client_timeout!r}.")
-        if self.num_clients and self.clients_per_round and self.clients_per_round > self.num_clients:
-            raise ValueError(
-                f"`clients_per_round` must not be above `num_clients`, got {self.clients_per_round} and "
-                f"{self.num_clients}."
-            )
+        for name in ("clients_per_round", "bases_clients"):
+            value = getattr(self, name)
+            if self.num_clients and value and value > self.num_clients:
+                raise ValueError(f"`{name}` must not be above `num_clients`, got {value} and {self.num_clients}.")

@@ -10,7 +10,7 @@ from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForSequenceClassification
 
-from peft_ravan import RavanConfig, initialize_bases_from_gradient
+from peft_ravan import RavanConfig, initialize_bases_from_gradient, optimizer_parameter_groups
 from peft_ravan.gradient_bases import awaits_gradient, make_sketches, sketch_state
 from peft_ravan.trainers import CheckpointError, FederatedCallback, FederatedTrainer, RoundFailedError
 from peft_ravan.trainers.checkpoints import _digest
@@ -94,6 +94,27 @@ def test_clients_make_the_bases_of_the_pooled_gradient(tmp_path):
         trainer = opened(tmp_path, {name: clients[name] for name in order}, per_device_train_batch_size=24)
         expected = {name: buffer for name, buffer in model.named_buffers() if name in bases_of(trainer)}
         assert_same(bases_of(trainer), expected, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 2])
+def test_mixed_precision_and_parameter_groups(tmp_path, warmup_steps):
+    """The directions are those of float32, as far as bfloat16 goes, and frozen cores in an optimizer do no harm."""
+    model = get_peft_model(tiny_bert(), gradient_svd())
+    trainer = FederatedTrainer(
+        model,
+        arguments(tmp_path, num_clients=None, num_rounds=1, max_steps=1, bf16=True, bases_warmup_steps=warmup_steps),
+        train_dataset=clients_of(24, 24),
+        optimizer_cls_and_kwargs=(torch.optim.AdamW, {"params": optimizer_parameter_groups(model, 1e-3, 1e-2)}),
+    )
+    trainer.train()
+    assert not awaits_gradient(model)
+    if warmup_steps == 0:
+        exact = bases_of(opened(tmp_path, clients_of(24, 24)))
+        assert all(
+            torch.linalg.svdvals(basis @ exact[name].T)[0] > 0.99
+            for name, basis in bases_of(trainer).items()
+            if ".ravan_A." in name
+        )
 
 
 def test_the_mean_of_sketches_is_the_sketch_of_the_mean_gradient(tmp_path):
@@ -349,11 +370,11 @@ def test_a_slow_client_is_given_up(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "kwargs", [{"bases_clients": 0}, {"bases_batches": 0}, {"bases_warmup_steps": -1}], ids=lambda kwargs: [*kwargs][0]
+    "kwargs", [{"bases_clients": 0}, {"bases_clients": 5}, {"bases_batches": 0}, {"bases_warmup_steps": -1}], ids=str
 )
-def test_arguments_out_of_range(tmp_path, kwargs):
+def test_arguments_out_of_range(tmp_path, kwargs):  # num_clients is 4
     [name] = kwargs
-    with pytest.raises(ValueError, match=f"`{name}` must be"):
+    with pytest.raises(ValueError, match=f"`{name}` must (not )?be"):
         arguments(tmp_path, **kwargs)
 
 
