@@ -100,8 +100,8 @@ class FederatedArguments(PartitionerArgumentMixin, TrainingArguments):
         bases_batches (`int`, *optional*, defaults to 8):
             Over how many batches each of them takes its mean gradient, or fewer if it has not that many.
         federated_seed (`int`, *optional*):
-            The seed of the partition, of the clients' budgets and heads, of who takes part in each round and of each client's local training. By default
-            `seed`.
+            The seed of the partition, of the clients' budgets and heads, of who takes part in each round and of each
+            client's local training. By default `seed`.
     """
 
     num_rounds: int = field(default=10, metadata={"help": "Number of rounds."})
@@ -230,8 +230,9 @@ class FederatedArguments(PartitionerArgumentMixin, TrainingArguments):
         method.check_options(self.merge_options or {})
         if method.changes_model:
             raise ValueError(
-                f"`merge_method={self.merge_method!r}` changes the base model or the rank, which the rounds of the FederatedTrainer do not support yet. "
-                "Choose another method, or call `peft_ravan.merging.merge` on what the clients trained."
+                f"`merge_method={self.merge_method!r}` changes the base model or the rank, which the rounds of the "
+                "FederatedTrainer do not support yet. Choose another method, or call `peft_ravan.merging.merge` on what the "
+                "clients trained."
             )
 
     def _check_local_training(self) -> None:

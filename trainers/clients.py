@@ -80,8 +80,9 @@ class LiveAdapter:
     checkpoint. They are the model's own memory: loading writes into the model, and nothing is copied twice.
 
     What a client trains is what travels: the trained parameters of the adapter and of `modules_to_save`, and the running
-    statistics of the latter. Frozen bases do not, nor do heads that are not trained at the moment. Buffers of the base model, such as the statistics of a batch norm, are
-    put back to their first values at each load, so that nothing leaks from one client to the next.
+    statistics of the latter. Frozen bases do not, nor do heads that are not trained at the moment. Buffers of the base
+    model, such as the statistics of a batch norm, are put back to their first values at each load, so that nothing leaks
+    from one client to the next.
 
     Args:
         model ([`~peft.PeftModel`]):
