@@ -3,7 +3,7 @@ What a federation costs beyond the training of its clients: time, memory and byt
 
 - A round against the bare training loops of its clients: the same model, batches, clipping and a fresh AdamW for each
   client, in plain PyTorch. The bare loops run after the clients and before them in turn, so that what else the machine
-  does meets both alike, and must end with the same training loss, so that both did the same work.
+  does meets both alike, and must end with the same training loss to 1 %, so that both did the same work.
 - Memory with few and with many clients, of which as many train in a round, and over many rounds.
 - Thousands of clients, and the bytes that a client uploads against the parameters that it trains.
 
@@ -197,7 +197,7 @@ class BareLoops(FederatedCallback):
         self.rounds.append({"round": total, "bare": self.bare_seconds, **parts, **rest})
         self.watch.seconds.clear()
         loss = statistics.fmean(self.losses)  # clients have the same number of examples
-        # rounding differs, and Adam makes much of it where gradients are almost 0
+        # not closer: after 10 steps, losses have been seen to differ by more than 1e-4 of them
         assert abs(loss - record["train_loss"]) < 1e-2 * loss, (
             f"bare loops have a loss of {loss}, not that of {record}"
         )
