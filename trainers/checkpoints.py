@@ -181,7 +181,18 @@ def find_checkpoints(output_dir: str | os.PathLike) -> list[Path]:
     """
     folders = [path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir()]
     numbered = [path for path in folders if path.name.rpartition("-")[2].isdigit()]
-    return sorted(numbered, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    return sorted(numbered, key=checkpoint_round, reverse=True)
+
+
+def checkpoint_round(folder: Path) -> int:
+    """
+    Args:
+        folder (`Path`): The folder of a checkpoint.
+
+    Returns:
+        `int`: The round that it was written after.
+    """
+    return int(folder.name.rpartition("-")[2])
 
 
 def _random_state() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

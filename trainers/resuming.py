@@ -26,6 +26,7 @@ from .checkpoints import (
     CheckpointError,
     FederationState,
     atomic_folder,
+    checkpoint_round,
     find_checkpoints,
     read_federation_state,
     restore_random_state,
@@ -72,9 +73,13 @@ class Run:
         """Make the adapter that is in the model the global one."""
         self.personal_start, self.global_state = split_state(self.adapter.read(), self.personal_patterns)
 
+    def state(self) -> dict[str, torch.Tensor]:
+        """The global adapter. Personal parts are those that clients start with."""
+        return {**self.global_state, **self.personal_start}
+
     def load_global(self) -> None:
-        """Put the global adapter into the model. Personal parts are those that clients start with."""
-        self.adapter.load({**self.global_state, **self.personal_start})
+        """Put the global adapter into the model."""
+        self.adapter.load(self.state())
 
 
 class CheckpointingMixin:
@@ -91,24 +96,22 @@ class CheckpointingMixin:
             self.save_model(str(aside), _internal_call=True)
             self.state.save_to_json(str(aside / TRAINER_STATE_NAME))
             if not self.args.save_only_model:
-                write_federation_state(aside, FederationState(run.round, self._facts(run.adapter), run.server_state))
+                write_federation_state(aside, FederationState(run.round, self._facts(run), run.server_state))
         if self.args.push_to_hub:
             self._push_from_checkpoint(folder)
         rotate_checkpoints(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
-        run.oldest_checkpoint = min(int(path.name.rpartition("-")[2]) for path in find_checkpoints(run_dir))
+        run.oldest_checkpoint = checkpoint_round(find_checkpoints(run_dir)[-1])
         self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
     def _stateful_callbacks(self) -> list[ExportableState]:
         callbacks = [*self.callback_handler.callbacks, self.control]
         return [callback for callback in callbacks if isinstance(callback, ExportableState)]
 
-    def _facts(self, adapter: LiveAdapter) -> dict[str, Any]:
+    def _facts(self, run: Run) -> dict[str, Any]:
         """What tells this federation from others, as JSON keeps it."""
         config = self.model.active_peft_config.to_dict()
         facts = {
-            "adapter": {
-                name: [list(tensor.shape), str(tensor.dtype)] for name, tensor in sorted(adapter.read().items())
-            },
+            "adapter": {name: [list(tensor.shape), str(tensor.dtype)] for name, tensor in sorted(run.state().items())},
             "peft_type": config["peft_type"],
             "clients": len(self.clients),
             "clients_digest": _digest(self._client_sizes()),
@@ -119,7 +122,7 @@ class CheckpointingMixin:
 
     def _load_checkpoint(self, resume_from_checkpoint: str | bool, run: Run, trial: Any) -> None:
         folder, saved = self._choose_checkpoint(resume_from_checkpoint, trial)
-        self._check_facts(folder, saved, run.adapter)
+        self._check_facts(folder, saved, run)
         tensors = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
         bases = self._check_bases(folder, tensors)
         state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
@@ -128,6 +131,8 @@ class CheckpointingMixin:
         run.adapter.load_checkpoint(tensors)
         run.take_state()
         run.server_state, run.round = dict(saved.server_state), saved.round
+        # clients keep what any checkpoint may need, not only this one
+        run.oldest_checkpoint = min(map(checkpoint_round, find_checkpoints(folder.parent)), default=saved.round)
         self.state = state
         restore_random_state(folder)
         logger.info(f"Going on after round {saved.round}, from {folder}.")
@@ -145,8 +150,8 @@ class CheckpointingMixin:
             f"There is no complete checkpoint in {run_dir} to resume from. Start without `resume_from_checkpoint`."
         )
 
-    def _check_facts(self, folder: Path, saved: FederationState, adapter: LiveAdapter) -> None:
-        facts = self._facts(adapter)
+    def _check_facts(self, folder: Path, saved: FederationState, run: Run) -> None:
+        facts = self._facts(run)
         for name in ("peft_type", "adapter", "clients", "clients_digest"):
             if saved.facts.get(name) != facts[name]:
                 found = (
@@ -182,7 +187,7 @@ class CheckpointingMixin:
             if name in tensors and not torch.equal(tensor.cpu(), tensors[name]):
                 raise CheckpointError(
                     f"{folder} belongs to another federation: the bases in {name!r} are not those of the model. Use the "
-                    "`init_bases` and the `seed` that it was written with."
+                    "`init_bases` and the `projection_seed` that it was written with."
                 )
         return []
 

@@ -102,6 +102,33 @@ def test_a_resumed_run_finds_what_its_clients_had(tmp_path):
         assert_same(first, second)
 
 
+def test_what_clients_kept_is_there_for_every_checkpoint_also_after_a_resumed_run(tmp_path):
+    class Stop(FederatedCallback):
+        def __init__(self, round_number):
+            self.round_number = round_number
+
+        def on_save(self, args, state, control, **kwargs):
+            if state.global_step == self.round_number:
+                raise KeyboardInterrupt
+
+    options = {"local_parameters": "classifier", "num_rounds": 4, "save_strategy": "epoch", "max_steps": 1}
+    whole = make_trainer(tmp_path / "whole", **options)
+    whole.train()
+    for round_number in (2, 3):
+        with pytest.raises(KeyboardInterrupt):
+            make_trainer(tmp_path / "run", callbacks=[Stop(round_number)], **options).train(
+                resume_from_checkpoint=round_number == 3
+            )
+    for round_number in (2, 3):  # so that only the first checkpoint is left to go on from
+        (tmp_path / "run" / f"checkpoint-{round_number}" / "federation_state.json").unlink()
+    resumed = make_trainer(tmp_path / "run", **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same(adapter_state(whole), adapter_state(resumed))
+    for client in whole.clients:
+        first, second = (ClientStore(tmp_path / run).load(client, before=5) for run in ("whole", "run"))
+        assert_same(first, second)
+
+
 def test_a_diverged_client_keeps_what_it_had(tmp_path):
     def client_fault(client, round_number, update):
         if client == "client_1" and round_number == 2:
