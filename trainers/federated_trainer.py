@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-import traceback
-from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,13 +13,13 @@ from transformers.trainer_utils import SaveStrategy, TrainOutput
 from transformers.training_args import ParallelMode
 from transformers.utils import logging
 
-from peft_ravan.merging import ClientUpdate, MergeResult, UpdateError, get_merge_method, merge
+from peft_ravan.merging import MergeResult, get_merge_method, merge
 
 from .arguments import FederatedArguments
 from .callbacks import FederatedProgressCallback, call_federated_event
 from .client_budgets import resolve_client_budgets
 from .clients import LiveAdapter, freeze, frozen_heap
-from .faults import ClientFault, RoundFailedError
+from .faults import ClientFault, RoundFailedError, merge_of, updates_of
 from .local_objective import ControlVariates
 from .local_training import LocalTrainingMixin
 from .participation import Availability, check_participation, sample_clients
@@ -35,10 +33,6 @@ from .rounds import Round, is_due, learning_rate_factors, mean_train_loss, seria
 
 
 logger = logging.get_logger(__name__)
-
-
-def _listed(failures: Mapping[str, str]) -> str:
-    return "Failed: " + "; ".join(f"{client!r} ({reason})" for client, reason in failures.items()) + "."
 
 
 class FederatedTrainer(
@@ -205,8 +199,8 @@ class FederatedTrainer(
 
     def _start_run(self, resume_from_checkpoint: str | bool | None, trial: Any) -> Run:
         run = Run(self._live_adapter(), personal_patterns=self._personal_patterns)
-        check_patterns(run.adapter.read(), self.args.local_parameters or ())
         run.take_state()
+        check_patterns(run.state(), self.args.local_parameters or ())
         self.last_merge = None
         self.is_in_train = True
         self.state = TrainerState(stateful_callbacks=self._stateful_callbacks())
@@ -282,9 +276,9 @@ class FederatedTrainer(
             if this_round.attempts == self.args.max_round_attempts:
                 raise RoundFailedError(
                     f"Round {number}: fewer than {needed} clients (`min_successful_clients`) succeeded in each of "
-                    f"{this_round.attempts} attempts. {_listed(this_round.failures)}"
+                    f"{this_round.attempts} attempts. {this_round.failed()}"
                 ) from this_round.first_error
-            logger.warning(f"Round {number} is repeated with other clients. {_listed(this_round.failures)}")
+            logger.warning(f"Round {number} is repeated with other clients. {this_round.failed()}")
             others = {client: size for client, size in sizes.items() if client not in this_round.failures}
             enough = len(others) >= max(needed, self.args.min_clients)
             clients = sample_clients(
@@ -295,10 +289,18 @@ class FederatedTrainer(
     def _merge(self, run: Run, this_round: Round) -> MergeResult | None:
         args = self.args
         control = ControlVariates(run.server_state, len(self.clients)) if args.scaffold else None
-        try:
-            result = merge(
+        this_round.download_bytes += serialized_bytes(run.global_state) * len(this_round.clients)
+        # a client trains when the merge asks for its update: none is kept longer than the merge needs it
+        updates = updates_of(
+            this_round,
+            lambda client: self._client_round(run, this_round, client, control),
+            lambda client: self._tell("on_client_end", client=client, failure=this_round.failures.get(client)),
+        )
+        result = merge_of(
+            this_round,
+            lambda: merge(
                 run.global_state,
-                self._train_clients(run, this_round, control),
+                updates,
                 self.merge_method,
                 config=self.model.active_peft_config,
                 on_bad_update="drop",
@@ -306,33 +308,11 @@ class FederatedTrainer(
                 server_options=args.server_optimizer_options,
                 server_state=run.server_state,
                 **(args.merge_options or {}),
-            )
-        except UpdateError as error:  # no update was left
-            for client in [client for client in this_round.clients if client not in this_round.failures]:
-                this_round.fail(client, str(error), error)
-            return None
-        for dropped in result.diagnostics["dropped"]:
-            this_round.fail(dropped["client"], dropped["reason"])
-        return (
-            result
-            if control is None
-            else replace(result, server_state={**result.server_state, **control.server_state()})
+            ),
         )
-
-    def _train_clients(self, run: Run, this_round: Round, control: ControlVariates | None) -> Iterator[ClientUpdate]:
-        """Train one client after the other, while the merge takes what they upload: no update is kept longer than that."""
-        this_round.download_bytes += serialized_bytes(run.global_state) * len(this_round.clients)
-        for client in this_round.clients:
-            try:
-                update = self._client_round(run, this_round, client, control)
-            except Exception as error:
-                traceback.clear_frames(error.__traceback__)  # what they hold may be what memory ran out for
-                this_round.fail(client, f"{type(error).__name__}: {error}", error)
-                logger.warning(f"Round {this_round.number}: client {client!r} failed and is left out. {error}")
-            else:
-                yield update
-                del update
-            self._tell("on_client_end", client=client, failure=this_round.failures.get(client))
+        if result is None or control is None:
+            return result
+        return replace(result, server_state={**result.server_state, **control.server_state()})
 
     @property
     def merge_method(self) -> str:

@@ -70,9 +70,7 @@ class LocalTrainingMixin:
         heads = run.adapter.trained_heads()
         own, shared = split_state(run.adapter.read(), run.personal_patterns)
         update = ClientUpdate(shared, self._num_examples(client), client, heads)
-        if self.client_fault is not None:
-            update = self.client_fault(client, number, update) or update
-        timeout.check()
+        update = self._before_upload(update, number, timeout)
         if control is not None:
             own_control = self._gradient_correction.new_client_control()
         kept = {**own, **{f"{SCAFFOLD_PREFIX}{name}": tensor for name, tensor in own_control.items()}}
@@ -85,6 +83,12 @@ class LocalTrainingMixin:
             keep_from = number - 1 if run.oldest_checkpoint is None else run.oldest_checkpoint
             self._store.save(client, number, kept, keep_from)
         this_round.add(update, train_loss, count_heads=self.client_budgets is not None)
+        return update
+
+    def _before_upload(self, update: ClientUpdate, round_number: int, timeout: TimeoutCallback) -> ClientUpdate:
+        if self.client_fault is not None:
+            update = self.client_fault(update.client_id, round_number, update) or update
+        timeout.check()
         return update
 
     @property

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import islice
@@ -20,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import get_peft_model_state_dict
 from torch import nn
-from transformers.utils import logging
 
 from peft_ravan.gradient_bases import (
     awaits_gradient,
@@ -30,10 +28,10 @@ from peft_ravan.gradient_bases import (
     sketch_state,
     sketches_from_state,
 )
-from peft_ravan.merging import ClientUpdate, UpdateError, merge
+from peft_ravan.merging import ClientUpdate, merge
 from peft_ravan.state import CORE_NAME, SCALING_NAME, is_basis, is_core
 
-from .faults import RoundFailedError, TimeoutCallback
+from .faults import RoundFailedError, TimeoutCallback, merge_of, updates_of
 from .participation import sample_clients
 from .rounds import Round, derive_seed, serialized_bytes
 
@@ -42,8 +40,6 @@ if TYPE_CHECKING:
     from .arguments import FederatedArguments
     from .resuming import Run
 
-
-logger = logging.get_logger(__name__)
 
 # What a client does while the trainer is that of the client: what it uploads, and its mean loss.
 ClientWork = Callable[[Round, str, TimeoutCallback], tuple[dict[str, torch.Tensor], float]]
@@ -105,43 +101,24 @@ class RoundZeroMixin:
         """The mean of what the clients make of what is sent to them; `like` has its names and shapes."""
         if sent:
             this_round.download_bytes += serialized_bytes(sent) * len(this_round.clients)
-        uploads = self._uploads(this_round, work)
-        try:
-            result = merge(like, uploads, "fedavg", on_bad_update="drop")
-        except UpdateError as error:  # no upload was left
-            for client in list(this_round.num_examples):
-                this_round.fail(client, str(error), error)
-        else:
-            for dropped in result.diagnostics["dropped"]:
-                this_round.fail(dropped["client"], dropped["reason"])
+        updates = updates_of(this_round, partial(self._upload, this_round, work))
+        result = merge_of(this_round, lambda: merge(like, updates, "fedavg", on_bad_update="drop"))
         needed = min(self.args.min_successful_clients, len(this_round.clients))
         if len(this_round.num_examples) < max(1, needed):
-            failures = "; ".join(f"{client!r} ({reason})" for client, reason in this_round.failures.items())
             raise RoundFailedError(
-                f"Round 0, which makes the bases: fewer than {needed} clients (`min_successful_clients`) succeeded. Failed: "
-                f"{failures}. Let more clients take part (`bases_clients`), or make the bases before with "
+                f"Round 0, which makes the bases: fewer than {needed} clients (`min_successful_clients`) succeeded. "
+                f"{this_round.failed()} Let more clients take part (`bases_clients`), or make the bases before with "
                 "`initialize_bases_from_gradient`."
             ) from this_round.first_error
         return result.state
 
-    def _uploads(self, this_round: Round, work: ClientWork) -> Iterator[ClientUpdate]:
-        for client in this_round.clients:
-            timeout = TimeoutCallback(self.args.client_timeout)
-            try:
-                with torch.enable_grad(), self._as_client(client, 0, timeout):
-                    state, loss = work(this_round, client, timeout)
-                update = ClientUpdate(state, self._num_examples(client), client)
-                if self.client_fault is not None:
-                    update = self.client_fault(client, 0, update) or update
-                timeout.check()
-            except Exception as error:
-                traceback.clear_frames(error.__traceback__)  # what they hold may be what memory ran out for
-                this_round.fail(client, f"{type(error).__name__}: {error}", error)
-                logger.warning(f"Round 0: client {client!r} failed and is left out. {error}")
-            else:
-                this_round.add(update, loss)
-                yield update
-                del update
+    def _upload(self, this_round: Round, work: ClientWork, client: str) -> ClientUpdate:
+        timeout = TimeoutCallback(self.args.client_timeout)
+        with torch.enable_grad(), self._as_client(client, 0, timeout):
+            state, loss = work(this_round, client, timeout)
+        update = self._before_upload(ClientUpdate(state, self._num_examples(client), client), 0, timeout)
+        this_round.add(update, loss)
+        return update
 
     def _warm_up_head(
         self, run: Run, this_round: Round, client: str, timeout: TimeoutCallback

@@ -175,6 +175,13 @@ class Round:
         self.heads_trained.pop(client, None)
         self.first_error = self.first_error or error
 
+    def failed(self) -> str:
+        """
+        Returns:
+            `str`: Who failed and why, for a message.
+        """
+        return "Failed: " + "; ".join(f"{client!r} ({reason})" for client, reason in self.failures.items()) + "."
+
     def again(self, clients: list[str]) -> Round:
         """
         Args:
