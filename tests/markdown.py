@@ -1,6 +1,8 @@
 """What tests of documentation read in a markdown page: sections, tables, code, links."""
 
+import doctest
 import re
+from pathlib import Path
 
 
 def section(text: str, title: str, level: int = 2) -> str:
@@ -21,6 +23,21 @@ def rows(text: str) -> list[list[str]]:
 def code_blocks(text: str) -> list[str]:
     """The python code of a text, block by block."""
     return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+
+
+def run_blocks(page: Path, namespace: dict, optionflags: int) -> int:
+    """Run the code of a page in order, in one namespace. Returns the number of results it shows, all of them true."""
+    runner = doctest.DocTestRunner(verbose=False, optionflags=optionflags)
+    for number, block in enumerate(code_blocks(page.read_text())):
+        if block.startswith(">>> "):
+            test = doctest.DocTestParser().get_doctest(block, namespace, f"{page.name}, block {number}", page, 0)
+            reports = []
+            runner.run(test, out=reports.append, clear_globs=False)
+            assert not reports, "".join(reports)
+            namespace = test.globs
+        else:
+            exec(compile(block, str(page), "exec"), namespace)
+    return runner.summarize(verbose=False).attempted
 
 
 def dead_links(text: str) -> set[str]:

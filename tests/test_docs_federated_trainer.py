@@ -14,7 +14,7 @@ from peft_ravan.trainers.partition import DEFAULT_NUM_CLIENTS, PARTITIONS
 from peft_ravan.trainers.partition_report import MAX_BARS, MAX_COLOURS
 
 from .conftest import classification_dataset
-from .markdown import code_blocks, dead_links, rows, section
+from .markdown import dead_links, rows, run_blocks, section
 from .test_readme import make_model
 
 
@@ -37,19 +37,9 @@ def given() -> dict:
 def test_the_code_gives_the_results_it_shows(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    namespace = given()
     # pandas ends the lines of a table with blanks
-    runner = doctest.DocTestRunner(verbose=False, optionflags=doctest.NORMALIZE_WHITESPACE)
-    for number, block in enumerate(code_blocks(TEXT)):
-        if block.startswith(">>> "):
-            test = doctest.DocTestParser().get_doctest(block, namespace, f"{PAGE.name}, block {number}", PAGE, 0)
-            reports = []
-            runner.run(test, out=reports.append, clear_globs=False)
-            assert not reports, "".join(reports)
-            namespace = test.globs
-        else:
-            exec(compile(block, str(PAGE), "exec"), namespace)
-    assert runner.summarize(verbose=False).attempted >= 10
+    attempted = run_blocks(PAGE, given(), doctest.NORMALIZE_WHITESPACE)
+    assert attempted >= 10
     assert (tmp_path / "labels.png").exists() and (tmp_path / "speakers.png").exists()
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from peft_ravan.merging import MERGE_METHODS, SERVER_OPTIMIZERS, methods_table
 
-from .markdown import code_blocks, dead_links, rows, section
+from .markdown import code_blocks, dead_links, rows, run_blocks, section
 
 
 PAGE = Path(__file__).parent.parent / "docs" / "merging.md"
@@ -32,18 +32,8 @@ def names_in(text: str) -> set[str]:
 @pytest.mark.filterwarnings("ignore:fedrpca. robust PCA did not converge in 3 iterations for 1 of 1 matrices")
 def test_the_code_gives_the_results_it_shows(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    namespace = {}
-    runner = doctest.DocTestRunner(verbose=False, optionflags=doctest.ELLIPSIS)
-    for number, block in enumerate(code_blocks(TEXT)):
-        if block.startswith(">>> "):
-            test = doctest.DocTestParser().get_doctest(block, namespace, f"{PAGE.name}, block {number}", PAGE, 0)
-            reports = []
-            runner.run(test, out=reports.append, clear_globs=False)
-            assert not reports, "".join(reports)
-            namespace = test.globs
-        else:
-            exec(compile(block, str(PAGE), "exec"), namespace)
-    assert runner.summarize(verbose=False).attempted > len(METHODS)
+    attempted = run_blocks(PAGE, {}, doctest.ELLIPSIS)
+    assert attempted > len(METHODS)
 
 
 def test_the_table_of_methods():
