@@ -173,7 +173,7 @@ class FederatedTrainer(
         run = self._start_run(resume_from_checkpoint, trial)
         try:
             with frozen_heap():
-                self._open_run(run)
+                self._open_run(run, trial)
                 for number, factor in list(enumerate(learning_rate_factors(self.args), start=1))[run.round :]:
                     if self.control.should_training_stop:
                         break

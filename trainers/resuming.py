@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rotate_checkpoints
 from transformers.utils import logging
 
 from peft_ravan.gradient_bases import awaits_gradient
@@ -85,23 +85,33 @@ class Run:
 class CheckpointingMixin:
     """Lets a federation be saved after a round, and go on from there as if it had not been interrupted."""
 
+    def _save_start(self, run: Run, trial: Any) -> None:
+        """So that a run that is killed before its first round is saved can be resumed as any other."""
+        if self.args.save_strategy in (SaveStrategy.STEPS, SaveStrategy.EPOCH) and not self.args.save_only_model:
+            self._write_checkpoint(run, trial)
+            run.oldest_checkpoint = run.round
+
     def _save_round(self, run: Run, trial: Any) -> None:
         run_dir = self._get_output_dir(trial=trial)
         best = os.path.join(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
         if self.state.best_global_step == run.round or os.path.exists(best):
             self.state.best_model_checkpoint = best
-        folder = os.path.join(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{run.round}")
+        folder = self._write_checkpoint(run, trial)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(folder)
+        rotate_checkpoints(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
+        run.oldest_checkpoint = checkpoint_round(find_checkpoints(run_dir)[-1])
+        self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+
+    def _write_checkpoint(self, run: Run, trial: Any) -> str:
+        folder = os.path.join(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{run.round}")
         self.state.stateful_callbacks = TrainerState(stateful_callbacks=self._stateful_callbacks()).stateful_callbacks
         with atomic_folder(folder) as aside:
             self.save_model(str(aside), _internal_call=True)
             self.state.save_to_json(str(aside / TRAINER_STATE_NAME))
             if not self.args.save_only_model:
                 write_federation_state(aside, FederationState(run.round, self._facts(run), run.server_state))
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(folder)
-        rotate_checkpoints(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
-        run.oldest_checkpoint = checkpoint_round(find_checkpoints(run_dir)[-1])
-        self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        return folder
 
     def _stateful_callbacks(self) -> list[ExportableState]:
         callbacks = [*self.callback_handler.callbacks, self.control]

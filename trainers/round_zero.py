@@ -65,10 +65,15 @@ def sample_bases_clients(sizes: Mapping[str, int], args: FederatedArguments) -> 
 class RoundZeroMixin:
     """Lets a federation make its common bases from the clients' gradients."""
 
-    def _open_run(self, run: Run) -> None:
-        """What comes before the first round, and is not repeated when a run goes on: one record, if there is anything."""
+    def _open_run(self, run: Run, trial: Any) -> None:
+        """
+        What comes before the first round, and is not repeated when a run goes on after one: one record, if there is
+        anything.
+        """
         if run.round:
             return
+        if run.oldest_checkpoint is None:  # else the run goes on from its start, which is saved
+            self._save_start(run, trial)
         record = self._make_bases(run) if awaits_gradient(self.model, run.adapter.adapter_name) else {}
         if self.args.eval_on_start:
             record.update(self._evaluate_quietly(None))

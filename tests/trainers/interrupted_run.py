@@ -1,6 +1,6 @@
 """
-A run that is killed, or goes on: `python interrupted_run.py FOLDER KILL_AT`, where KILL_AT is `client`, `saving`, `replacing`
-or `-` to resume in every folder given.
+A run that is killed, or goes on: `python interrupted_run.py FOLDER KILL_AT`, where KILL_AT is `bases`, `first`, `client`,
+`saving`, `renaming` or `-` to resume in every folder given.
 """
 
 import os
@@ -9,6 +9,7 @@ import sys
 
 from safetensors.torch import save_file
 
+from peft_ravan import RavanConfig
 from peft_ravan.trainers import FederatedCallback, checkpoints
 from tests.trainers.test_resuming import resumable_trainer
 
@@ -18,15 +19,20 @@ def kill() -> None:
 
 
 class KillWithinAClient(FederatedCallback):
-    def __init__(self):
+    def __init__(self, round_number):
+        self.round_number = round_number
         self.rounds = 0
 
     def on_round_begin(self, args, state, control, **kwargs):
         self.rounds += 1
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.rounds == 3 and state.global_step == 2:
+        if self.rounds == self.round_number and state.global_step == 2:
             kill()
+
+
+KILL_WITHIN_ROUND = {"bases": 0, "first": 1, "client": 3}
+GRADIENT_SVD = RavanConfig(r=2, num_heads=2, init_bases="gradient_svd", task_type="SEQ_CLS")
 
 
 def kill_while_saving() -> None:
@@ -35,7 +41,7 @@ def kill_while_saving() -> None:
     def save_and_kill(tensors, path):
         calls.append(path)
         write(tensors, path)
-        if len(calls) == 2:
+        if len(calls) == 3:  # that of the start, that of round 1, this one
             with open(path, "r+b") as file:
                 file.truncate(20)
             kill()
@@ -48,7 +54,7 @@ def kill_before_the_rename() -> None:
 
     def replace(source, target):
         calls.append(source)
-        if len(calls) == 2:
+        if len(calls) == 3:  # that of the start, that of round 1, this one
             kill()
         rename(source, target)
 
@@ -58,11 +64,12 @@ def kill_before_the_rename() -> None:
 if __name__ == "__main__":
     *folders, kill_at = sys.argv[1:]
     for folder in folders:
-        callbacks = [KillWithinAClient()] if kill_at == "client" else []
+        callbacks = [KillWithinAClient(KILL_WITHIN_ROUND[kill_at])] if kill_at in KILL_WITHIN_ROUND else []
         if kill_at == "saving":
             kill_while_saving()
         if kill_at == "renaming":
             kill_before_the_rename()
-        trainer = resumable_trainer(folder, callbacks=callbacks)
+        adapter = GRADIENT_SVD if os.path.basename(folder) == "bases" else None
+        trainer = resumable_trainer(folder, adapter=adapter, callbacks=callbacks)
         trainer.train(resume_from_checkpoint=True if kill_at == "-" else None)
         save_file(trainer.last_global_state, os.path.join(folder, "end.safetensors"))

@@ -82,22 +82,29 @@ def test_a_resumed_run_is_the_uninterrupted_run(tmp_path, adapter, options):
 def test_after_kill_at_any_point_the_run_goes_on_to_the_last_bit(tmp_path):
     whole = resumable_trainer(tmp_path / "whole")
     whole.train()
-    kill_at = ["client", "saving", "renaming"]
+    gradient_svd = RavanConfig(r=2, num_heads=2, init_bases="gradient_svd", task_type="SEQ_CLS")
+    with_bases = resumable_trainer(tmp_path / "whole_with_bases", adapter=gradient_svd)
+    with_bases.train()
+    left = {
+        "bases": ["checkpoint-0"],
+        "first": ["checkpoint-0"],
+        "client": ["checkpoint-0", "checkpoint-1", "checkpoint-2"],
+        "saving": ["checkpoint-0", "checkpoint-1"],
+        "renaming": ["checkpoint-0", "checkpoint-1"],
+    }
     command = [sys.executable, "-m", "tests.trainers.interrupted_run"]
-    for moment in kill_at:
+    for moment in left:
         killed = subprocess.run([*command, str(tmp_path / moment), moment], cwd=ROOT, capture_output=True)
         assert killed.returncode == -9, killed.stderr.decode()
-    saved = {moment: sorted(path.name for path in (tmp_path / moment).glob("checkpoint-*")) for moment in kill_at}
-    assert saved == {
-        "client": ["checkpoint-1", "checkpoint-2"],
-        "saving": ["checkpoint-1"],
-        "renaming": ["checkpoint-1"],
-    }
-    folders = [str(tmp_path / moment) for moment in kill_at]
+    assert left == {moment: sorted(path.name for path in (tmp_path / moment).glob("checkpoint-*")) for moment in left}
+    folders = [str(tmp_path / moment) for moment in left]
     subprocess.run([*command, *folders, "-"], cwd=ROOT, check=True, capture_output=True)
     for folder in folders:
-        assert_same(load_file(Path(folder) / "end.safetensors"), adapter_state(whole))
+        uninterrupted = with_bases if folder.endswith("bases") else whole
+        assert_same(load_file(Path(folder) / "end.safetensors"), adapter_state(uninterrupted))
         assert not list(Path(folder).glob(".*"))  # nothing half is left
+    adapters = [tmp_path / run / "checkpoint-4" / "adapter_model.safetensors" for run in ("bases", "whole_with_bases")]
+    assert_same(*map(load_file, adapters))  # the bases, too
 
 
 def test_a_finished_run_is_loaded_and_not_run_again(tmp_path):
@@ -206,7 +213,7 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
 
     def full(folder, state):
         calls.append(folder)
-        if len(calls) == 3:
+        if len(calls) == 4:
             raise OSError(errno.ENOSPC, "No space left on device")
         write(folder, state)
 
@@ -214,7 +221,7 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
     trainer = resumable_trainer(tmp_path)
     with pytest.raises(OSError, match="could not be written .No space left on device.*earlier rounds are complete"):
         trainer.train()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-0", "checkpoint-1", "checkpoint-2"]
     whole = resumable_trainer(tmp_path / "whole")
     whole.train()
     resumed = resumable_trainer(tmp_path)
