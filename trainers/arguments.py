@@ -1,7 +1,8 @@
 from __future__ import annotations
 
+import functools
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass
 from typing import Any
 
 from transformers import SchedulerType, TrainingArguments
@@ -17,9 +18,10 @@ from .partitioner import PartitionerArgumentMixin, is_partitioner
 
 # without a `repr` of its own: that of TrainingArguments hides tokens
 @dataclass(repr=False)
-class FederatedArguments(PartitionerArgumentMixin, TrainingArguments):
+class FederatedArgumentsMixin(PartitionerArgumentMixin):
     """
-    The arguments of a [`FederatedTrainer`]: those of [`~transformers.TrainingArguments`], and what is federated.
+    What is federated in the arguments of a trainer, to be mixed over [`~transformers.TrainingArguments`] or a subclass, see
+    [`federated_arguments`].
 
     The inherited arguments (`num_train_epochs` or `max_steps`, `learning_rate`, batch sizes, gradient accumulation, mixed
     precision, ...) govern the local training of one client in one round. What counts time counts rounds: `eval_strategy`
@@ -267,3 +269,58 @@ class FederatedArguments(PartitionerArgumentMixin, TrainingArguments):
             value = getattr(self, name)
             if self.num_clients and value and value > self.num_clients:
                 raise ValueError(f"`{name}` must not be above `num_clients`, got {value} and {self.num_clients}.")
+
+
+@dataclass(repr=False)
+class FederatedArguments(FederatedArgumentsMixin, TrainingArguments):
+    """
+    The arguments of a [`FederatedTrainer`]: those of [`~transformers.TrainingArguments`], and those of
+    [`FederatedArgumentsMixin`], which are described there.
+    """
+
+
+@functools.cache
+def federated_arguments(arguments_class: type[TrainingArguments]) -> type[TrainingArguments]:
+    """
+    Make the arguments of a trainer made by [`federated`].
+
+    Args:
+        arguments_class (`type[TrainingArguments]`): The arguments that the trainer takes by itself.
+
+    Returns:
+        `type[TrainingArguments]`: A subclass with the fields of [`FederatedArgumentsMixin`] besides; the same for the same
+        class. `save_strategy` and `lr_scheduler_type` have the defaults of [`FederatedArguments`], all else those of the
+        given class.
+
+    Raises:
+        TypeError: if it is not a subclass of [`~transformers.TrainingArguments`].
+    """
+    if not (isinstance(arguments_class, type) and issubclass(arguments_class, TrainingArguments)):
+        raise TypeError(
+            f"`federated_arguments` needs `TrainingArguments` or a subclass, got {arguments_class!r}. Pass the class that "
+            "the arguments of your trainer have."
+        )
+    if issubclass(arguments_class, FederatedArgumentsMixin):
+        return arguments_class
+    if arguments_class is TrainingArguments:
+        return FederatedArguments
+    doc = f"[`{arguments_class.__name__}`] with what is federated, see [`FederatedArgumentsMixin`]."
+    return make_dataclass(
+        f"Federated{arguments_class.__name__}",
+        [],
+        bases=(FederatedArgumentsMixin, arguments_class),
+        namespace={"__doc__": doc, "__reduce__": _reduce, "__module__": arguments_class.__module__},
+        repr=False,
+    )
+
+
+def _reduce(args: TrainingArguments) -> tuple:
+    # Trainer saves its arguments by pickle, which finds a class only where it was written down
+    [_, arguments_class] = type(args).__bases__
+    return _restored, (arguments_class, args.__getstate__())
+
+
+def _restored(arguments_class: type[TrainingArguments], state: dict[str, Any]) -> TrainingArguments:
+    args = object.__new__(federated_arguments(arguments_class))
+    args.__dict__.update(state)
+    return args
