@@ -8,7 +8,7 @@ needed here are written out; `partitioner.py` takes any other of theirs.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import numpy as np
@@ -33,10 +33,43 @@ MAX_KEPT_PARTS = 256
 MAX_DIRICHLET_DRAWS = 1000
 
 
-class ClientParts(Mapping):
+class KeptParts(Mapping):
     """
-    The parts of one data set, by the names of the clients. A part is made when it is asked for: to make those of thousands
-    of clients, of which a few train in a round, would take longer and more memory than many a federation.
+    Data sets by the names of the clients, each made when it is asked for: to make those of thousands of clients, of which
+    a few train in a round, would take longer and more memory than many a federation. The last ones are kept.
+
+    Args:
+        sources (`Mapping[str, Any]`): Client names to what the data sets are made of.
+    """
+
+    def __init__(self, sources: Mapping[str, Any]):
+        self._sources = sources
+        self._kept: dict[str, Dataset] = {}
+
+    def _make(self, client: str) -> Dataset:
+        raise NotImplementedError
+
+    def __getitem__(self, client: str) -> Dataset:
+        if client not in self._kept:
+            part = self._make(client)
+            if len(self._kept) >= MAX_KEPT_PARTS:
+                del self._kept[next(iter(self._kept))]
+            self._kept[client] = part
+        return self._kept[client]
+
+    def __contains__(self, client: object) -> bool:
+        return client in self._sources  # that of Mapping would make the part
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sources)
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+
+class ClientParts(KeptParts):
+    """
+    The parts of one data set, by the names of the clients.
 
     Args:
         dataset (`Dataset`): A data set with a length.
@@ -44,26 +77,11 @@ class ClientParts(Mapping):
     """
 
     def __init__(self, dataset: Dataset, indices: Mapping[str, np.ndarray]):
+        super().__init__(dict(indices))
         self._dataset = dataset
-        self._indices = dict(indices)
-        self._kept: dict[str, Dataset] = {}
 
-    def __getitem__(self, client: str) -> Dataset:
-        if client not in self._kept:
-            part = _select(self._dataset, self._indices[client])
-            if len(self._kept) >= MAX_KEPT_PARTS:
-                del self._kept[next(iter(self._kept))]
-            self._kept[client] = part
-        return self._kept[client]
-
-    def __contains__(self, client: object) -> bool:
-        return client in self._indices  # that of Mapping would make the part
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._indices)
-
-    def __len__(self) -> int:
-        return len(self._indices)
+    def _make(self, client: str) -> Dataset:
+        return _select(self._dataset, self._sources[client])
 
     def num_examples(self, client: str) -> int:
         """
@@ -73,7 +91,7 @@ class ClientParts(Mapping):
         Returns:
             `int`: The length of its part, which is not made for this.
         """
-        return len(self._indices[client])
+        return len(self._sources[client])
 
 
 def make_clients(train_dataset: Dataset | Mapping[str, Dataset], args: FederatedArguments) -> Mapping[str, Dataset]:
