@@ -11,6 +11,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -18,6 +19,7 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedTokenizerFast,
 )
 
 
@@ -119,3 +121,20 @@ def randomize_adapter(model: torch.nn.Module, seed: int = 0, scale: float = 1.0)
         if parameter.requires_grad:
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.data.add_(scale * noise.to(parameter))
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A word is a token; the words are those of [`sentence`]."""
+    words = {f"w{index}": index for index in range(60)} | {"[PAD]": 60, "[EOS]": 61, "[UNK]": 62}
+    backend = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", eos_token="[EOS]", unk_token="[UNK]")
+
+
+@pytest.fixture
+def tokenizer():
+    return make_tokenizer()
+
+
+def sentence(start: int) -> str:
+    return " ".join(f"w{(start + step) % 60}" for step in range(6))

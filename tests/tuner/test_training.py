@@ -9,11 +9,11 @@ import datasets
 import pytest
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
-from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from peft_ravan import RavanConfig
 
-from ..conftest import classification_dataset, randomize_adapter, tiny_bert, tiny_llama
+from ..conftest import classification_dataset, randomize_adapter, sentence, tiny_bert, tiny_llama
 
 
 def arguments(folder, cls=TrainingArguments, **kwargs):
@@ -48,20 +48,6 @@ def test_trainer_resumes_to_the_last_bit(tmp_path):
 
     whole = train(tmp_path)
     assert_same(train(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-2")), whole)
-
-
-@pytest.fixture
-def tokenizer():
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = {f"w{index}": index for index in range(60)} | {"[PAD]": 60, "[EOS]": 61, "[UNK]": 62}
-    backend = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", eos_token="[EOS]", unk_token="[UNK]")
-
-
-def sentence(start: int) -> str:
-    return " ".join(f"w{(start + step) % 60}" for step in range(6))
 
 
 def test_sft_trainer_of_trl(tmp_path, tokenizer):
