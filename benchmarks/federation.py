@@ -45,7 +45,7 @@ from transformers import (
 )
 
 from peft_ravan import RavanConfig
-from peft_ravan.trainers import FederatedArguments, FederatedTrainer, clients, federated_trainer, local_training
+from peft_ravan.trainers import FederatedArguments, FederatedTrainer, clients, federated_mixin, local_training
 from peft_ravan.trainers.callbacks import FederatedCallback
 from peft_ravan.trainers.rounds import Round, derive_seed
 
@@ -236,7 +236,7 @@ def measure_round(args: argparse.Namespace, folder: str) -> dict[str, Any]:
     watch.watch(clients.LiveAdapter, "read", "reading the adapter")
     watch.watch(Round, "add", "counting the upload")
     watch.watch(local_training, "set_seed", "seeding")
-    watch.watch(federated_trainer, "merge", "merge")
+    watch.watch(federated_mixin, "merge", "merge")
     callback = BareLoops(watch)
     arguments = federated_arguments(
         folder,

@@ -4,7 +4,9 @@ import doctest
 import re
 from pathlib import Path
 
+import datasets
 import pytest
+import torch
 from peft import get_peft_model
 
 from peft_ravan import GradientSketch, RavanConfig
@@ -13,7 +15,7 @@ from peft_ravan.trainers import FederatedArguments
 from peft_ravan.trainers.partition import DEFAULT_NUM_CLIENTS, PARTITIONS
 from peft_ravan.trainers.partition_report import MAX_BARS, MAX_COLOURS
 
-from .conftest import classification_dataset
+from .conftest import classification_dataset, make_tokenizer, sentence, tiny_llama
 from .markdown import dead_links, rows, run_blocks, section
 from .test_readme import make_model
 
@@ -27,6 +29,10 @@ def given() -> dict:
     dataset = classification_dataset().rename_column("labels", "label")
     speakers = ["anna", "ben", "chloe"] * (len(dataset) // 3)
     return {
+        "torch": torch,
+        "language_model": tiny_llama(),
+        "tokenizer": make_tokenizer(),
+        "texts": datasets.Dataset.from_dict({"text": [sentence(i) for i in range(30)], "speaker": speakers[:30]}),
         "base_model": make_model(),
         "dataset": dataset.add_column("speaker", speakers),
         "model": get_peft_model(make_model(), RavanConfig(r=4, num_heads=2, task_type="SEQ_CLS")),

@@ -2,11 +2,14 @@
 Federated training with `transformers`: rounds of clients that train an adapter, merged by `peft_ravan.merging`.
 """
 
-from .arguments import FederatedArguments
+from typing import Any
+
+from .arguments import FederatedArguments, FederatedArgumentsMixin, federated_arguments
 from .callbacks import FederatedCallback
 from .checkpoints import CheckpointError
 from .faults import ClientTimeoutError, RoundFailedError
-from .federated_trainer import FederatedTrainer
+from .federated_mixin import FederatedMixin
+from .federated_trainer import FederatedTrainer, federated
 from .partition import make_clients
 from .partition_report import partition_table, plot_partition
 
@@ -15,10 +18,30 @@ __all__ = [
     "CheckpointError",
     "ClientTimeoutError",
     "FederatedArguments",
+    "FederatedArgumentsMixin",
     "FederatedCallback",
+    "FederatedMixin",
     "FederatedTrainer",
     "RoundFailedError",
+    "federated",
+    "federated_arguments",
     "make_clients",
     "partition_table",
     "plot_partition",
 ]
+
+
+# not in `__all__`, since trl is optional and takes seconds to import
+_OF_TRL = ("FederatedDPOConfig", "FederatedDPOTrainer", "FederatedSFTConfig", "FederatedSFTTrainer")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _OF_TRL:
+        from . import trl_trainers
+
+        return getattr(trl_trainers, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_OF_TRL])

@@ -58,6 +58,18 @@ def call_federated_event(handler: CallbackHandler, event: str, args, state, cont
 class LocalCallbackHandler(CallbackHandler):
     """The handler during a client's local training, which lets only [`LOCAL_EVENTS`] through."""
 
+    @classmethod
+    def of(cls, handler: CallbackHandler, *callbacks: TrainerCallback) -> LocalCallbackHandler:
+        """
+        Args:
+            handler ([`~transformers.trainer_callback.CallbackHandler`]): The handler of the federation.
+            *callbacks ([`~transformers.TrainerCallback`]): Callbacks of the client.
+
+        Returns:
+            [`LocalCallbackHandler`]: One with the callbacks of both.
+        """
+        return cls([*handler.callbacks, *callbacks], handler.model, handler.processing_class, None, None)
+
     def call_event(self, event, args, state, control, **kwargs):
         if event not in LOCAL_EVENTS:
             return control

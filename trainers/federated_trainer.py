@@ -1,43 +1,15 @@
-"""A Trainer that runs the rounds of a federation on one machine."""
+"""Trainers that run the rounds of a federation on one machine."""
 
 from __future__ import annotations
 
-import time
-from dataclasses import replace
-from typing import Any
+import functools
 
-import torch
-from peft import PeftModel, PeftType
-from transformers import ProgressCallback, Trainer, TrainerState, set_seed
-from transformers.trainer_utils import SaveStrategy, TrainOutput
-from transformers.training_args import ParallelMode
-from transformers.utils import logging
+from transformers import Trainer
 
-from peft_ravan.merging import MergeResult, get_merge_method, merge
-
-from .arguments import FederatedArguments
-from .callbacks import FederatedProgressCallback, call_federated_event
-from .client_budgets import resolve_client_budgets
-from .clients import LiveAdapter, freeze, frozen_heap
-from .faults import ClientFault, RoundFailedError, merge_of, updates_of
-from .local_objective import ControlVariates
-from .local_training import LocalTrainingMixin
-from .participation import Availability, check_participation, sample_clients
-from .partition import make_clients
-from .partition_report import PartitionReportMixin
-from .personal import check_patterns
-from .reporting import SharingMixin
-from .resuming import CheckpointingMixin, Run
-from .round_zero import RoundZeroMixin
-from .rounds import Round, is_due, learning_rate_factors, mean_train_loss, serialized_bytes
+from .federated_mixin import FederatedMixin
 
 
-logger = logging.get_logger(__name__)
-
-
-class FederatedTrainer(
-    CheckpointingMixin, RoundZeroMixin, SharingMixin, PartitionReportMixin, LocalTrainingMixin, Trainer
-):
+class FederatedTrainer(FederatedMixin, Trainer):
     """
     A [`~transformers.Trainer`] that trains an adapter over simulated clients.
 
@@ -96,261 +68,43 @@ class FederatedTrainer(
         ```
     """
 
-    def __init__(
-        self,
-        model=None,
-        args: FederatedArguments | None = None,
-        *trainer_args,
-        client_fault: ClientFault | None = None,
-        availability: Availability | None = None,
-        **kwargs,
-    ):
-        if args is None:
-            args = FederatedArguments(output_dir="tmp_trainer")
-        if not isinstance(args, FederatedArguments):
-            raise TypeError(
-                f"The FederatedTrainer needs `FederatedArguments`, got {type(args).__name__}. They take everything that "
-                "`TrainingArguments` take."
-            )
-        super().__init__(model, args, *trainer_args, **kwargs)
-        if self.optimizer is not None or self.lr_scheduler is not None:
-            raise ValueError(
-                "`optimizers` cannot be given to the FederatedTrainer: every client starts with a fresh optimizer. Use "
-                "`args.optim` or `optimizer_cls_and_kwargs`."
-            )
-        if args.parallel_mode == ParallelMode.DISTRIBUTED:
-            raise ValueError(
-                "The FederatedTrainer runs in one process for now. Start it without a distributed launcher."
-            )
-        self.clients = {}
-        self.client_budgets: dict[str, float] | None = None
-        if self.train_dataset is not None:
-            self._live_adapter()  # raises if the model cannot be trained this way
-            self.clients = make_clients(self.train_dataset, args)
-            self.client_budgets = resolve_client_budgets(self)
-            check_participation(self._client_sizes(), args, availability)
-        self.availability = availability
-        self.last_merge: MergeResult | None = None
-        self.last_global_state: dict[str, torch.Tensor] | None = None
-        self.client_fault = client_fault
-        self._log_sink: dict[str, Any] | None = None  # set while logs belong to a round's record
-        if self.pop_callback(ProgressCallback) is not None:
-            self.add_callback(FederatedProgressCallback)
 
-    # ---- The run -----------------------------------------------------------------
+@functools.cache
+def federated(trainer_class: type[Trainer]) -> type[Trainer]:
+    """
+    Make a federated trainer of any other. Each client trains as that trainer does, with its losses, data loaders and
+    preparation of the data; [`FederatedTrainer`] is what this makes of [`~transformers.Trainer`].
 
-    def train(
-        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval=None
-    ) -> TrainOutput:
-        """
-        Run the rounds. Afterwards the model holds the merged adapter, with every scaling at 1.
+    Args:
+        trainer_class (`type[Trainer]`): The trainer, such as your own subclass of [`~transformers.Trainer`].
 
-        Args:
-            resume_from_checkpoint (`str` or `bool`, *optional*):
-                A checkpoint to go on from, or `True` for the last complete one in `args.output_dir`.
-            trial (*optional*):
-                As for [`~transformers.Trainer.train`].
-            ignore_keys_for_eval (`list[str]`, *optional*):
-                As for [`~transformers.Trainer.train`].
+    Returns:
+        `type[Trainer]`: A subclass with the rounds of [`FederatedMixin`] before; the same for the same class. It takes what
+        the trainer takes, and what [`FederatedTrainer`] takes besides. Its `args` are made by [`federated_arguments`] from
+        those of the trainer.
 
-        Returns:
-            [`~transformers.trainer_utils.TrainOutput`]: The number of rounds, the mean training loss over them and, in
-            `metrics`, the bytes sent and the runtime.
+    Raises:
+        TypeError: if it is not a subclass of [`~transformers.Trainer`].
 
-        Raises:
-            ValueError: if there is no training data, or nothing to resume from.
-            CheckpointError: if the checkpoint is damaged or belongs to another federation.
-            RoundFailedError: if in all attempts at a round too few clients succeeded. The model then holds the last
-                merged adapter.
-            RuntimeError: if in no round as many clients as `min_clients` were available.
-        """
-        if not self.clients:
-            raise ValueError("The FederatedTrainer needs a `train_dataset` to train.")
-        if self.model_init is not None:
-            self._init_model_again(trial)
+    Example:
 
-        start_time = time.time()
-        run = self._start_run(resume_from_checkpoint, trial)
-        try:
-            with frozen_heap():
-                self._open_run(run, trial)
-                for number, factor in list(enumerate(learning_rate_factors(self.args), start=1))[run.round :]:
-                    if self.control.should_training_stop:
-                        break
-                    self._learning_rate_factor = factor
-                    self._run_round(run, number, ignore_keys_for_eval, trial)
-            if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
-                self._load_best_model()
-                run.take_state()
-        finally:
-            # also after an error: the model holds the last merged adapter, not that of a client
-            run.load_global()
-            self.last_global_state = run.global_state
-            self._learning_rate_factor = None
-            self.is_in_train = False
-        return self._finish_run(start_time)
+        ```py
+        >>> from peft_ravan.trainers import federated, federated_arguments
 
-    def _init_model_again(self, trial: Any) -> None:
-        # as Trainer does, so that a second train() does not go on from the first
-        set_seed(self.args.seed)
-        self.model = self.call_model_init(trial)
-        self._move_model_to_device(self.model, self.args.device)
-        self.model_wrapped = self.callback_handler.model = self.model
-
-    def _start_run(self, resume_from_checkpoint: str | bool | None, trial: Any) -> Run:
-        run = Run(self._live_adapter(), personal_patterns=self._personal_patterns)
-        run.take_state()
-        check_patterns(run.state(), self.args.local_parameters or ())
-        self.last_merge = None
-        self.is_in_train = True
-        self.state = TrainerState(stateful_callbacks=self._stateful_callbacks())
-        if resume_from_checkpoint:
-            self._load_checkpoint(resume_from_checkpoint, run, trial)
-            self._restore_callbacks()
-        if self._keeps_state:
-            self._store.forget_after(run.round)
-        was_stopped = self.control.should_training_stop
-        self.state.max_steps = self.args.num_rounds
-        self.state.is_local_process_zero = self.is_local_process_zero()
-        self.state.is_world_process_zero = self.is_world_process_zero()
-        self.state.compute_steps(self.args, self.args.num_rounds)
-        self.state.epoch = None  # rounds are counted; an epoch means something to a client only
-        self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
-        if run.round:
-            self.control.should_training_stop |= was_stopped
-        return run
-
-    def _finish_run(self, start_time: float) -> TrainOutput:
-        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
-        records = [record for record in self.state.log_history if record.get("round")]
-        train_loss = mean_train_loss(records, self.args)
-        metrics = {
-            "train_runtime": time.time() - start_time,
-            "train_loss": train_loss,
-            **{
-                name: sum(record.get(name, 0) for record in self.state.log_history)  # those of round 0, too
-                for name in ("upload_bytes", "download_bytes")
-            },
-        }
-        return TrainOutput(self.state.global_step, train_loss, metrics)
-
-    # ---- A round -----------------------------------------------------------------
-
-    def _run_round(self, run: Run, number: int, ignore_keys_for_eval: list[str] | None, trial: Any) -> None:
-        start_time = time.perf_counter()
-        this_round, result = self._train_and_merge(run, number)
-        if result is not None:  # else the round is skipped
-            self.last_merge = result
-            run.global_state, run.server_state = result.state, result.server_state
-        run.round = number
-        run.load_global()
-        round_seconds = time.perf_counter() - start_time
-
-        self.state.global_step = number
-        record, is_best = {**this_round.record(), "round_seconds": round_seconds}, False
-        if is_due(self.args.eval_strategy, self.args.eval_steps, number, self.args.num_rounds):
-            metrics = self._evaluate_quietly(ignore_keys_for_eval)
-            is_best = self._determine_best_metric(metrics, trial)
-            record.update(metrics)
-        self.log(record)
-        self._tell("on_round_end", record=record)
-        is_save_due = is_due(
-            self.args.save_strategy, self.args.save_steps, number, self.args.num_rounds, also_last=True
+        >>> trainer = federated(MyTrainer)(model, federated_arguments(MyArguments)("out"), train_dataset=dataset)
+        ```
+    """
+    if not (isinstance(trainer_class, type) and issubclass(trainer_class, Trainer)):
+        raise TypeError(
+            f"`federated` needs `Trainer` or a subclass, got {trainer_class!r}. Pass the class, not a trainer."
         )
-        if is_save_due or (is_best and self.args.save_strategy == SaveStrategy.BEST):
-            self._save_round(run, trial)
-
-    def _train_and_merge(self, run: Run, number: int) -> tuple[Round, MergeResult | None]:
-        """
-        Train the clients of a round and merge what they upload, if need be several times, each with other clients. There
-        is nothing to merge if too few clients are available.
-        """
-        sizes = self._client_sizes()
-        this_round = Round(number, sample_clients(sizes, self.args, number, self.availability))
-        while True:
-            needed = min(self.args.min_successful_clients, len(this_round.clients))
-            self._tell("on_round_begin", clients=this_round.clients)
-            result = self._merge(run, this_round) if this_round.clients else None
-            if len(this_round.num_examples) >= needed:
-                return this_round, result
-            if this_round.attempts == self.args.max_round_attempts:
-                raise RoundFailedError(
-                    f"Round {number}: fewer than {needed} clients (`min_successful_clients`) succeeded in each of "
-                    f"{this_round.attempts} attempts. {this_round.failed()}"
-                ) from this_round.first_error
-            logger.warning(f"Round {number} is repeated with other clients. {this_round.failed()}")
-            others = {client: size for client, size in sizes.items() if client not in this_round.failures}
-            enough = len(others) >= max(needed, self.args.min_clients)
-            clients = sample_clients(
-                others if enough else sizes, self.args, number, self.availability, attempt=this_round.attempts
-            )
-            this_round = this_round.again(clients)
-
-    def _merge(self, run: Run, this_round: Round) -> MergeResult | None:
-        args = self.args
-        control = ControlVariates(run.server_state, len(self.clients)) if args.scaffold else None
-        this_round.download_bytes += serialized_bytes(run.global_state) * len(this_round.clients)
-        # a client trains when the merge asks for its update: none is kept longer than the merge needs it
-        updates = updates_of(
-            this_round,
-            lambda client: self._client_round(run, this_round, client, control),
-            lambda client: self._tell("on_client_end", client=client, failure=this_round.failures.get(client)),
-        )
-        result = merge_of(
-            this_round,
-            lambda: merge(
-                run.global_state,
-                updates,
-                self.merge_method,
-                config=self.model.active_peft_config,
-                on_bad_update="drop",
-                server_optimizer=args.server_optimizer,
-                server_options=args.server_optimizer_options,
-                server_state=run.server_state,
-                **(args.merge_options or {}),
-            ),
-        )
-        if result is None or control is None:
-            return result
-        return replace(result, server_state={**result.server_state, **control.server_state()})
-
-    @property
-    def merge_method(self) -> str:
-        """The name of the merge method: that of the arguments, or what suits the adapter."""
-        if self.args.merge_method is not None:
-            return self.args.merge_method
-        return "ravan" if self.model.active_peft_config.peft_type == PeftType.RAVAN else "fedavg"
-
-    def _live_adapter(self) -> LiveAdapter:
-        if isinstance(self.model, PeftModel):
-            freeze(self.model, get_merge_method(self.merge_method).frozen_parts)
-        return LiveAdapter(self.model)
-
-    def _evaluate_quietly(self, ignore_keys: list[str] | None) -> dict[str, float]:
-        """Evaluate without a log record of its own: the metrics become part of the record of the round."""
-        self._log_sink = {}
-        try:
-            self.evaluate(ignore_keys=ignore_keys)
-            return self._log_sink
-        finally:
-            self._log_sink = None
-
-    def _tell(self, event: str, **kwargs) -> None:
-        call_federated_event(self.callback_handler, event, self.args, self.state, self.control, **kwargs)
-
-    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
-        """
-        Log a record. While a client trains or a round is evaluated, what is logged goes into the record of the round, or
-        nowhere.
-
-        Args:
-            logs (`dict[str, Any]`): The record.
-            start_time (`float`, *optional*): As for [`~transformers.Trainer.log`].
-        """
-        if self._log_sink is not None:
-            self._log_sink.update(logs)
-            return
-        # the loggers of report_to take numbers only; the history has the names, too
-        names = {key: value for key, value in logs.items() if isinstance(value, list)}
-        super().log({key: value for key, value in logs.items() if key not in names}, start_time)
-        self.state.log_history[-1].update(names)
+    if issubclass(trainer_class, FederatedMixin):
+        return trainer_class
+    if trainer_class is Trainer:
+        return FederatedTrainer
+    doc = f"[`{trainer_class.__name__}`] over the rounds of a federation, see [`FederatedTrainer`]."
+    return type(
+        f"Federated{trainer_class.__name__}",
+        (FederatedMixin, trainer_class),
+        {"__doc__": doc, "__module__": trainer_class.__module__},
+    )

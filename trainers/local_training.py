@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -22,6 +23,7 @@ from .faults import TimeoutCallback
 from .local_objective import SCAFFOLD_PREFIX, ControlVariates, GradientCorrection
 from .partition import ClientParts
 from .personal import ClientStore, split_state
+from .preparation import given_clients
 from .resuming import Run
 from .rounds import Round, derive_seed, serialized_bytes
 
@@ -132,14 +134,16 @@ class LocalTrainingMixin:
     @contextlib.contextmanager
     def _as_client(self, client: str, round_number: int, timeout: TimeoutCallback) -> Iterator[None]:
         """Make this trainer that of one client: its data, its seed, and nothing that belongs to the federation."""
-        federation = {name: getattr(self, name) for name in _OF_THE_FEDERATION}
+        train_dataset = self.clients[client]  # which may have to be prepared, and not be fit for it
+        own = [name for name in self.client_attributes if hasattr(self, name)]
+        federation = {name: getattr(self, name) for name in (*_OF_THE_FEDERATION, *own)}
+        for name in own:
+            setattr(self, name, copy.deepcopy(federation[name]))
         self.args = local_arguments(self.args, derive_seed(self.args.federated_seed, "client", round_number, client))
-        self.callback_handler = LocalCallbackHandler(
-            [*self.callback_handler.callbacks, timeout], self.model, self.processing_class, None, None
-        )
+        self.callback_handler = LocalCallbackHandler.of(self.callback_handler, timeout)
         self.control = TrainerControl()
         self.model_init = None
-        self.train_dataset = self.clients[client]
+        self.train_dataset = train_dataset
         if self.optimizer_cls_and_kwargs is not None:
             # Trainer takes parameter groups out of the dict, which would leave the next client without them
             optimizer_cls, kwargs = self.optimizer_cls_and_kwargs
@@ -159,9 +163,10 @@ class LocalTrainingMixin:
         return {client: self._num_examples(client) for client in self.clients}
 
     def _num_examples(self, client: str) -> int:
-        if isinstance(self.clients, ClientParts):
-            return self.clients.num_examples(client)
-        dataset = self.clients[client]
+        clients = given_clients(self.clients)
+        if isinstance(clients, ClientParts):
+            return clients.num_examples(client)
+        dataset = clients[client]
         if has_length(dataset):
             return len(dataset)
         return self.args.max_steps * self.args.gradient_accumulation_steps * self.args.train_batch_size

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from transformers.trainer_utils import has_length
 
 from .columns import find_label_column, label_names, read_labels
+from .preparation import given_clients
 
 
 if TYPE_CHECKING:
@@ -212,7 +213,7 @@ class PartitionReportMixin:
         Returns:
             `pandas.DataFrame`: The table, see [`partition_table`].
         """
-        return partition_table(self.clients, label_column or self._split_by())
+        return partition_table(given_clients(self.clients), label_column or self._split_by())
 
     def plot_partition(self, path: str | os.PathLike | None = None, label_column: str | None = None) -> Figure:
         """
@@ -225,7 +226,7 @@ class PartitionReportMixin:
         Returns:
             `matplotlib.figure.Figure`: The picture, see [`plot_partition`].
         """
-        return plot_partition(self.clients, label_column or self._split_by(), path)
+        return plot_partition(given_clients(self.clients), label_column or self._split_by(), path)
 
     def _split_by(self) -> str | None:
         by_label = self.args.partition in ("dirichlet", "pathological") and not isinstance(self.train_dataset, Mapping)

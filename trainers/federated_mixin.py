@@ -1,0 +1,370 @@
+"""The rounds of a federation on one machine, for any Trainer."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import datasets
+import torch
+from peft import PeftModel, PeftType
+from torch.utils.data import Dataset
+from transformers import ProgressCallback, TrainerState, set_seed
+from transformers.trainer_utils import SaveStrategy, TrainOutput
+from transformers.training_args import ParallelMode
+from transformers.utils import logging
+
+from peft_ravan.merging import MergeResult, get_merge_method, merge
+
+from .arguments import FederatedArguments, FederatedArgumentsMixin
+from .callbacks import FederatedProgressCallback, LocalCallbackHandler, call_federated_event
+from .client_budgets import resolve_client_budgets
+from .clients import LiveAdapter, freeze, frozen_heap
+from .faults import ClientFault, RoundFailedError, merge_of, updates_of
+from .local_objective import ControlVariates
+from .local_training import LocalTrainingMixin
+from .participation import Availability, check_participation, sample_clients
+from .partition import make_clients
+from .partition_report import PartitionReportMixin
+from .personal import check_patterns
+from .preparation import PreparationMixin
+from .reporting import SharingMixin
+from .resuming import CheckpointingMixin, Run
+from .round_zero import RoundZeroMixin
+from .rounds import Round, is_due, learning_rate_factors, mean_train_loss, serialized_bytes
+
+
+logger = logging.get_logger(__name__)
+
+
+class FederatedMixin(
+    PreparationMixin, CheckpointingMixin, RoundZeroMixin, SharingMixin, PartitionReportMixin, LocalTrainingMixin
+):
+    """
+    The rounds of a federation, to be mixed over a [`~transformers.Trainer`], see [`federated`]. [`FederatedTrainer`] says
+    what they are.
+
+    A client's local training is the `train` of the trainer below, and so are its losses, data loaders, optimizers and
+    evaluation. What that trainer logs while a client trains stays with the client.
+
+    **Attributes**:
+        - **client_attributes** (`tuple[str, ...]`) -- Names of attributes of the trainer below that change while a client
+          trains, such as running sums of metrics. Each client has a copy of them, which is thrown away after its training.
+          By default those of TRL's trainers; add to them those of your own.
+    """
+
+    client_attributes: ClassVar[tuple[str, ...]] = ("_metrics", "_total_train_tokens")
+    arguments_class: ClassVar[type[FederatedArgumentsMixin]] = FederatedArgumentsMixin  # what `args` have to be
+
+    def __init__(
+        self,
+        *trainer_args,
+        client_fault: ClientFault | None = None,
+        availability: Availability | None = None,
+        **kwargs,
+    ):
+        kwargs = {**_by_name(type(self), trainer_args), **kwargs}
+        kwargs["args"] = args = self._checked_arguments(kwargs.get("args"))
+        given = kwargs.get("train_dataset")
+        clients = {} if given is None else make_clients(given, args)  # before its columns are dropped
+        if given is not None:
+            kwargs["train_dataset"] = self._handed_dataset = _one_dataset(given)
+        super().__init__(**kwargs)
+        self._check_parent()
+        self._handed_dataset, self.train_dataset = None, given
+        self.clients = {}
+        self.client_budgets: dict[str, float] | None = None
+        if given is not None:
+            self._live_adapter()  # raises if the model cannot be trained this way
+            self.clients = self._prepared(clients)
+            self.client_budgets = resolve_client_budgets(self)
+            check_participation(self._client_sizes(), args, availability)
+        self.availability = availability
+        self.last_merge: MergeResult | None = None
+        self.last_global_state: dict[str, torch.Tensor] | None = None
+        self.client_fault = client_fault
+        self._log_sink: dict[str, Any] | None = None  # set while logs belong to a round's record
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(FederatedProgressCallback)
+
+    def _checked_arguments(self, args: Any) -> FederatedArgumentsMixin:
+        is_own = self.arguments_class is not FederatedArgumentsMixin
+        suitable = self.arguments_class if is_own else FederatedArguments
+        if args is None:
+            return suitable(output_dir="tmp_trainer")
+        if not isinstance(args, self.arguments_class):
+            raise TypeError(
+                f"The {type(self).__name__} needs `{suitable.__name__}`, got {type(args).__name__}. They take everything "
+                "that those of the trainer below take; `federated_arguments` makes them for a trainer of your own."
+            )
+        return args
+
+    def _check_parent(self) -> None:
+        if self.optimizer is not None or self.lr_scheduler is not None:
+            raise ValueError(
+                f"`optimizers` cannot be given to the {type(self).__name__}: every client starts with a fresh optimizer. "
+                "Use `args.optim` or `optimizer_cls_and_kwargs`."
+            )
+        if self.train_dataset is not self._handed_dataset:
+            raise ValueError(
+                f"The {type(self).__name__} prepares its training set in a way that cannot be repeated for each client. "
+                "Prepare the data before, or in a method `_prepare_dataset(dataset, ...)`, as the trainers of TRL do."
+            )
+        if self.args.parallel_mode == ParallelMode.DISTRIBUTED:
+            raise ValueError(
+                f"The {type(self).__name__} runs in one process for now. Start it without a distributed launcher."
+            )
+
+    # ---- The run -----------------------------------------------------------------
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval=None
+    ) -> TrainOutput:
+        """
+        Run the rounds. Afterwards the model holds the merged adapter, with every scaling at 1.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*):
+                A checkpoint to go on from, or `True` for the last complete one in `args.output_dir`.
+            trial (*optional*):
+                As for [`~transformers.Trainer.train`].
+            ignore_keys_for_eval (`list[str]`, *optional*):
+                As for [`~transformers.Trainer.train`].
+
+        Returns:
+            [`~transformers.trainer_utils.TrainOutput`]: The number of rounds, the mean training loss over them and, in
+            `metrics`, the bytes sent and the runtime.
+
+        Raises:
+            ValueError: if there is no training data, or nothing to resume from.
+            CheckpointError: if the checkpoint is damaged or belongs to another federation.
+            RoundFailedError: if in all attempts at a round too few clients succeeded. The model then holds the last
+                merged adapter.
+            RuntimeError: if in no round as many clients as `min_clients` were available.
+        """
+        if not self.clients:
+            raise ValueError(f"The {type(self).__name__} needs a `train_dataset` to train.")
+        if self.model_init is not None:
+            self._init_model_again(trial)
+
+        start_time = time.time()
+        run = self._start_run(resume_from_checkpoint, trial)
+        try:
+            with frozen_heap():
+                self._open_run(run, trial)
+                for number, factor in list(enumerate(learning_rate_factors(self.args), start=1))[run.round :]:
+                    if self.control.should_training_stop:
+                        break
+                    self._learning_rate_factor = factor
+                    self._run_round(run, number, ignore_keys_for_eval, trial)
+            if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+                self._load_best_model()
+                run.take_state()
+        finally:
+            # also after an error: the model holds the last merged adapter, not that of a client
+            run.load_global()
+            self.last_global_state = run.global_state
+            self._learning_rate_factor = None
+            self.is_in_train = False
+        return self._finish_run(start_time)
+
+    def _init_model_again(self, trial: Any) -> None:
+        # as Trainer does, so that a second train() does not go on from the first
+        set_seed(self.args.seed)
+        self.model = self.call_model_init(trial)
+        self._move_model_to_device(self.model, self.args.device)
+        self.model_wrapped = self.callback_handler.model = self.model
+
+    def _start_run(self, resume_from_checkpoint: str | bool | None, trial: Any) -> Run:
+        run = Run(self._live_adapter(), personal_patterns=self._personal_patterns)
+        run.take_state()
+        check_patterns(run.state(), self.args.local_parameters or ())
+        self.last_merge = None
+        self.is_in_train = True
+        self.state = TrainerState(stateful_callbacks=self._stateful_callbacks())
+        if resume_from_checkpoint:
+            self._load_checkpoint(resume_from_checkpoint, run, trial)
+            self._restore_callbacks()
+        if self._keeps_state:
+            self._store.forget_after(run.round)
+        was_stopped = self.control.should_training_stop
+        self.state.max_steps = self.args.num_rounds
+        self.state.is_local_process_zero = self.is_local_process_zero()
+        self.state.is_world_process_zero = self.is_world_process_zero()
+        self.state.compute_steps(self.args, self.args.num_rounds)
+        self.state.epoch = None  # rounds are counted; an epoch means something to a client only
+        self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
+        if run.round:
+            self.control.should_training_stop |= was_stopped
+        return run
+
+    def _finish_run(self, start_time: float) -> TrainOutput:
+        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+        records = [record for record in self.state.log_history if record.get("round")]
+        train_loss = mean_train_loss(records, self.args)
+        metrics = {
+            "train_runtime": time.time() - start_time,
+            "train_loss": train_loss,
+            **{
+                name: sum(record.get(name, 0) for record in self.state.log_history)  # those of round 0, too
+                for name in ("upload_bytes", "download_bytes")
+            },
+        }
+        return TrainOutput(self.state.global_step, train_loss, metrics)
+
+    # ---- A round -----------------------------------------------------------------
+
+    def _run_round(self, run: Run, number: int, ignore_keys_for_eval: list[str] | None, trial: Any) -> None:
+        start_time = time.perf_counter()
+        this_round, result = self._train_and_merge(run, number)
+        if result is not None:  # else the round is skipped
+            self.last_merge = result
+            run.global_state, run.server_state = result.state, result.server_state
+        run.round = number
+        run.load_global()
+        round_seconds = time.perf_counter() - start_time
+
+        self.state.global_step = number
+        record, is_best = {**this_round.record(), "round_seconds": round_seconds}, False
+        if is_due(self.args.eval_strategy, self.args.eval_steps, number, self.args.num_rounds):
+            metrics = self._evaluate_quietly(ignore_keys_for_eval)
+            is_best = self._determine_best_metric(metrics, trial)
+            record.update(metrics)
+        self.log(record)
+        self._tell("on_round_end", record=record)
+        is_save_due = is_due(
+            self.args.save_strategy, self.args.save_steps, number, self.args.num_rounds, also_last=True
+        )
+        if is_save_due or (is_best and self.args.save_strategy == SaveStrategy.BEST):
+            self._save_round(run, trial)
+
+    def _train_and_merge(self, run: Run, number: int) -> tuple[Round, MergeResult | None]:
+        """
+        Train the clients of a round and merge what they upload, if need be several times, each with other clients. There
+        is nothing to merge if too few clients are available.
+        """
+        sizes = self._client_sizes()
+        this_round = Round(number, sample_clients(sizes, self.args, number, self.availability))
+        while True:
+            needed = min(self.args.min_successful_clients, len(this_round.clients))
+            self._tell("on_round_begin", clients=this_round.clients)
+            result = self._merge(run, this_round) if this_round.clients else None
+            if len(this_round.num_examples) >= needed:
+                return this_round, result
+            if this_round.attempts == self.args.max_round_attempts:
+                raise RoundFailedError(
+                    f"Round {number}: fewer than {needed} clients (`min_successful_clients`) succeeded in each of "
+                    f"{this_round.attempts} attempts. {this_round.failed()}"
+                ) from this_round.first_error
+            logger.warning(f"Round {number} is repeated with other clients. {this_round.failed()}")
+            others = {client: size for client, size in sizes.items() if client not in this_round.failures}
+            enough = len(others) >= max(needed, self.args.min_clients)
+            clients = sample_clients(
+                others if enough else sizes, self.args, number, self.availability, attempt=this_round.attempts
+            )
+            this_round = this_round.again(clients)
+
+    def _merge(self, run: Run, this_round: Round) -> MergeResult | None:
+        args = self.args
+        control = ControlVariates(run.server_state, len(self.clients)) if args.scaffold else None
+        this_round.download_bytes += serialized_bytes(run.global_state) * len(this_round.clients)
+        # a client trains when the merge asks for its update: none is kept longer than the merge needs it
+        updates = updates_of(
+            this_round,
+            lambda client: self._client_round(run, this_round, client, control),
+            lambda client: self._tell("on_client_end", client=client, failure=this_round.failures.get(client)),
+        )
+        result = merge_of(
+            this_round,
+            lambda: merge(
+                run.global_state,
+                updates,
+                self.merge_method,
+                config=self.model.active_peft_config,
+                on_bad_update="drop",
+                server_optimizer=args.server_optimizer,
+                server_options=args.server_optimizer_options,
+                server_state=run.server_state,
+                **(args.merge_options or {}),
+            ),
+        )
+        if result is None or control is None:
+            return result
+        return replace(result, server_state={**result.server_state, **control.server_state()})
+
+    @property
+    def merge_method(self) -> str:
+        """The name of the merge method: that of the arguments, or what suits the adapter."""
+        if self.args.merge_method is not None:
+            return self.args.merge_method
+        return "ravan" if self.model.active_peft_config.peft_type == PeftType.RAVAN else "fedavg"
+
+    def _live_adapter(self) -> LiveAdapter:
+        if isinstance(self.model, PeftModel):
+            freeze(self.model, get_merge_method(self.merge_method).frozen_parts)
+        return LiveAdapter(self.model)
+
+    def _evaluate_quietly(self, ignore_keys: list[str] | None) -> dict[str, float]:
+        """Evaluate without a log record of its own: the metrics become part of the record of the round."""
+        self._log_sink = {}
+        try:
+            self.evaluate(ignore_keys=ignore_keys)
+            return self._log_sink
+        finally:
+            self._log_sink = None
+
+    def _tell(self, event: str, **kwargs) -> None:
+        call_federated_event(self.callback_handler, event, self.args, self.state, self.control, **kwargs)
+
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
+        """
+        Log a record. While a client trains or a round is evaluated, what is logged goes into the record of the round, or
+        nowhere.
+
+        Args:
+            logs (`dict[str, Any]`): The record.
+            start_time (`float`, *optional*): As for [`~transformers.Trainer.log`].
+        """
+        if self._log_sink is not None:
+            self._log_sink.update(self._logged_aside(logs, start_time))
+            return
+        # the loggers of report_to take numbers only; the history has the names, too
+        names = {key: value for key, value in logs.items() if isinstance(value, list)}
+        # the same dict, if it can be: what the trainer below adds to it is part of what `evaluate` returns
+        super().log({k: v for k, v in logs.items() if k not in names} if names else logs, start_time)
+        self.state.log_history[-1].update(names)
+
+    def _logged_aside(self, logs: dict[str, Any], start_time: float | None) -> dict[str, Any]:
+        """Let the trainer below complete a record, such as with metrics of its own, which goes nowhere else."""
+        handler, history = self.callback_handler, self.state.log_history
+        self.callback_handler, self.state.log_history = LocalCallbackHandler.of(handler), []
+        try:
+            super().log(logs, start_time)
+            [record] = self.state.log_history
+        finally:
+            self.callback_handler, self.state.log_history = handler, history
+        return {key: value for key, value in record.items() if key not in ("epoch", "step")}
+
+
+def _by_name(trainer_class: type, positional: tuple) -> dict[str, Any]:
+    """What the trainer below is given by position, by its names."""
+    below = trainer_class.__mro__[trainer_class.__mro__.index(FederatedMixin) + 1 :]
+    names: list[str] = []
+    for cls in [cls for cls in below if "__init__" in vars(cls)]:
+        _, *parameters = inspect.signature(cls.__init__).parameters.values()
+        names += [p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD and p.name not in names]
+        if not any(p.kind == p.VAR_POSITIONAL for p in parameters):  # else it passes the others on
+            break
+    if len(positional) > len(names):
+        raise TypeError(f"{trainer_class.__name__} takes {len(names)} arguments by position, got {len(positional)}.")
+    return dict(zip(names, positional, strict=False))
+
+
+def _one_dataset(given: Dataset | Mapping[str, Dataset]) -> Dataset:
+    """What the trainer below takes for its training set: of a kind that it knows, and no other data set of its own."""
+    first = next(iter(given.values())) if isinstance(given, Mapping) else given
+    return copy.copy(first) if isinstance(first, (datasets.Dataset, datasets.IterableDataset)) else first

@@ -1,0 +1,116 @@
+"""
+Clients whose data a trainer prepares: those of TRL tokenise, truncate, pack, or take the log-probabilities of a reference.
+
+A trainer does that once, to one training set. Here it is done to the data of each client, after the split: the preparation
+drops the columns that a split may go by, and packing would put examples of several clients into one. It is done when a
+client takes part for the first time, since of many clients few train in a round.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+
+import datasets
+from torch.utils.data import Dataset
+from transformers.trainer_utils import has_length
+
+from .partition import KeptParts
+
+
+Preparation = Callable[[Dataset], Dataset]
+
+
+class PreparedClients(KeptParts):
+    """
+    The data sets of clients, each prepared when it is asked for.
+
+    Args:
+        clients (`Mapping[str, Dataset]`): Client names to data sets.
+        preparations (`list[Callable[[Dataset], Dataset]]`): What is done to each of them, in turn.
+    """
+
+    def __init__(self, clients: Mapping[str, Dataset], preparations: list[Preparation]):
+        super().__init__(clients)
+        self._preparations = preparations
+
+    @property
+    def given(self) -> Mapping[str, Dataset]:
+        """The data sets before they are prepared."""
+        return self._sources
+
+    def _make(self, client: str) -> Dataset:
+        dataset = self.given[client]
+        with _no_progress_bars():  # there would be several for each client
+            for prepare in self._preparations:
+                dataset = prepare(dataset)
+        if has_length(dataset) and len(dataset) == 0:
+            raise ValueError(
+                f"No example of client {client!r} is left by its preparation, which drops those that are cut off before "
+                "there is anything to learn. Raise `max_length`, or leave the client out."
+            )
+        return dataset
+
+
+def given_clients(clients: Mapping[str, Dataset]) -> Mapping[str, Dataset]:
+    """
+    Args:
+        clients (`Mapping[str, Dataset]`): The data sets of clients, as a trainer has them.
+
+    Returns:
+        `Mapping[str, Dataset]`: The data sets as they were given, before the trainer prepares them.
+    """
+    return clients.given if isinstance(clients, PreparedClients) else clients
+
+
+class PreparationMixin:
+    """
+    Lets a trainer that prepares its training set prepare that of each client instead. It does so for what the trainer
+    prepares by its methods `_prepare_dataset` and `_precompute_ref_logps`, as those of TRL do.
+    """
+
+    _handed_dataset: Dataset | None = None  # the training set that the parent was given, while it is set up
+    _preparations: list[Preparation] = []
+
+    def _prepare_dataset(self, dataset: Dataset, *args, **kwargs) -> Dataset:
+        return self._prepare_by_client(super()._prepare_dataset, dataset, *args, **kwargs)
+
+    def _precompute_ref_logps(self, dataset: Dataset, *args, **kwargs) -> Dataset:
+        return self._prepare_by_client(
+            partial(self._in_evaluation_mode, super()._precompute_ref_logps), dataset, *args, **kwargs
+        )
+
+    def _prepare_by_client(self, prepare: Callable[..., Dataset], dataset: Dataset, *args, **kwargs) -> Dataset:
+        if self._handed_dataset is None or dataset is not self._handed_dataset:
+            return prepare(dataset, *args, **kwargs)
+        self._preparations = [*self._preparations, lambda client_dataset: prepare(client_dataset, *args, **kwargs)]
+        return dataset
+
+    def _in_evaluation_mode(self, compute: Callable[..., Dataset], *args, **kwargs) -> Dataset:
+        # as when the trainer is set up; between clients the model is in training mode
+        training = self.model.training
+        self.model.eval()
+        try:
+            return compute(*args, **kwargs)
+        finally:
+            self.model.train(training)
+
+    def _prepared(self, clients: Mapping[str, Dataset]) -> Mapping[str, Dataset]:
+        """The clients, as the parent prepares them. The first is prepared at once, so that errors come early."""
+        if not self._preparations:
+            return clients
+        clients = PreparedClients(clients, self._preparations)
+        clients[next(iter(clients))]
+        return clients
+
+
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    were_disabled = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not were_disabled:
+            datasets.enable_progress_bars()

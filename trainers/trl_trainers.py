@@ -1,0 +1,73 @@
+"""Federated trainers over those of TRL."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+try:
+    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+except ImportError as error:
+    raise ImportError(
+        "The trainers of TRL need trl, which comes with an optional extra: pip install 'peft-ravan[trl]'."
+    ) from error
+
+from .arguments import FederatedArgumentsMixin
+from .federated_mixin import FederatedMixin
+
+
+@dataclass(repr=False)
+class FederatedSFTConfig(FederatedArgumentsMixin, SFTConfig):
+    """
+    The arguments of a [`FederatedSFTTrainer`]: those of [`~trl.SFTConfig`], and those of [`FederatedArgumentsMixin`].
+    """
+
+
+class FederatedSFTTrainer(FederatedMixin, SFTTrainer):
+    """
+    A [`~trl.SFTTrainer`] that trains an adapter over simulated clients, see [`FederatedTrainer`]. The data of each client
+    is prepared by itself, so a packed sequence has examples of one client only.
+
+    Args:
+        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The model, with an adapter, or without one and with a `peft_config`.
+        args ([`FederatedSFTConfig`], *optional*):
+            The arguments.
+        train_dataset (`Dataset` or `dict[str, Dataset]`):
+            One training set, which is split among clients as `args.partition` says before it is prepared, or the data set
+            of each client by its name.
+        client_fault, availability (*optional*):
+            As for [`FederatedTrainer`].
+        **kwargs:
+            As for [`~trl.SFTTrainer`].
+    """
+
+    arguments_class = FederatedSFTConfig
+
+
+@dataclass(repr=False)
+class FederatedDPOConfig(FederatedArgumentsMixin, DPOConfig):
+    """
+    The arguments of a [`FederatedDPOTrainer`]: those of [`~trl.DPOConfig`], and those of [`FederatedArgumentsMixin`].
+    """
+
+
+class FederatedDPOTrainer(FederatedMixin, DPOTrainer):
+    """
+    A [`~trl.DPOTrainer`] that trains an adapter over simulated clients, see [`FederatedTrainer`]. The reference is the same
+    for all clients and rounds: the base model, or the adapter as it was given.
+
+    Args:
+        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The model, with an adapter, or without one and with a `peft_config`.
+        args ([`FederatedDPOConfig`], *optional*):
+            The arguments.
+        train_dataset (`Dataset` or `dict[str, Dataset]`):
+            Preferences, as for [`FederatedSFTTrainer`].
+        client_fault, availability (*optional*):
+            As for [`FederatedTrainer`].
+        **kwargs:
+            As for [`~trl.DPOTrainer`].
+    """
+
+    arguments_class = FederatedDPOConfig
