@@ -24,6 +24,7 @@ from .bases import BASES, BasesShape, check_bases_fit
 from .config import RavanConfig
 from .layer import Conv2d, Embedding, Linear, RavanLayer
 from .param_wrapper import ParamWrapper
+from .saved_bases import SavedBases
 from .trained_heads import ModelTrainedHeads
 from .weighted_adapter import (
     ON_SHARED_BASES,
@@ -82,7 +83,7 @@ def _pass_adapter_names(
     return args, {**kwargs, "adapter_names": adapter_names}
 
 
-class RavanModel(ModelTrainedHeads, BaseTuner):
+class RavanModel(ModelTrainedHeads, SavedBases, BaseTuner):
     """
     Creates a Ravan model from a pretrained transformers model.
 

@@ -1,7 +1,8 @@
 """
 What of an adapter travels between a server and its clients, by the names of the adapter's checkpoint.
 
-A Ravan checkpoint has four tensors a target. Only the products s*H travel, under the name of the core: the bases are
+A Ravan checkpoint has four tensors a target; one without bases has a fingerprint and a record of the layer in the place
+of two of them. Only the products s*H travel, under the name of the core: the bases are
 common and frozen, and s and H have no meaning of their own once they leave the client that trained them.
 """
 
@@ -17,6 +18,8 @@ from .functional import scaled_cores
 CORE_NAME = "ravan_H"
 SCALING_NAME = "ravan_s"
 BASES_NAMES = ("ravan_A", "ravan_B")
+FINGERPRINT_NAME = "ravan_fingerprint"
+LAYER_NAME = "ravan_layer"
 
 
 def is_core(name: str) -> bool:
@@ -34,6 +37,11 @@ def is_basis(name: str) -> bool:
     return name.endswith(BASES_NAMES)
 
 
+def is_record(name: str) -> bool:
+    """Whether a checkpoint name is that of a fact about the bases or the layer, which no parameter or buffer holds."""
+    return name.endswith((FINGERPRINT_NAME, LAYER_NAME))
+
+
 def scaling_name(core_name: str) -> str:
     """The checkpoint name of the scalings that belong to a core."""
     return core_name.removesuffix(CORE_NAME) + SCALING_NAME
@@ -42,7 +50,7 @@ def scaling_name(core_name: str) -> str:
 def exchange_state(checkpoint: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """
     Reduce an adapter's checkpoint to what travels: s*H under the names of the cores, and all that is neither a scaling
-    nor a basis (LoRA's matrices, the task head) as it is.
+    nor a basis nor a record of one (LoRA's matrices, the task head) as it is.
 
     Args:
         checkpoint (`Mapping[str, torch.Tensor]`):
@@ -55,7 +63,7 @@ def exchange_state(checkpoint: Mapping[str, torch.Tensor]) -> dict[str, torch.Te
     """
     state = {}
     for name, tensor in checkpoint.items():
-        if is_scaling(name) or is_basis(name):
+        if is_scaling(name) or is_basis(name) or is_record(name):
             continue
         if is_core(name) and scaling_name(name) in checkpoint:
             tensor = scaled_cores(tensor, checkpoint[scaling_name(name)])
