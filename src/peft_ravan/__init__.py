@@ -4,9 +4,11 @@ Ravan for PEFT, and merging of adapters: importing this package registers RAVAN 
 
 from .budget import optimizer_parameter_groups
 from .config import RavanConfig
+from .conversion import to_lora
 from .gradient_bases import GradientSketch, initialize_bases_from_gradient
 from .layer import RavanLayer
 from .model import RavanModel
+from .reading import bases_fingerprint, different_bases
 from .registration import register
 
 
@@ -18,8 +20,11 @@ __all__ = [
     "RavanLayer",
     "RavanModel",
     "__version__",
+    "bases_fingerprint",
+    "different_bases",
     "initialize_bases_from_gradient",
     "optimizer_parameter_groups",
+    "to_lora",
 ]
 
 register(config_cls=RavanConfig, model_cls=RavanModel)

@@ -79,3 +79,38 @@ def svd_of_product(
         U, S, Vh = truncated_svd(core, min(rank, *core.shape), generator)
     energy = core.square().sum().item()
     return U, S, Vh, S.square().sum().item() / energy if energy > 0 else 1.0
+
+
+def svd_of_heads(
+    basis_A: torch.Tensor, basis_B: torch.Tensor, products: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    The singular value decomposition of `sum_i B_i P_i A_i`, from matrices of the size of the heads. Between orthonormal
+    bases the decompositions of the P_i together are that of the sum.
+
+    Args:
+        basis_A (`torch.Tensor`): The stacked A, `[h*r, d_in]`.
+        basis_B (`torch.Tensor`): The stacked B, `[d_out, h*r]`.
+        products (`torch.Tensor`): P_i = s_i H_i, `[h, r, r]`.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: U `[d_out, q]`, the singular values `[q]` in descending order and
+        V transposed `[q, d_in]` in float64, with q = min(h*r, d_out, d_in).
+    """
+    basis_A, basis_B, products = basis_A.double(), basis_B.double(), products.double()
+    num_heads, r, _ = products.shape
+    if not (_orthonormal_rows(basis_A) and _orthonormal_rows(basis_B.T)):
+        left = torch.cat([B_i @ P_i for B_i, P_i in zip(basis_B.split(r, dim=1), products, strict=True)], dim=1)
+        U, S, Vh, _ = svd_of_product(left, basis_A, rank=num_heads * r)
+        return U, S, Vh
+    U, S, Vh = torch.linalg.svd(products)  # [h, r, r], [h, r], [h, r, r]
+    order = S.flatten().argsort(descending=True, stable=True)
+    U = torch.cat([B_i @ U_i for B_i, U_i in zip(basis_B.split(r, dim=1), U, strict=True)], dim=1)
+    Vh = torch.cat([Vh_i @ A_i for A_i, Vh_i in zip(basis_A.split(r), Vh, strict=True)])
+    return U[:, order], S.flatten()[order], Vh[order]
+
+
+def _orthonormal_rows(matrix: torch.Tensor) -> bool:
+    # bases are kept in float32, or less; those of less are decomposed as what they are
+    gram = matrix @ matrix.T
+    return len(matrix) <= matrix.shape[1] and bool((gram - torch.eye(len(gram)).to(gram)).abs().max() < 1e-5)
