@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -12,21 +11,20 @@ import pandas as pd
 from torch.utils.data import Dataset
 from transformers.trainer_utils import has_length
 
+from peft_ravan.plotting import make_figure, name_ticks
+
 from .columns import find_label_column, label_names, read_labels
 from .preparation import given_clients
 
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 
 # up to here a bar for each client and a colour for each label can be told apart
 MAX_BARS = 60
 MAX_COLOURS = 20
-# of an axis; names beyond that are left out at equal distances
-MAX_NAMES = 60
 
 
 def partition_table(clients: Mapping[str, Dataset], label_column: str | None = None) -> pd.DataFrame:
@@ -122,16 +120,10 @@ def plot_partition(
         ImportError: if matplotlib is not installed.
         ValueError: as for [`partition_table`].
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "Plots need matplotlib, which comes with an optional extra: pip install 'peft-ravan[plot]'."
-        ) from error
     table = partition_table(clients, label_column)
     labels = table.drop(columns="examples")
     as_bars = len(table) <= MAX_BARS and len(labels.columns) <= MAX_COLOURS
-    figure = Figure(figsize=_size(table, as_bars), layout="constrained")
+    figure = make_figure(*_size(table, as_bars))
     axes = figure.subplots()
     if labels.empty:
         _draw_examples(axes, table)
@@ -175,7 +167,7 @@ def _draw_examples(axes: Axes, table: pd.DataFrame) -> None:
 def _finish_bars(axes: Axes, clients: pd.Index) -> None:
     axes.set(xlabel="examples", ylabel="client", ylim=(len(clients) - 0.5, -0.5))
     axes.spines[["top", "right"]].set_visible(False)
-    _name_ticks(axes.yaxis, clients)
+    name_ticks(axes.yaxis, clients)
 
 
 def _draw_heat_map(axes: Axes, labels: pd.DataFrame) -> None:
@@ -189,13 +181,8 @@ def _draw_heat_map(axes: Axes, labels: pd.DataFrame) -> None:
     axes.set(xlabel="label", ylabel="client")
     ticks = LogLocator(subs=(1, 2, 5))
     axes.figure.colorbar(image, label="examples (white: none)", ticks=ticks, format="%d").minorticks_off()
-    _name_ticks(axes.yaxis, labels.index)
-    _name_ticks(axes.xaxis, labels.columns, rotation=90)
-
-
-def _name_ticks(axis: Axis, names: pd.Index, **text) -> None:
-    every = math.ceil(len(names) / MAX_NAMES)
-    axis.set_ticks(range(0, len(names), every), names[::every], fontsize=8, **text)
+    name_ticks(axes.yaxis, labels.index)
+    name_ticks(axes.xaxis, labels.columns, rotation=90)
 
 
 class PartitionReportMixin:
