@@ -6,6 +6,7 @@ from .budget import optimizer_parameter_groups
 from .config import RavanConfig
 from .conversion import to_lora
 from .gradient_bases import GradientSketch, initialize_bases_from_gradient
+from .inspection import AdapterReport, TargetReport, inspect_adapter
 from .layer import RavanLayer
 from .model import RavanModel
 from .reading import bases_fingerprint, different_bases
@@ -15,14 +16,17 @@ from .registration import register
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "AdapterReport",
     "GradientSketch",
     "RavanConfig",
     "RavanLayer",
     "RavanModel",
+    "TargetReport",
     "__version__",
     "bases_fingerprint",
     "different_bases",
     "initialize_bases_from_gradient",
+    "inspect_adapter",
     "optimizer_parameter_groups",
     "to_lora",
 ]
