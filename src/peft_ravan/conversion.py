@@ -62,7 +62,7 @@ def to_lora(
     *,
     adapter_name: str = "default",
     include_modules_to_save: bool = True,
-    same_rank: bool = False,
+    same_rank: bool = True,
     dtype: torch.dtype | None = None,
 ) -> LoraConfig:
     """
@@ -82,9 +82,10 @@ def to_lora(
         include_modules_to_save (`bool`, *optional*, defaults to `True`):
             Whether to save what is trained besides the adapted weights: `modules_to_save`, biases and token embeddings.
             vLLM and llama.cpp refuse files that have them.
-        same_rank (`bool`, *optional*, defaults to `False`):
-            Whether to fill smaller ranks up with zeros to the largest one. llama.cpp needs it where ranks differ: it
-            divides the one `lora_alpha` of the file by the rank of each target.
+        same_rank (`bool`, *optional*, defaults to `True`):
+            Whether to fill smaller ranks up with zeros to the largest one. Without it the file is smaller where ranks
+            differ, and right in PEFT and vLLM, but wrong in llama.cpp, which divides the one `lora_alpha` of the file by
+            the rank of each target.
         dtype (`torch.dtype`, *optional*):
             The type of LoRA's matrices. By default that of the adapter.
 
@@ -126,7 +127,7 @@ def lora_twin(
     *,
     adapter_name: str = "default",
     include_modules_to_save: bool = True,
-    same_rank: bool = False,
+    same_rank: bool = True,
     dtype: torch.dtype | None = None,
 ) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
     """

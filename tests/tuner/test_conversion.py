@@ -1,5 +1,6 @@
 """The LoRA twin of a Ravan adapter: the same output, without peft-ravan, for every kind of target that LoRA knows."""
 
+import re
 import subprocess
 import sys
 
@@ -156,10 +157,49 @@ def test_a_name_is_no_pattern_of_a_longer_name_that_ends_with_it(tmp_path):
         return nn.Sequential(nn.Linear(12, 12), nn.Sequential(nn.Linear(12, 12)))
 
     model = adapted(base(), target_modules=["0", "1.0"], r=3, num_heads=2, rank_pattern={"^0": 2})
-    config = to_lora(model, tmp_path)
+    config = to_lora(model, tmp_path, same_rank=False)
     assert config.rank_pattern == {"^0": 4}
     twin = PeftModel.from_pretrained(base(), tmp_path)
     assert_same_output(twin, model, base(), torch.randn(5, 12))
+
+
+def scalings(config: LoraConfig, state: dict[str, torch.Tensor]) -> dict[str, set[float]]:
+    """What PEFT, vLLM and llama.cpp multiply the products of a file with, all targets together."""
+    ranks = {name: len(tensor) for name, tensor in state.items() if ".lora_A." in name}
+    return {
+        "peft": {config.lora_alpha / config.r, *(config.alpha_pattern[k] / r for k, r in config.rank_pattern.items())},
+        "vllm": {config.lora_alpha / config.r},
+        "llama.cpp": {config.lora_alpha / rank for rank in ranks.values()},
+    }
+
+
+@pytest.mark.parametrize("rank", [None, 3, 0.9])
+def test_rules_of_vllm_and_llama_cpp(rank, tmp_path):
+    """Read from their sources, see docs/sharing.md."""
+    fields = {"modules_to_save": ["lm_head"], "rank_pattern": {"v_proj": 2}, "target_modules": "all-linear"}
+    model = adapted(tiny_llama(), task_type="CAUSAL_LM", **fields)
+    to_lora(model, tmp_path, rank=rank, include_modules_to_save=False)
+    config, state = LoraConfig.from_pretrained(str(tmp_path)), load_file(tmp_path / "adapter_model.safetensors")
+    assert set().union(*scalings(config, state).values()) == {1.0}
+    # vLLM: the fields that it refuses, and the rank that it compares with `max_lora_rank`
+    assert config.modules_to_save is None and config.bias == "none" and not (config.use_dora or config.use_rslora)
+    assert config.r == max(len(tensor) for name, tensor in state.items() if ".lora_A." in name)
+    # both: every name is that of a module, with A and B for each, of two dimensions, one rank and one dtype
+    modules = {name for name, _ in tiny_llama().named_modules()}
+    pattern = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+    found = {pattern.fullmatch(name).groups() for name in state}
+    targets = {name for name, _ in found}
+    assert found == {(name, letter) for name in targets for letter in "AB"}
+    assert targets <= modules and targets == set(config.target_modules) and len(targets) == 14
+    for name in targets:
+        A, B = (state[f"base_model.model.{name}.lora_{letter}.weight"] for letter in "AB")
+        assert A.ndim == B.ndim == 2 and A.shape[0] == B.shape[1] and A.dtype == B.dtype == torch.float32
+
+
+def test_llama_cpp_needs_the_same_rank():
+    model = adapted(tiny_llama(), task_type="CAUSAL_LM", rank_pattern={"v_proj": 2})
+    assert scalings(*lora_twin(model)) == {"peft": {1.0}, "vllm": {1.0}, "llama.cpp": {1.0}}
+    assert scalings(*lora_twin(model, same_rank=False)) == {"peft": {1.0}, "vllm": {1.0}, "llama.cpp": {1.0, 2.0}}
 
 
 class Convolutions(nn.Module):
@@ -312,7 +352,7 @@ def test_a_share_of_the_energy_at_each_target():
         layer.ravan_H["default"].data = torch.tensor(values).reshape(2, 2).diag_embed()
         layer.ravan_s["default"].data.fill_(1)
     for share, ranks in ((0.9, [1, 4]), (0.5, [1, 2]), (0.999, [2, 4]), (1.0, [3, 4])):
-        _, state = lora_twin(model, rank=share)
+        _, state = lora_twin(model, rank=share, same_rank=False)
         assert [len(state[f"base_model.model.{name}.lora_A.weight"]) for name in "01"] == ranks
 
 

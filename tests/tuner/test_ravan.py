@@ -94,7 +94,9 @@ def test_save_and_load(make_causal_lm, input_ids, tmp_path, save_projection):
     expected = model(input_ids).logits
     model.save_pretrained(tmp_path)
     kinds = {name.rsplit(".", 1)[1] for name in load_file(tmp_path / "adapter_model.safetensors")}
-    assert kinds == {"ravan_H", "ravan_s"} | ({"ravan_A", "ravan_B"} if save_projection else set())
+    assert kinds == {"ravan_H", "ravan_s"} | (
+        {"ravan_A", "ravan_B"} if save_projection else {"ravan_fingerprint", "ravan_layer"}
+    )
     loaded = PeftModel.from_pretrained(make_causal_lm(), tmp_path).eval()
     assert torch.equal(loaded(input_ids).logits, expected)
 
