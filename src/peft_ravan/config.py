@@ -48,7 +48,8 @@ class RavanConfig(PeftConfig):
             same seed has the same bases.
         save_projection (`bool`, *optional*, defaults to `True`):
             Whether to save the bases with the adapter. Without them the file is much smaller and they are made again
-            from `projection_seed` when it is loaded. All adapters of a model must agree on it.
+            from `projection_seed` when it is loaded, where a fingerprint tells whether they are the same. All adapters of
+            a model must agree on it.
         ravan_dropout (`float`, *optional*, defaults to `0.0`):
             The dropout probability of the input of the adapter.
         fan_in_fan_out (`bool`, *optional*, defaults to `False`):

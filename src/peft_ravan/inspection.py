@@ -253,9 +253,8 @@ def _draw_heat_map(axes: Axes, targets: Mapping[str, TargetReport]) -> None:
     for number, row in enumerate(rows):
         values[number, : min(len(row), width)] = row[:width].numpy()
     image = axes.imshow(values, aspect="auto", cmap="viridis_r", vmin=0, interpolation="nearest")
-    axes.figure.colorbar(
-        image, label="norm of s B H A (white: no such head)" if of_heads else "singular value of the update"
-    )
+    what = "norm of s B H A" if of_heads else "singular value of the update"
+    axes.figure.colorbar(image, label=f"{what} (white: none)" if np.isnan(values).any() else what)
     axes.set(xlabel="head" if of_heads else "direction, largest first")
     name_ticks(axes.xaxis, [str(number) for number in range(width)])
     name_ticks(axes.yaxis, list(targets))

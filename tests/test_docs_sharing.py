@@ -1,0 +1,57 @@
+"""What docs/sharing.md says is so: its code runs, and its tables are those of the functions."""
+
+import inspect
+from pathlib import Path
+
+import torch
+from peft import get_peft_model
+
+from peft_ravan import RavanConfig, to_lora
+from peft_ravan.fingerprint import TOLERANCE
+
+from .conftest import randomize_adapter
+from .markdown import dead_links, rows, run_blocks, section
+from .test_readme import make_model
+
+
+PAGE = Path(__file__).parent.parent / "docs" / "sharing.md"
+TEXT = PAGE.read_text()
+
+
+def make_base():
+    torch.manual_seed(0)
+    return make_model().eval()
+
+
+def test_the_code_runs_in_order(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model = get_peft_model(make_base(), RavanConfig(r=8, num_heads=4, task_type="SEQ_CLS")).eval()
+    randomize_adapter(model, scale=0.1)
+    namespace = {
+        "model": model,
+        "batch": {"input_ids": torch.arange(8)[None]},
+        "base_model": make_base(),
+        "fresh_model": make_base(),
+        "other_base_model": make_base(),
+    }
+    run_blocks(PAGE, namespace, 0)
+    assert capsys.readouterr().out.startswith("RAVAN: 2 targets")
+    for folder in ("lora-adapter", "serving-adapter", "small-adapter"):
+        assert (tmp_path / folder / "adapter_model.safetensors").exists()
+    assert (tmp_path / "heads.png").exists()
+
+
+def test_the_table_of_arguments_has_every_argument_and_its_default():
+    arguments = {row[0].strip("`") for row in rows(section(TEXT, "The LoRA twin"))}
+    defaults = {
+        f"{name}={parameter.default!r}".replace("'", '"')
+        for name, parameter in inspect.signature(to_lora).parameters.items()
+        if parameter.default is not inspect.Parameter.empty
+    }
+    assert arguments - {"rank=32", "rank=0.99"} == defaults
+
+
+def test_numbers_and_links():
+    assert f"a tolerance of {TOLERANCE}" in TEXT
+    assert not dead_links(TEXT)
+    assert (PAGE.parent / "images" / "heads.png").exists()
