@@ -20,6 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rota
 from transformers.utils import logging
 
 from peft_ravan.gradient_bases import awaits_gradient
+from peft_ravan.reading import bases_fingerprint, different_bases
 from peft_ravan.state import is_basis
 
 from .checkpoints import (
@@ -193,12 +194,13 @@ class CheckpointingMixin:
         bases = {name: tensor for name, tensor in frozen.items() if is_basis(name)}
         if awaits_gradient(self.model, self.model.active_adapter):
             return _saved_bases(folder, tensors, bases)
-        for name, tensor in bases.items():
-            if name in tensors and not torch.equal(tensor.cpu(), tensors[name]):
-                raise CheckpointError(
-                    f"{folder} belongs to another federation: the bases in {name!r} are not those of the model. Use the "
-                    "`init_bases` and the `projection_seed` that it was written with."
-                )
+        now, then = bases_fingerprint(frozen), bases_fingerprint(tensors)
+        different = [name for name in different_bases(now, then) if name in now and name in then]
+        if different:
+            raise CheckpointError(
+                f"{folder} belongs to another federation: the bases in {different[0]!r} are not those of the model. Use "
+                "the `init_bases` and the `projection_seed` that it was written with."
+            )
         return []
 
     def _restore_callbacks(self) -> None:

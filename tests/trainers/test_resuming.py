@@ -181,7 +181,11 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_used(tmp_path, fi
     [
         ({"adapter": LoraConfig(r=2, task_type="SEQ_CLS")}, "other peft_type"),
         ({"adapter": RavanConfig(r=3, num_heads=3, task_type="SEQ_CLS")}, "other shapes of the adapter"),
-        ({"adapter": replace(ravan(), projection_seed=5)}, "the bases in .*ravan_A.* are not those of the model"),
+        ({"adapter": replace(ravan(), projection_seed=5)}, "the bases in .*query.* are not those of the model"),
+        (
+            {"adapter": replace(ravan(), projection_seed=5, save_projection=False)},
+            "the bases in .*query.* are not those of the model",
+        ),
         ({"num_clients": 5}, "other clients .4, not 5."),
         ({"train_dataset": classification_dataset(83)}, "other names or sizes of clients"),
     ],
