@@ -53,5 +53,6 @@ METHOD = MergeMethod(
     exact="yes",
     cost="one pass",
     secure_aggregation=True,
+    plain_mean=True,
     streaming=True,
 )

@@ -39,5 +39,6 @@ METHOD = MergeMethod(
     exact="Ravan: yes, LoRA: no",
     cost="one pass",
     secure_aggregation=True,
+    plain_mean=True,
     streaming=True,
 )

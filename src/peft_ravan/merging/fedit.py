@@ -45,5 +45,6 @@ METHOD = MergeMethod(
     exact="no",
     cost="one pass",
     secure_aggregation=True,
+    plain_mean=True,
     streaming=True,
 )

@@ -47,6 +47,7 @@ METHOD = MergeMethod(
     exact="for a client with its own B: no",
     cost="one pass",
     secure_aggregation=True,
+    plain_mean=True,
     streaming=True,
     personal_parts=B_PARTS,
 )

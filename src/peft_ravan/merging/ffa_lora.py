@@ -47,6 +47,7 @@ METHOD = MergeMethod(
     exact="yes",
     cost="one pass",
     secure_aggregation=True,
+    plain_mean=True,
     streaming=True,
     frozen_parts=A_PARTS,
 )

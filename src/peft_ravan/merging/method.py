@@ -79,6 +79,8 @@ class MergeMethod(Described):
         exact (`str`): Whether the merged weight is the mean of the clients' weights, for the table of methods.
         cost (`str`): What a merge costs, for the table of methods.
         secure_aggregation (`bool`): Whether the server needs no more than sums over clients.
+        plain_mean (`bool`): Whether the new state is the weighted mean of the uploads and nothing else, tensor by tensor, so
+            that noise on it gives differential privacy.
         different_ranks (`bool`): Whether the LoRA ranks of clients may differ.
         ranks_up_to_global (`bool`): Whether, where LoRA ranks may differ, none may be above the global one.
         different_heads (`bool`): Whether clients may have trained different heads.
@@ -93,6 +95,7 @@ class MergeMethod(Described):
     exact: str = ""
     cost: str = ""
     secure_aggregation: bool = False
+    plain_mean: bool = False
     different_ranks: bool = False
     ranks_up_to_global: bool = False
     different_heads: bool = False

@@ -44,6 +44,7 @@ METHOD = MergeMethod(
     exact="yes",
     cost="one pass",
     secure_aggregation=True,
+    plain_mean=True,
     different_heads=True,
     streaming=True,
 )
