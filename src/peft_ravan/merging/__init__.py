@@ -17,6 +17,7 @@ from .base_deltas import BaseDelta, add_base_deltas
 from .checking import UpdateChecker, check_merged, is_finite
 from .lora import lora_state_for_client, lora_targets
 from .method import MergeMethod, ServerOptimizer
+from .privacy import GaussianMechanism, clip_change, merge_privately
 from .registry import MERGE_METHODS, SERVER_OPTIMIZERS, get_merge_method, get_server_optimizer, methods_table
 from .robust_pca import RobustPCAInfo, robust_pca
 from .safetensors_state import SafetensorsState
@@ -29,6 +30,7 @@ __all__ = [
     "SERVER_OPTIMIZERS",
     "BaseDelta",
     "ClientUpdate",
+    "GaussianMechanism",
     "MergeMethod",
     "MergeResult",
     "RobustPCAInfo",
@@ -37,6 +39,7 @@ __all__ = [
     "UpdateChecker",
     "UpdateError",
     "add_base_deltas",
+    "clip_change",
     "get_merge_method",
     "get_server_optimizer",
     "lora_state_for_client",
@@ -56,6 +59,7 @@ def merge(
     server_optimizer: str | None = None,
     server_options: Mapping[str, Any] | None = None,
     server_state: Mapping[str, torch.Tensor] | None = None,
+    mechanism: GaussianMechanism | None = None,
     **options,
 ) -> MergeResult:
     """
@@ -81,6 +85,9 @@ def merge(
             The options of the server optimizer.
         server_state (`Mapping[str, torch.Tensor]`, *optional*):
             The `server_state` of the last round's result, for server optimizers and methods that remember something.
+        mechanism ([`GaussianMechanism`], *optional*):
+            Clips what each client has changed and adds noise to the mean, which has uniform weights then. What comes after,
+            such as a server optimizer, sees only that mean. There may be no updates left: the noise is added all the same.
         **options:
             The options of the method.
 
@@ -94,8 +101,8 @@ def merge(
             or dtypes, NaN or infinite entries, heads that the method cannot leave out, no examples, a client that is
             there twice; or if no update is left. Nothing is merged then.
         TypeError: if the method does not have one of the options.
-        ValueError: if the method does not exist, does not suit the adapter, or an option is out of range; or if the new
-            state would have NaN or infinite entries.
+        ValueError: if the method does not exist, does not suit the adapter or the mechanism, or an option is out of range;
+            or if the new state would have NaN or infinite entries.
 
     Example:
 
@@ -125,7 +132,11 @@ def merge(
 
     products = exchange_state(global_state)
     with torch.no_grad():
-        result, checker = _merge_checked(merge_method, products, updates, config, on_bad_update, options)
+        if mechanism is None:
+            result, checker = _merge_checked(merge_method, products, updates, config, on_bad_update, options)
+        else:
+            checker = UpdateChecker(products, merge_method, on_bad_update, config, may_be_empty=True)
+            result = merge_privately(merge_method, products, checker.passing(updates), mechanism, options)
         state, new_server_state = result.state, dict(result.server_state)
         if optimizer is not None:
             if result.config is not None:

@@ -24,6 +24,7 @@ class UpdateChecker:
         on_bad_update (`str`, *optional*, defaults to `"raise"`): `"raise"`, or `"drop"` to go on without the client.
         config ([`~peft.PeftConfig`], *optional*): The configuration of the global adapter.
         check_entries (`bool`, *optional*, defaults to `True`): Whether to look for NaN and infinite entries.
+        may_be_empty (`bool`, *optional*, defaults to `False`): Whether there may be no update, or none that fits.
 
     **Attributes**:
         - **dropped** (`list[dict[str, str]]`) -- `client` and `reason` of the updates that were dropped.
@@ -40,6 +41,7 @@ class UpdateChecker:
         on_bad_update: str = "raise",
         config: PeftConfig | None = None,
         check_entries: bool = True,
+        may_be_empty: bool = False,
     ):
         if on_bad_update not in ("raise", "drop"):
             raise ValueError(f"`on_bad_update` must be 'raise' or 'drop', got {on_bad_update!r}.")
@@ -49,6 +51,7 @@ class UpdateChecker:
         self.config = config
         self._lora_targets = lora_targets(global_state)
         self.check_entries = check_entries
+        self.may_be_empty = may_be_empty
         self.dropped: list[dict[str, str]] = []
         self.num_clients = self.num_examples = 0
         self._seen: set[str] = set()
@@ -78,7 +81,7 @@ class UpdateChecker:
             self.num_examples += update.num_examples
             self._seen.add(update.client_id)
             yield update
-        if not self.num_clients:
+        if not (self.num_clients or self.may_be_empty):
             reasons = "".join(f" {entry['reason']}" for entry in self.dropped)
             raise UpdateError(f"A merge needs at least one client update, got none.{reasons}")
 

@@ -104,11 +104,20 @@ def methods_table() -> str:
         `str`: The merge methods as a markdown table, one row each.
     """
     rows = [
-        ("Method", "What is averaged", "Exact", "Different ranks", "Different heads", "Secure aggregation", "Cost"),
-        ("---",) * 7,
+        (
+            "Method",
+            "What is averaged",
+            "Exact",
+            "Different ranks",
+            "Different heads",
+            "Secure aggregation",
+            "Privacy",
+            "Cost",
+        ),
+        ("---",) * 8,
     ]
     for method in MERGE_METHODS.values():
-        flags = (method.different_ranks, method.different_heads, method.secure_aggregation)
+        flags = (method.different_ranks, method.different_heads, method.secure_aggregation, method.plain_mean)
         rows.append(
             (
                 f"[{method.pretty_name}]({method.reference})<br>`{method.name}`",
