@@ -12,6 +12,7 @@ from .federated_mixin import FederatedMixin
 from .federated_trainer import FederatedTrainer, federated
 from .partition import make_clients
 from .partition_report import partition_table, plot_partition
+from .privacy import Privacy
 
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "FederatedCallback",
     "FederatedMixin",
     "FederatedTrainer",
+    "Privacy",
     "RoundFailedError",
     "federated",
     "federated_arguments",
