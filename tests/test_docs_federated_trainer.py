@@ -1,5 +1,6 @@
 """What docs/federated_trainer.md says is so: its code gives the results it shows, and its tables name what there is."""
 
+import dataclasses
 import doctest
 import re
 from pathlib import Path
@@ -11,7 +12,7 @@ from peft import get_peft_model
 
 from peft_ravan import GradientSketch, RavanConfig
 from peft_ravan.bases import BasesShape
-from peft_ravan.trainers import FederatedArguments
+from peft_ravan.trainers import FederatedArguments, Privacy
 from peft_ravan.trainers.partition import DEFAULT_NUM_CLIENTS, PARTITIONS
 from peft_ravan.trainers.partition_report import MAX_BARS, MAX_COLOURS
 
@@ -84,3 +85,10 @@ def test_the_arguments_of_faults_are_in_the_table_with_their_defaults():
     assert set(table) == {"client_timeout", "min_successful_clients", "max_round_attempts"}
     assert f"({args.min_successful_clients})" in table["min_successful_clients"]
     assert f"({args.max_round_attempts})" in table["max_round_attempts"] and args.client_timeout is None
+
+
+def test_the_fields_of_privacy_are_in_the_table_with_their_defaults():
+    table = {row[0].strip("`"): row[1] for row in rows(section(TEXT, "Privacy")) if row[0] != "Field"}
+    assert set(table) == {field.name for field in dataclasses.fields(Privacy)}
+    defaults = Privacy(clip_norm=1.0, noise_multiplier=1.0)
+    assert f"({defaults.delta})" in table["delta"] and f"(`{defaults.secret_sampling}`)" in table["secret_sampling"]

@@ -14,6 +14,7 @@ from .head_selection import BUDGET_DISTRIBUTIONS, HEAD_ALLOCATIONS, HEAD_SELECTI
 from .participation import check_participation_arguments
 from .partition import PARTITIONS
 from .partitioner import PartitionerArgumentMixin, is_partitioner
+from .private_rounds import check_privacy_arguments
 
 
 # without a `repr` of its own: that of TrainingArguments hides tokens
@@ -75,6 +76,10 @@ class FederatedArgumentsMixin(PartitionerArgumentMixin):
         scaffold (`bool`, *optional*, defaults to `False`):
             SCAFFOLD: correct the clients' gradients by control variates, which doubles what is sent. It is made for
             `optim="sgd"`; the control variates are means of gradients, whatever the optimizer.
+        privacy ([`Privacy`], `dict[str, Any]` or `str`, *optional*):
+            Client-level differential privacy, such as `{"clip_norm": 1.0, "target_epsilon": 4.0}`: each client's upload is
+            clipped as a whole, and noise is added to the mean, which has uniform weights. See [`Privacy`] for the fields; a
+            string is read as JSON. By default none.
         client_timeout (`float`, *optional*):
             The seconds after which a client's local training is given up, looked at after every step. By default never.
         min_successful_clients (`int`, *optional*, defaults to 1):
@@ -153,6 +158,13 @@ class FederatedArgumentsMixin(PartitionerArgumentMixin):
     scaffold: bool = field(
         default=False, metadata={"help": "SCAFFOLD: correct the clients' gradients by control variates."}
     )
+    # or a Privacy
+    privacy: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Client-level differential privacy, as JSON: clip_norm and noise_multiplier or target_epsilon."
+        },
+    )
     client_timeout: float | None = field(
         default=None, metadata={"help": "Seconds after which a client's local training is given up. By default never."}
     )
@@ -203,6 +215,7 @@ class FederatedArgumentsMixin(PartitionerArgumentMixin):
         self._check_merge()
         self._check_heads()
         self._check_local_training()
+        check_privacy_arguments(self)
         if self.federated_seed is None:
             self.federated_seed = self.seed
         if self.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY):

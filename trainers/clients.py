@@ -88,6 +88,9 @@ class LiveAdapter:
         model ([`~peft.PeftModel`]):
             The model, with one active adapter.
 
+    **Attributes**:
+        - **statistics** (`list[str]`) -- The names of those that are running statistics.
+
     Raises:
         TypeError: if the model is not a PEFT model.
         ValueError: if there is more than one active adapter, nothing to train, only some heads to train, or a trained
@@ -114,6 +117,7 @@ class LiveAdapter:
             for name, tensor in checkpoint.items()
             if tensor.data_ptr() in trained or tensor.data_ptr() in statistics or is_scaling(name)
         }
+        self.statistics = [name for name, tensor in self._tensors.items() if tensor.data_ptr() in statistics]
         travelling = {tensor.data_ptr() for tensor in self._tensors.values()}
         _check_coverage(trained, travelling)
         self._other_buffers = [

@@ -32,6 +32,7 @@ from .partition import make_clients
 from .partition_report import PartitionReportMixin
 from .personal import check_patterns
 from .preparation import PreparationMixin
+from .private_rounds import PrivacyMixin, resolve_privacy
 from .reporting import SharingMixin
 from .resuming import CheckpointingMixin, Run
 from .round_zero import RoundZeroMixin
@@ -42,7 +43,13 @@ logger = logging.get_logger(__name__)
 
 
 class FederatedMixin(
-    PreparationMixin, CheckpointingMixin, RoundZeroMixin, SharingMixin, PartitionReportMixin, LocalTrainingMixin
+    PreparationMixin,
+    CheckpointingMixin,
+    RoundZeroMixin,
+    PrivacyMixin,
+    SharingMixin,
+    PartitionReportMixin,
+    LocalTrainingMixin,
 ):
     """
     The rounds of a federation, to be mixed over a [`~transformers.Trainer`], see [`federated`]. [`FederatedTrainer`] says
@@ -79,10 +86,11 @@ class FederatedMixin(
         self.clients = {}
         self.client_budgets: dict[str, float] | None = None
         if given is not None:
-            self._live_adapter()  # raises if the model cannot be trained this way
+            adapter = self._live_adapter()  # raises if the model cannot be trained this way
             self.clients = self._prepared(clients)
             self.client_budgets = resolve_client_budgets(self)
             check_participation(self._client_sizes(), args, availability)
+            self.privacy = resolve_privacy(self, adapter, availability)
         self.availability = availability
         self.last_merge: MergeResult | None = None
         self.last_global_state: dict[str, torch.Tensor] | None = None
@@ -157,6 +165,7 @@ class FederatedMixin(
             with frozen_heap():
                 self._open_run(run, trial)
                 for number, factor in list(enumerate(learning_rate_factors(self.args), start=1))[run.round :]:
+                    self._stop_if_spent()
                     if self.control.should_training_stop:
                         break
                     self._learning_rate_factor = factor
@@ -229,7 +238,8 @@ class FederatedMixin(
         round_seconds = time.perf_counter() - start_time
 
         self.state.global_step = number
-        record, is_best = {**this_round.record(), "round_seconds": round_seconds}, False
+        record = {**this_round.record(), **self._privacy_record(this_round), "round_seconds": round_seconds}
+        is_best = False
         if is_due(self.args.eval_strategy, self.args.eval_steps, number, self.args.num_rounds):
             metrics = self._evaluate_quietly(ignore_keys_for_eval)
             is_best = self._determine_best_metric(metrics, trial)
@@ -250,7 +260,7 @@ class FederatedMixin(
         sizes = self._client_sizes()
         this_round = Round(number, sample_clients(sizes, self.args, number, self.availability))
         while True:
-            needed = min(self.args.min_successful_clients, len(this_round.clients))
+            needed = self._needed_clients(this_round)
             self._tell("on_round_begin", clients=this_round.clients)
             result = self._merge(run, this_round) if this_round.clients else None
             if len(this_round.num_examples) >= needed:
@@ -289,6 +299,7 @@ class FederatedMixin(
                 server_optimizer=args.server_optimizer,
                 server_options=args.server_optimizer_options,
                 server_state=run.server_state,
+                mechanism=self._mechanism(this_round),
                 **(args.merge_options or {}),
             ),
         )

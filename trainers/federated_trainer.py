@@ -44,15 +44,17 @@ class FederatedTrainer(FederatedMixin, Trainer):
           merged), `failed_clients` (with the reason), `attempts`, `num_examples`, `train_loss`, the metrics of the
           evaluation, `upload_bytes` and `download_bytes` (of all clients, counted from the serialised tensors),
           `round_seconds` (without the evaluation), `learning_rate` and, with `client_budgets`, `heads_trained` (the number
-          of heads of each client). A record of round 0 comes before with `eval_on_start`, and where common bases are made
+          of heads of each client) or, with `privacy`, `noise_multiplier`, `sampling_rate` and `epsilon` (up to this
+          round). A record of round 0 comes before with `eval_on_start`, and where common bases are made
           from the clients' gradients (`init_bases="gradient_svd"`).
+        - **privacy** ([`PrivateRounds`]) -- The noise and the accounting of the rounds, or `None`.
         - **last_global_state** (`dict[str, torch.Tensor]`) -- The merged state that the last run has ended with.
         - **last_merge** ([`~peft_ravan.merging.MergeResult`]) -- The last merge, with its diagnostics.
 
     Raises:
         TypeError: if `args` are not [`FederatedArguments`], or the model has no adapter.
         ValueError: if the data cannot be split, `client_budgets` do not suit the adapter, the clients or the merge
-            method, or `optimizers` are given.
+            method, `privacy` cannot be kept, or `optimizers` are given.
 
     Example:
 

@@ -77,7 +77,8 @@ def load_partitions(partitioner: Partitioner, dataset: Dataset) -> list[Dataset]
 class PartitionerArgumentMixin:
     """
     Arguments whose `partition` can be an object. It has the training data, so what is written of the arguments (as a
-    dict, as JSON, as `training_args.bin`, or printed) has the name of its class instead. Copies have the object itself.
+    dict, as JSON, as `training_args.bin`, or printed) has the name of its class instead, and no seed of the noise of
+    `privacy`. Copies have the object itself, and the seed.
     """
 
     def to_dict(self) -> dict[str, Any]:
@@ -111,4 +112,6 @@ class PartitionerArgumentMixin:
         named = copy.copy(self)
         if not isinstance(self.partition, str):
             named.partition = type(self.partition).__name__
+        if isinstance(self.privacy, dict):
+            named.privacy = {**self.privacy, "noise_seed": None}
         return named

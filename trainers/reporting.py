@@ -106,11 +106,15 @@ def federation_record(trainer: FederatedTrainer) -> FederationRecord | None:
         "Merge options": {**method.options, **(args.merge_options or {})} or "none",
         **_server_optimizer(args),
         **_client_budgets(trainer),
+        **_privacy(trainer, history),
         **_common_bases(opening),
         "Uploaded": f"{uploaded / 1e6:.2f} MB by all clients",
-        "Seed": args.federated_seed,
+        **({} if _is_secret(trainer) else {"Seed": args.federated_seed}),
     }
-    return FederationRecord(len(trainer.clients), facts, [*opening, *history])
+    rounds = [*opening, *history]
+    if trainer.privacy is not None:  # losses of clients are not protected
+        rounds = [{key: value for key, value in record.items() if key != "train_loss"} for record in rounds]
+    return FederationRecord(len(trainer.clients), facts, rounds)
 
 
 def _server_optimizer(args: FederatedArguments) -> dict[str, str]:
@@ -129,6 +133,25 @@ def _client_budgets(trainer: FederatedTrainer) -> dict[str, str]:
     spent = "at every target" if args.head_allocation == "layer" else "over all targets"
     return {
         "Heads a client trains": f"{min(shares):.0%} to {max(shares):.0%} (mean {mean:.0%}), by {args.head_selection}, {spent}"
+    }
+
+
+def _is_secret(trainer: FederatedTrainer) -> bool:
+    """Whether the guarantee needs that nobody can work out who took part."""
+    return trainer.privacy is not None and trainer.privacy.privacy.secret_sampling
+
+
+def _privacy(trainer: FederatedTrainer, history: list[dict[str, Any]]) -> dict[str, str]:
+    if trainer.privacy is None:
+        return {}
+    privacy, noisy = trainer.privacy.privacy, trainer.privacy.round
+    counted = "takes part in secret" if _is_secret(trainer) else "takes part in every round"
+    seed = "the operating system" if privacy.noise_seed is None else "a seed, which must be secret"
+    return {
+        "Differential privacy": f"ε = {trainer.privacy.epsilon(history):.3g} at δ = {privacy.delta:g}, for the data of one "
+        f"client being replaced, if it {counted}",
+        "Clipping and noise": f"norm {privacy.clip_norm:g} of a whole upload, noise multiplier "
+        f"{noisy.noise_multiplier:.4g} from {seed}, uniform weights",
     }
 
 

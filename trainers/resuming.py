@@ -41,7 +41,7 @@ logger = logging.get_logger(__name__)
 
 # what a run may change when it goes on, but not without a word
 _COMPARED_ARGUMENTS = (
-    "federated_seed", "clients_per_round", "merge_options", "server_optimizer", "server_optimizer_options", "learning_rate",
+    "federated_seed", "clients_per_round", "privacy", "merge_options", "server_optimizer", "server_optimizer_options", "learning_rate",
     "lr_scheduler_type", "num_rounds", "num_train_epochs", "max_steps", "per_device_train_batch_size",
     "gradient_accumulation_steps",
 )  # fmt: skip
@@ -120,14 +120,14 @@ class CheckpointingMixin:
 
     def _facts(self, run: Run) -> dict[str, Any]:
         """What tells this federation from others, as JSON keeps it."""
-        config = self.model.active_peft_config.to_dict()
+        config, arguments = self.model.active_peft_config.to_dict(), self.args.to_dict()
         facts = {
             "adapter": {name: [list(tensor.shape), str(tensor.dtype)] for name, tensor in sorted(run.state().items())},
             "peft_type": config["peft_type"],
             "clients": len(self.clients),
             "clients_digest": _digest(self._client_sizes()),
             "merge_method": self.merge_method,
-            "arguments": {name: getattr(self.args, name) for name in _COMPARED_ARGUMENTS},
+            "arguments": {name: arguments[name] for name in _COMPARED_ARGUMENTS},
         }
         return json.loads(json.dumps(facts, default=str))
 

@@ -112,15 +112,16 @@ def _rounds_table(history: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None
         for key in dict.fromkeys(key for record in records for key in record)
         if key.startswith("eval_") and not key.endswith(("_runtime", "_per_second", "_preparation_time"))
     ]
+    # a private federation does not tell the losses of its clients; a round in which nobody took part has none
+    losses = ["train_loss"] if any("train_loss" in record for record in records) else []
+    metrics = [*losses, *metrics]
     rows = [
         [
             record["round"],
             len(record["clients"]),
-            # a round in which nobody took part has no loss
-            f"{record['train_loss']:.4f}" if "train_loss" in record else "",
             *(f"{record[key]:.4f}" if key in record else "" for key in metrics),
             f"{record['upload_bytes'] / 1e6:.3f}",
         ]
         for record in records
     ]
-    return {"columns": ["round", "clients", "train_loss", *metrics, "upload (MB)"], "rows": rows}
+    return {"columns": ["round", "clients", *metrics, "upload (MB)"], "rows": rows}
