@@ -106,6 +106,9 @@ class FederatedArgumentsMixin(PartitionerArgumentMixin):
             has none, and is not warmed up.
         bases_batches (`int`, *optional*, defaults to 8):
             Over how many batches each of them takes its mean gradient, or fewer if it has not that many.
+        bases_rank (`int`, *optional*):
+            How many directions of the mean gradient the bases have at each target, at most the `h*r` that there are and by
+            default all. The others are any orthonormal ones. Fewer make the sketches that are uploaded smaller.
         federated_seed (`int`, *optional*):
             The seed of the partition, of the clients' budgets and heads, of who takes part in each round and of each
             client's local training. By default `seed`.
@@ -197,6 +200,10 @@ class FederatedArgumentsMixin(PartitionerArgumentMixin):
         default=10, metadata={"help": "Steps on the task head before gradients are taken for the bases."}
     )
     bases_batches: int = field(default=8, metadata={"help": "Batches of a client's gradient for the bases."})
+    bases_rank: int | None = field(
+        default=None,
+        metadata={"help": "Directions of the gradient that bases have at a target. By default all `h*r`."},
+    )
     federated_seed: int | None = field(
         default=None, metadata={"help": "Seed of partition, participation and local training. By default `seed`."}
     )
@@ -270,7 +277,8 @@ class FederatedArgumentsMixin(PartitionerArgumentMixin):
 
     def _check_counts(self) -> None:
         counts = ("num_rounds", "num_clients", "clients_per_round", "min_clients", "labels_per_client")
-        for name in (*counts, "min_successful_clients", "max_round_attempts", "bases_clients", "bases_batches"):
+        bases = ("bases_clients", "bases_batches", "bases_rank")
+        for name in (*counts, "min_successful_clients", "max_round_attempts", *bases):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be 1 or more, got {value!r}.")

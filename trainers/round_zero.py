@@ -84,7 +84,10 @@ class RoundZeroMixin:
         """Run round 0. Neither the bases nor the global state has changed if it fails."""
         start_time = time.perf_counter()
         adapter_name = run.adapter.adapter_name
-        no_gradient = sketch_state(make_sketches(self.model, adapter_name))  # raises for an adapter that was trained
+        rank = self.args.bases_rank
+        no_gradient = sketch_state(
+            make_sketches(self.model, adapter_name, rank)
+        )  # raises for an adapter that was trained
         this_round = Round(0, sample_bases_clients(self._client_sizes(), self.args))
         # not that of the first round, which is 0 if the schedule starts with a warm-up
         self._learning_rate_factor = 1.0
@@ -95,7 +98,8 @@ class RoundZeroMixin:
         this_round.clients = [client for client in this_round.clients if client not in this_round.failures]
         run.adapter.load({**run.global_state, **run.personal_start, **head})
         state = self._mean_upload(this_round, no_gradient, head, self._sketch_gradient)
-        set_bases_from_sketches(self.model, sketches_from_state(self.model, state, adapter_name), adapter_name)
+        sketches = sketches_from_state(self.model, state, adapter_name, rank)
+        set_bases_from_sketches(self.model, sketches, adapter_name)
         run.global_state = {**run.global_state, **head}
         this_round.download_bytes += _bases_bytes(self.model, adapter_name) * len(self.clients)
         return {**this_round.record(), "round_seconds": time.perf_counter() - start_time}
@@ -153,7 +157,9 @@ class RoundZeroMixin:
             losses.append(loss.item())
             return loss
 
-        sketches = sketch_gradients(self.model, batches(), self.model.active_adapter, compute_loss)
+        sketches = sketch_gradients(
+            self.model, batches(), self.model.active_adapter, compute_loss, self.args.bases_rank
+        )
         return sketch_state(sketches), sum(losses) / len(losses)
 
 

@@ -27,14 +27,16 @@ class GradientSketch:
     Two random projections of a gradient G, `[d_out, d_in]`: `G Omega`, `[d_out, k]`, and `Psi G`, `[l, d_in]`.
 
     Args:
-        shape ([`~peft_ravan.bases.BasesShape`]): The shape of the target; k is h*r + 10, l is h*r + 20.
+        shape ([`~peft_ravan.bases.BasesShape`]): The shape of the target.
         seed (`int`): The seed of the projections; sketches that are added up need the same.
         device (`torch.device`): Where the sketch is kept.
+        rank (`int`, *optional*): How many directions it is to tell, h*r by default. k is 10 more, l is 20 more.
     """
 
-    def __init__(self, shape: BasesShape, seed: int, device: torch.device):
+    def __init__(self, shape: BasesShape, seed: int, device: torch.device, rank: int | None = None):
         self.shape = shape
-        num_columns = min(shape.total_rank + OVERSAMPLING, shape.d_in, shape.d_out)
+        rank = shape.total_rank if rank is None else min(rank, shape.total_rank)
+        num_columns = min(rank + OVERSAMPLING, shape.d_in, shape.d_out)
         # Tropp's choice, 2 k + 1, recovers a little more of flat spectra, and would be larger than the gradient itself from
         # h*r = d/3 on. What a client sends should stay near h*r numbers for each row and each column.
         num_rows = min(num_columns + OVERSAMPLING, shape.d_out)
@@ -126,11 +128,14 @@ def initialize_bases_from_gradient(
     set_bases_from_sketches(model, sketches, adapter_name)
 
 
-def make_sketches(model: nn.Module, adapter_name: str = "default") -> dict[str, GradientSketch]:
+def make_sketches(
+    model: nn.Module, adapter_name: str = "default", rank: int | None = None
+) -> dict[str, GradientSketch]:
     """
     Args:
         model ([`~peft.PeftModel`]): The model, with a fresh adapter that was made for bases from a gradient.
         adapter_name (`str`, *optional*, defaults to `"default"`): The name of the adapter.
+        rank (`int`, *optional*): How many directions of a gradient a sketch is to tell, h*r by default and at most.
 
     Returns:
         `dict[str, GradientSketch]`: An empty sketch for each target, by its name within the base model.
@@ -141,7 +146,7 @@ def make_sketches(model: nn.Module, adapter_name: str = "default") -> dict[str, 
     """
     # the index as the seed: sketches can be added up only where everybody has the same projections
     return {
-        name: GradientSketch(_shape_of(layer, adapter_name), index, layer.ravan_A[adapter_name].device)
+        name: GradientSketch(_shape_of(layer, adapter_name), index, layer.ravan_A[adapter_name].device, rank)
         for index, (name, layer) in enumerate(_gradient_targets(model, adapter_name).items())
     }
 
@@ -151,6 +156,7 @@ def sketch_gradients(
     batches: Iterable[Mapping[str, Any]],
     adapter_name: str = "default",
     compute_loss: Callable[[nn.Module, Mapping[str, Any]], torch.Tensor] | None = None,
+    rank: int | None = None,
 ) -> dict[str, GradientSketch]:
     """
     Sketch the mean gradient of each target's weight over some batches. The model is left as it was.
@@ -161,6 +167,7 @@ def sketch_gradients(
         adapter_name (`str`, *optional*, defaults to `"default"`): The name of the adapter.
         compute_loss (`Callable`, *optional*):
             The loss, from the model and a batch. By default the loss that the model returns.
+        rank (`int`, *optional*): How many directions of a gradient a sketch is to tell, h*r by default and at most.
 
     Returns:
         `dict[str, GradientSketch]`: The sketches, by the names of the targets within the base model. They depend on
@@ -170,7 +177,7 @@ def sketch_gradients(
         ValueError: if the adapter has other bases or was trained already, or if no batch is given.
         TypeError: if a target is not a linear layer.
     """
-    sketches = make_sketches(model, adapter_name)
+    sketches = make_sketches(model, adapter_name, rank)
     targets = _adapted_layers(model, adapter_name)
     _add_batches(model, targets, sketches, batches, compute_loss or _loss_of_the_model)
     return sketches
@@ -182,18 +189,18 @@ def sketch_state(sketches: Mapping[str, GradientSketch]) -> dict[str, torch.Tens
         sketches (`Mapping[str, GradientSketch]`): The sketches, by the names of the targets.
 
     Returns:
-        `dict[str, torch.Tensor]`: What of them travels, by name, in float32 on the CPU. The projections do not: everybody
-        can make them.
+        `dict[str, torch.Tensor]`: What of them travels, by name, in bfloat16 on the CPU: a gradient of some batches is
+        noisier than that. The projections do not travel: everybody can make them.
     """
     return {
-        f"{name}.{part}": getattr(sketch, part).float().cpu()
+        f"{name}.{part}": getattr(sketch, part).bfloat16().cpu()
         for name, sketch in sketches.items()
         for part in ("columns", "rows")
     }
 
 
 def sketches_from_state(
-    model: nn.Module, state: Mapping[str, torch.Tensor], adapter_name: str = "default"
+    model: nn.Module, state: Mapping[str, torch.Tensor], adapter_name: str = "default", rank: int | None = None
 ) -> dict[str, GradientSketch]:
     """
     The inverse of [`sketch_state`].
@@ -202,11 +209,12 @@ def sketches_from_state(
         model ([`~peft.PeftModel`]): The model that the sketches are for.
         state (`Mapping[str, torch.Tensor]`): What travelled, or its mean over clients.
         adapter_name (`str`, *optional*, defaults to `"default"`): The name of the adapter.
+        rank (`int`, *optional*): The rank that the sketches were made with.
 
     Returns:
         `dict[str, GradientSketch]`: The sketches, by the names of the targets.
     """
-    sketches = make_sketches(model, adapter_name)
+    sketches = make_sketches(model, adapter_name, rank)
     for name, sketch in sketches.items():
         sketch.columns.copy_(state[f"{name}.columns"])
         sketch.rows.copy_(state[f"{name}.rows"])
