@@ -69,10 +69,11 @@ def test_the_figures_of_bases_from_the_clients():
     for (_, heads, *columns), d in zip(figures, (384, 4096), strict=True):
         num_heads, r = map(int, re.findall(r"\d+", heads))
         sketch = GradientSketch(BasesShape(d, d, num_heads, r), 0, "cpu")
-        numbers = [sketch.columns.numel() + sketch.rows.numel(), d * d, 2 * d * num_heads * r]
-        assert columns[:3] == [f"{4 * number / 1e6:.2f} MB" for number in numbers]
+        sketch_bytes = 2 * (sketch.columns.numel() + sketch.rows.numel())  # in bfloat16, the others in float32
+        sizes = [sketch_bytes, 4 * d * d, 4 * 2 * d * num_heads * r]
+        assert columns[:3] == [f"{size / 1e6:.2f} MB" for size in sizes]
         assert columns[3] == f"{4 * num_heads * r**2 / 1e6:.3f} MB"
-        assert f"{numbers[0] / (num_heads * r**2):.0f} rounds" in section(TEXT, "What it costs", level=3)
+        assert f"{sketch_bytes / (4 * num_heads * r**2):.0f} rounds" in section(TEXT, "What it costs", level=3)
 
 
 def test_links_within_the_page():
