@@ -215,7 +215,20 @@ def restore_random_state(folder: str | os.PathLike) -> None:
         folder (`str` or `os.PathLike`): The checkpoint.
     """
     content = json.loads((Path(folder) / STATE_FILE).read_text())["random_state"]
-    tensors = safetensors.torch.load_file(Path(folder) / TENSORS_FILE)
+    _set_random_state(content, safetensors.torch.load_file(Path(folder) / TENSORS_FILE))
+
+
+@contextlib.contextmanager
+def preserved_random_state() -> Iterator[None]:
+    """Leave the random generators as they were, whatever is drawn from them within."""
+    state = _random_state()
+    try:
+        yield
+    finally:
+        _set_random_state(*state)
+
+
+def _set_random_state(content: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
     torch.set_rng_state(tensors["rng.torch"])
     kind, position, has_gauss, gauss = content["numpy"]
     np.random.set_state((kind, tensors["rng.numpy"].numpy().astype(np.uint32), position, has_gauss, gauss))

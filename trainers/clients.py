@@ -99,7 +99,7 @@ class LiveAdapter:
 
     def __init__(self, model: nn.Module):
         self.adapter_name = _single_active_adapter(model)
-        self._tuner = model.base_model
+        self._model, self._tuner = model, model.base_model
         self._layers = _ravan_layers(self._tuner, self.adapter_name)
         checkpoint = get_peft_model_state_dict(model, adapter_name=self.adapter_name, save_embedding_layers=False)
         trained = {
@@ -140,6 +140,22 @@ class LiveAdapter:
                 self._tensors[name].copy_(tensor)
             for buffer, first_value in self._other_buffers:
                 buffer.copy_(first_value)
+
+    @contextlib.contextmanager
+    def preserved(self) -> Iterator[None]:
+        """Give the model back as it was, to the last bit, whatever is loaded or trained within."""
+        values = [(tensor, tensor.detach().clone()) for tensor in self._tensors.values()]
+        values += [(buffer, buffer.clone()) for buffer, _ in self._other_buffers]
+        training = self._model.training
+        try:
+            yield
+        finally:
+            if self._layers:
+                self._tuner.set_trained_heads(None, self.adapter_name)
+            with torch.no_grad():
+                for tensor, value in values:
+                    tensor.copy_(value)
+            self._model.train(training)
 
     def load_checkpoint(self, checkpoint: Mapping[str, torch.Tensor]) -> None:
         """
