@@ -7,6 +7,8 @@ from typing import Any
 from .arguments import FederatedArguments, FederatedArgumentsMixin, federated_arguments
 from .callbacks import FederatedCallback
 from .checkpoints import CheckpointError
+from .client_eval_data import make_client_eval_datasets
+from .client_metrics import client_statistics, summarize_clients
 from .faults import ClientTimeoutError, RoundFailedError
 from .federated_mixin import FederatedMixin
 from .federated_trainer import FederatedTrainer, federated
@@ -25,11 +27,14 @@ __all__ = [
     "FederatedTrainer",
     "Privacy",
     "RoundFailedError",
+    "client_statistics",
+    "make_client_eval_datasets",
     "federated",
     "federated_arguments",
     "make_clients",
     "partition_table",
     "plot_partition",
+    "summarize_clients",
 ]
 
 

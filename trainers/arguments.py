@@ -109,6 +109,12 @@ class FederatedArgumentsMixin(PartitionerArgumentMixin):
         bases_rank (`int`, *optional*):
             How many directions of the mean gradient the bases have at each target, at most the `h*r` that there are and by
             default all. The others are any orthonormal ones. Fewer make the sketches that are uploaded smaller.
+        eval_clients (`bool`, *optional*, defaults to `False`):
+            Whether each evaluation evaluates the clients, too, each on its own data and with its own personal parts, see
+            [`FederatedTrainer.evaluate_clients`]. The record of the round then has what [`summarize_clients`] gives, such
+            as `eval_clients_worst_decile_accuracy`.
+        personalization_steps (`int`, *optional*, defaults to 0):
+            For how many steps each client trains on its own data before it is evaluated. The run does not change by it.
         federated_seed (`int`, *optional*):
             The seed of the partition, of the clients' budgets and heads, of who takes part in each round and of each
             client's local training. By default `seed`.
@@ -204,6 +210,10 @@ class FederatedArgumentsMixin(PartitionerArgumentMixin):
         default=None,
         metadata={"help": "Directions of the gradient that bases have at a target. By default all `h*r`."},
     )
+    eval_clients: bool = field(default=False, metadata={"help": "Whether evaluations evaluate each client, too."})
+    personalization_steps: int = field(
+        default=0, metadata={"help": "Steps that a client trains on its own data before it is evaluated."}
+    )
     federated_seed: int | None = field(
         default=None, metadata={"help": "Seed of partition, participation and local training. By default `seed`."}
     )
@@ -282,8 +292,9 @@ class FederatedArgumentsMixin(PartitionerArgumentMixin):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be 1 or more, got {value!r}.")
-        if self.bases_warmup_steps < 0:
-            raise ValueError(f"`bases_warmup_steps` must be 0 or more, got {self.bases_warmup_steps!r}.")
+        for name in ("bases_warmup_steps", "personalization_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must be 0 or more, got {getattr(self, name)!r}.")
         if self.client_timeout is not None and not self.client_timeout > 0:
             raise ValueError(f"`client_timeout` must be above 0 seconds, got {self.client_timeout!r}.")
         for name in ("clients_per_round", "bases_clients"):

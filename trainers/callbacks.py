@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer_callback import CallbackHandler
+from transformers.utils import is_in_notebook
 
 
 # Of a client's local training only these events reach the callbacks; the others belong to the federation as a whole, so
@@ -35,6 +37,11 @@ class FederatedCallback(TrainerCallback):
 
     def on_client_end(self, args, state, control, client: str, failure: str | None = None, **kwargs):
         """Called when a client has trained, with its name, or has failed, with the reason."""
+
+    def on_client_evaluate(
+        self, args, state, control, client: str, metrics: dict[str, float], num_clients: int, **kwargs
+    ):
+        """Called when one of so many clients has been evaluated, with its name and its metrics."""
 
     def on_round_end(self, args, state, control, record: dict[str, Any], **kwargs):
         """Called at the end of a round, with its record in the history."""
@@ -77,19 +84,30 @@ class LocalCallbackHandler(CallbackHandler):
 
 
 class FederatedProgressCallback(ProgressCallback, FederatedCallback):
-    """A progress bar over rounds, with the last figures beside it, and one over the clients of the round."""
+    """
+    A progress bar over rounds, with the time left and the last figures beside it, and below it one over the clients of the
+    round, or over batches or clients while they are evaluated. Where nobody watches, as in a log file, there is the bar
+    over rounds only, and it is written again every [`FederatedProgressCallback.LOG_SECONDS`] at most.
+    """
 
     # shown beside the bar, if they are in the record
     SHOWN = ("train_loss", "eval_loss", "eval_accuracy")
+    LOG_SECONDS = 30
 
     def __init__(self):
         super().__init__()
         self.client_bar = None
+        self.is_watched = is_in_notebook() or sys.stderr.isatty()
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
             self.training_bar = tqdm(
-                total=state.max_steps, initial=state.global_step, desc="Rounds", unit="round", dynamic_ncols=True
+                total=state.max_steps,
+                initial=state.global_step,
+                desc="Rounds",
+                unit="round",
+                dynamic_ncols=True,
+                mininterval=0.1 if self.is_watched else self.LOG_SECONDS,
             )
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -97,18 +115,28 @@ class FederatedProgressCallback(ProgressCallback, FederatedCallback):
         pass
 
     def on_round_begin(self, args, state, control, clients, **kwargs):
-        self._close_client_bar()  # of an attempt at the round that failed
-        if state.is_world_process_zero:
-            self.client_bar = tqdm(total=len(clients), desc="Clients", unit="client", leave=False, dynamic_ncols=True)
+        self._open_client_bar(state, "Clients", len(clients))
 
     def on_client_end(self, args, state, control, client, **kwargs):
-        if self.client_bar is not None:
-            self.client_bar.update(1)
+        self._count_client()
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        self._close_client_bar()  # the clients of the round are done when it is evaluated
+        if self.is_watched:
+            super().on_prediction_step(args, state, control, **kwargs)
+
+    def on_client_evaluate(self, args, state, control, client, metrics, num_clients, **kwargs):
+        if self.client_bar is None:
+            self._open_client_bar(state, "Evaluation of clients", num_clients)
+        self._count_client()
+        if self.client_bar is not None and self.client_bar.n == num_clients:
+            self._close_client_bar()
 
     def on_round_end(self, args, state, control, record, **kwargs):
         self._close_client_bar()
         if self.training_bar is not None:
-            self.training_bar.set_postfix({key: f"{record[key]:.4g}" for key in self.SHOWN if key in record})
+            shown = {key: f"{record[key]:.4g}" for key in self.SHOWN if key in record}
+            self.training_bar.set_postfix(shown, refresh=False)
             self.training_bar.update(1)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -120,6 +148,15 @@ class FederatedProgressCallback(ProgressCallback, FederatedCallback):
         self._close_client_bar()
         if self.training_bar is not None:
             super().on_train_end(args, state, control, **kwargs)
+
+    def _open_client_bar(self, state, description: str, total: int) -> None:
+        self._close_client_bar()  # of an attempt at the round that failed
+        if state.is_world_process_zero and self.is_watched:
+            self.client_bar = tqdm(total=total, desc=description, unit="client", leave=False, dynamic_ncols=True)
+
+    def _count_client(self) -> None:
+        if self.client_bar is not None:
+            self.client_bar.update(1)
 
     def _close_client_bar(self) -> None:
         if self.client_bar is not None:

@@ -81,7 +81,7 @@ def _check_partial_heads(trainer: FederatedTrainer) -> None:
         )
 
 
-def choose_heads(trainer: FederatedTrainer, client: str, round_number: int) -> None:
+def choose_heads(trainer: FederatedTrainer, client: str, round_number: int | str) -> None:
     """
     Let the model train the heads that a client can afford, as `head_selection` and `head_allocation` say. To be called
     when the trainer is that of the client, right before its training, whose random numbers are left as they were.
@@ -89,7 +89,7 @@ def choose_heads(trainer: FederatedTrainer, client: str, round_number: int) -> N
     Args:
         trainer ([`FederatedTrainer`]): The trainer, with a model that trains all heads.
         client (`str`): The name of the client.
-        round_number (`int`): The round, from 1.
+        round_number (`int` or `str`): The round, from 1, or a name for what is not one, which tells its draws from others.
     """
     args, share = trainer.args, trainer.client_budgets[client]
     if share == 1:

@@ -13,7 +13,8 @@ import datasets
 import torch
 from peft import PeftModel, PeftType
 from torch.utils.data import Dataset
-from transformers import ProgressCallback, TrainerState, set_seed
+from transformers import TrainerState, set_seed
+from transformers import trainer as trainer_module
 from transformers.trainer_utils import SaveStrategy, TrainOutput
 from transformers.training_args import ParallelMode
 from transformers.utils import logging
@@ -23,6 +24,7 @@ from peft_ravan.merging import MergeResult, get_merge_method, merge
 from .arguments import FederatedArguments, FederatedArgumentsMixin
 from .callbacks import FederatedProgressCallback, LocalCallbackHandler, call_federated_event
 from .client_budgets import resolve_client_budgets
+from .client_evaluation import ClientEvaluationMixin
 from .clients import LiveAdapter, freeze, frozen_heap
 from .faults import ClientFault, RoundFailedError, merge_of, updates_of
 from .local_objective import ControlVariates
@@ -49,6 +51,7 @@ class FederatedMixin(
     PrivacyMixin,
     SharingMixin,
     PartitionReportMixin,
+    ClientEvaluationMixin,
     LocalTrainingMixin,
 ):
     """
@@ -72,6 +75,7 @@ class FederatedMixin(
         *trainer_args,
         client_fault: ClientFault | None = None,
         availability: Availability | None = None,
+        client_eval_dataset: Dataset | Mapping[str, Dataset] | None = None,
         **kwargs,
     ):
         kwargs = {**_by_name(type(self), trainer_args), **kwargs}
@@ -92,11 +96,15 @@ class FederatedMixin(
             check_participation(self._client_sizes(), args, availability)
             self.privacy = resolve_privacy(self, adapter, availability)
         self.availability = availability
+        self.client_eval_dataset = client_eval_dataset
+        if args.eval_clients and self.clients:
+            self._datasets_to_evaluate()  # raises if there are none
         self.last_merge: MergeResult | None = None
         self.last_global_state: dict[str, torch.Tensor] | None = None
         self.client_fault = client_fault
         self._log_sink: dict[str, Any] | None = None  # set while logs belong to a round's record
-        if self.pop_callback(ProgressCallback) is not None:
+        # that of notebooks needs epochs, which the rounds do not have
+        if self.pop_callback(trainer_module.DEFAULT_PROGRESS_CALLBACK) is not None:
             self.add_callback(FederatedProgressCallback)
 
     def _checked_arguments(self, args: Any) -> FederatedArgumentsMixin:
@@ -324,6 +332,7 @@ class FederatedMixin(
         self._log_sink = {}
         try:
             self.evaluate(ignore_keys=ignore_keys)
+            self._log_sink.update(self._client_figures(ignore_keys))
             return self._log_sink
         finally:
             self._log_sink = None

@@ -33,6 +33,9 @@ class FederatedTrainer(FederatedMixin, Trainer):
             Whether a client, by its name, is available in a round, from 1. It is asked anew in every round, and again in
             a run that is repeated or resumed, so its answer must depend on nothing else. By default all clients always
             are. A keyword, not one of `args`, since a function cannot be saved with them.
+        client_eval_dataset (`Dataset` or `dict[str, Dataset]`, *optional*):
+            What each client is evaluated on by [`FederatedTrainer.evaluate_clients`]: a data set for each client by its
+            name, or one that is split as the training data is. By default `eval_dataset`.
         **kwargs:
             As for [`~transformers.Trainer`]. Each client needs an optimizer of its own, so choose it by `args.optim` or
             `optimizer_cls_and_kwargs`, not by `optimizers`.
@@ -49,6 +52,7 @@ class FederatedTrainer(FederatedMixin, Trainer):
           from the clients' gradients (`init_bases="gradient_svd"`).
         - **privacy** ([`PrivateRounds`]) -- The noise and the accounting of the rounds, or `None`.
         - **last_global_state** (`dict[str, torch.Tensor]`) -- The merged state that the last run has ended with.
+        - **last_client_metrics** (`pandas.DataFrame`) -- The metrics of each client in its last evaluation.
         - **last_merge** ([`~peft_ravan.merging.MergeResult`]) -- The last merge, with its diagnostics.
 
     Raises:

@@ -132,7 +132,7 @@ class LocalTrainingMixin:
                 raise
 
     @contextlib.contextmanager
-    def _as_client(self, client: str, round_number: int, timeout: TimeoutCallback) -> Iterator[None]:
+    def _as_client(self, client: str, round_number: int | str, timeout: TimeoutCallback) -> Iterator[None]:
         """Make this trainer that of one client: its data, its seed, and nothing that belongs to the federation."""
         train_dataset = self.clients[client]  # which may have to be prepared, and not be fit for it
         own = [name for name in self.client_attributes if hasattr(self, name)]
