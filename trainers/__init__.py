@@ -12,6 +12,8 @@ from .client_metrics import client_statistics, summarize_clients
 from .faults import ClientTimeoutError, RoundFailedError
 from .federated_mixin import FederatedMixin
 from .federated_trainer import FederatedTrainer, federated
+from .history import history_table, read_history
+from .history_plot import plot_history
 from .partition import make_clients
 from .partition_report import partition_table, plot_partition
 from .privacy import Privacy
@@ -28,12 +30,15 @@ __all__ = [
     "Privacy",
     "RoundFailedError",
     "client_statistics",
-    "make_client_eval_datasets",
     "federated",
     "federated_arguments",
+    "history_table",
+    "make_client_eval_datasets",
     "make_clients",
     "partition_table",
+    "plot_history",
     "plot_partition",
+    "read_history",
     "summarize_clients",
 ]
 

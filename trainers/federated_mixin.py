@@ -27,6 +27,7 @@ from .client_budgets import resolve_client_budgets
 from .client_evaluation import ClientEvaluationMixin
 from .clients import LiveAdapter, freeze, frozen_heap
 from .faults import ClientFault, RoundFailedError, merge_of, updates_of
+from .history import HistoryFileCallback, HistoryMixin
 from .local_objective import ControlVariates
 from .local_training import LocalTrainingMixin
 from .participation import Availability, check_participation, sample_clients
@@ -52,6 +53,7 @@ class FederatedMixin(
     SharingMixin,
     PartitionReportMixin,
     ClientEvaluationMixin,
+    HistoryMixin,
     LocalTrainingMixin,
 ):
     """
@@ -106,6 +108,7 @@ class FederatedMixin(
         # that of notebooks needs epochs, which the rounds do not have
         if self.pop_callback(trainer_module.DEFAULT_PROGRESS_CALLBACK) is not None:
             self.add_callback(FederatedProgressCallback)
+        self.add_callback(HistoryFileCallback)
 
     def _checked_arguments(self, args: Any) -> FederatedArgumentsMixin:
         is_own = self.arguments_class is not FederatedArgumentsMixin

@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard
 from peft_ravan.hub import FederationRecord, make_model_card
 from peft_ravan.merging import get_merge_method, get_server_optimizer
 
+from .history import HISTORY_FILE, write_history
 from .participation import describe_participation
 from .partition import describe_partition
 
@@ -25,7 +26,7 @@ class SharingMixin:
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """
-        Save the adapter and its card.
+        Save the adapter, its card, and the record of the rounds as JSON lines.
 
         Args:
             output_dir (`str`, *optional*): The folder, by default `args.output_dir`.
@@ -34,6 +35,8 @@ class SharingMixin:
         super().save_model(output_dir, _internal_call=_internal_call)
         if self.args.should_save:
             self._model_card().save(os.path.join(output_dir, "README.md"))
+            if any("round" in record for record in self.state.log_history):
+                write_history(os.path.join(output_dir, HISTORY_FILE), self.state.log_history)
 
     def create_model_card(
         self,

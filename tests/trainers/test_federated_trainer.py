@@ -303,12 +303,6 @@ def test_loggers_get_numbers_only(tmp_path):
     make_trainer(tmp_path, callbacks=[Numbers()]).train()
 
 
-def test_progress_is_shown_over_rounds_and_clients(tmp_path, capfd):
-    make_trainer(tmp_path, disable_tqdm=False, eval_strategy="epoch").train()
-    shown = capfd.readouterr().err
-    assert "Rounds: 100%" in shown and "Clients:" in shown and "eval_accuracy=" in shown
-
-
 def test_initial_evaluation_is_round_zero(tmp_path):
     trainer = make_trainer(tmp_path, eval_on_start=True, eval_strategy="epoch")
     trainer.train()

@@ -77,7 +77,7 @@ def test_personal_parts_are_saved_for_each_client_and_not_uploaded(tmp_path):
         assert all(torch.equal(tensor, recorder.after[client, 3][name]) for name, tensor in kept.items())
     uploads = [run.state.log_history[-1]["upload_bytes"] for run in (trainer, everything)]
     assert uploads[0] < 0.7 * uploads[1]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["all", "client_states"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["all", "client_states", "rounds.jsonl"]
 
 
 def test_a_resumed_run_finds_what_its_clients_had(tmp_path):

@@ -1,0 +1,229 @@
+"""The record of a run: its file, its table, its pictures, its bars, and what loggers get of it."""
+
+import io
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from transformers import TrainerCallback
+from transformers import trainer as trainer_module
+
+from peft_ravan.plotting import MAX_NAMES
+from peft_ravan.trainers import FederatedTrainer, callbacks, history_table, plot_history, read_history
+from peft_ravan.trainers.history import HISTORY_FILE, history_lines, write_history
+from peft_ravan.trainers.history_plot import BLUE, FAILED, TRAINED, _participation, head_norms
+
+from .test_federated_trainer import lora, make_trainer, ravan
+from .test_resuming import comparable, interrupted, resumable_trainer
+
+
+def fail_client_1(client, round_number, update):
+    if client == "client_1":
+        raise RuntimeError("the network is down")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> FederatedTrainer:
+    folder = tmp_path_factory.mktemp("run")
+    trainer = make_trainer(
+        folder, eval_strategy="epoch", eval_on_start=True, eval_clients=True, num_rounds=3, max_steps=1,
+        report_to="tensorboard", client_fault=fail_client_1,
+    )  # fmt: skip
+    trainer.train()
+    return trainer
+
+
+# ---- The file --------------------------------------------------------------------
+
+
+def test_the_file_has_a_line_a_round_and_is_the_history(run):
+    lines = Path(run.args.output_dir, HISTORY_FILE).read_text().splitlines()
+    assert [json.loads(line)["round"] for line in lines] == [0, 1, 2, 3]
+    assert read_history(run.args.output_dir) == run.state.log_history
+    assert json.loads(lines[1])["clients"] == ["client_0", "client_2", "client_3"]
+
+
+def test_a_saved_adapter_has_it_and_one_without_rounds_has_not(run, tmp_path):
+    run.save_model(str(tmp_path / "adapter"))
+    assert read_history(tmp_path / "adapter") == run.state.log_history
+    make_trainer(tmp_path / "new").save_model(str(tmp_path / "untrained"))
+    assert not (tmp_path / "untrained" / HISTORY_FILE).exists()
+
+
+def test_the_file_is_json_whatever_is_in_a_record(tmp_path):
+    record = {
+        "a": float("nan"),
+        "b": [math.inf, 1.5],
+        "c": np.float32(0.5),
+        "d": torch.tensor([1, 2]),
+        "e": {"f": -math.inf},
+    }
+    assert history_lines([record]) == '{"a": null, "b": [null, 1.5], "c": 0.5, "d": [1, 2], "e": {"f": null}}\n'
+
+
+def test_a_line_that_was_cut_off_is_left_out(tmp_path):
+    write_history(tmp_path / HISTORY_FILE, [{"round": 1}, {"round": 2}])
+    with open(tmp_path / HISTORY_FILE, "a") as file:
+        file.write('{"round": 3, "cli')
+    assert [record["round"] for record in read_history(tmp_path)] == [1, 2]
+    assert [path.name for path in tmp_path.iterdir()] == [HISTORY_FILE]
+
+
+def test_a_resumed_run_has_the_file_of_the_uninterrupted_one(tmp_path):
+    resumable_trainer(tmp_path / "whole", max_steps=1).train()
+    interrupted(tmp_path / "resumed", 2, max_steps=1)
+    with open(tmp_path / "resumed" / HISTORY_FILE, "a") as file:
+        file.write('{"round": 3, "clients": ["lost"]}\n{"rou')  # what a kill in round 4 leaves, without its checkpoint
+    resumable_trainer(tmp_path / "resumed", max_steps=1).train(resume_from_checkpoint=True)
+    whole, resumed = (read_history(tmp_path / name) for name in ("whole", "resumed"))
+    assert comparable(whole) == comparable(resumed) and [record["round"] for record in resumed] == [1, 2, 3, 4]
+
+
+# ---- The table and the pictures --------------------------------------------------
+
+
+def test_the_table_has_a_row_a_round(run):
+    table = run.history_table()
+    assert list(table.index) == [0, 1, 2, 3] and table.index.name == "round"
+    assert table["clients"].tolist() == [0, 3, 3, 3] and table["failed"].tolist() == [0, 1, 1, 1]
+    assert table.loc[1, "uploaded_MB"] == run.state.log_history[1]["upload_bytes"] / 1e6
+    assert math.isnan(table.loc[0, "train_loss"]) and table["eval_clients_worst_decile_accuracy"].notna().all()
+    assert list(table.columns[-3:]) == ["uploaded_MB", "downloaded_MB", "seconds"]
+    assert not [name for name in table.columns if name.endswith(("_runtime", "_per_second"))]
+    assert history_table([]).empty
+
+
+def curve(axes, label):
+    [line] = [line for line in axes.lines if line.get_label() == label]
+    return line.get_xydata()
+
+
+def test_the_picture_shows_what_is_in_the_history(run, tmp_path):
+    figure = run.plot_history(tmp_path / "history.png")
+    assert (tmp_path / "history.png").stat().st_size > 10_000
+    (rounds, megabytes), (loss, _), (participation,), (heads, _) = (part.axes for part in figure.subfigs)
+    history = pd.DataFrame(run.state.log_history)
+    np.testing.assert_allclose(curve(rounds, "accuracy, all examples"), history[["round", "eval_accuracy"]])
+    sent = history["upload_bytes"].fillna(0).cumsum() / 1e6
+    np.testing.assert_allclose(curve(megabytes, "worst decile of clients")[:, 0], sent)
+    np.testing.assert_allclose(curve(loss, "training (local, mean of clients)"), history[["round", "train_loss"]][1:])
+    [image] = participation.images
+    assert image.get_array().tolist() == [[TRAINED] * 3, [FAILED] * 3, [TRAINED] * 3, [TRAINED] * 3]
+    assert heads.images[0].get_array().shape == head_norms(run.model).shape
+    assert "MB" in megabytes.get_xlabel() and rounds.lines[0].get_color() == BLUE
+
+
+def test_the_size_of_heads_is_that_of_their_products():
+    trainer_model = make_trainer("out").model
+    layers = [module for module in trainer_model.modules() if hasattr(module, "ravan_s")]
+    with torch.no_grad():
+        for layer in layers:
+            layer.ravan_H["default"].fill_(1.0)  # [3, 4, 4]
+            layer.ravan_s["default"].copy_(torch.tensor([0.0, 1.0, -2.0]))
+    norms = head_norms(trainer_model)
+    assert norms.shape == (len(layers), 3) and list(norms.columns) == [1, 2, 3]
+    assert np.all(norms.to_numpy() == [0.0, 4.0, 8.0])
+    assert "bert.encoder.layer.0.attention.self.query" in norms.index
+    assert head_norms(make_trainer("out", lora()).model) is None
+
+
+@pytest.mark.parametrize("num_clients, num_rounds", [(3, 2), (20, 20), (200, 200)])
+def test_the_picture_can_be_read_whatever_the_size_of_the_federation(num_clients, num_rounds):
+    names = [f"client_{index:03d}" for index in range(num_clients)]
+    records = [
+        {
+            "round": number + 1, "clients": names[number % 3 :: 3], "failed_clients": [], "train_loss": 1.0,
+            "upload_bytes": 1000,
+        }
+        for number in range(num_rounds)
+    ]  # fmt: skip
+    figure = plot_history(records, clients=names)
+    assert len(figure.subfigs) == 2  # there is neither a metric nor a head
+    figure.draw_without_rendering()
+    [axes] = figure.subfigs[1].axes
+    boxes = [label.get_window_extent() for label in axes.get_yticklabels()]
+    assert min(3, num_clients) <= len(boxes) <= MAX_NAMES
+    # the text, without the room below its baseline
+    assert all(upper.y0 > lower.y1 - 4 for upper, lower in zip(boxes, boxes[1:], strict=False))
+    assert axes.images[0].get_array().shape == (num_clients, num_rounds)
+
+
+def test_a_client_that_failed_first_and_then_took_part_took_part():
+    record = {"round": 1, "clients": ["a"], "failed_clients": [{"client": "a"}, {"client": "b"}]}
+    assert _participation([record], None)[1].to_dict() == {"a": TRAINED, "b": FAILED}
+
+
+def test_what_cannot_be_drawn_is_said(run):
+    with pytest.raises(ValueError, match="There is no round to draw"):
+        plot_history([])
+    with pytest.raises(ValueError, match="`metric` is 'f1', but the history has accuracy"):
+        run.plot_history(metric="f1")
+
+
+# ---- Loggers ---------------------------------------------------------------------
+
+
+def test_tensorboard_gets_the_numbers_of_each_round(run):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    [folder] = [path.parent for path in Path(run.args.output_dir).rglob("events.out.tfevents.*")]
+    events = accumulator.EventAccumulator(str(folder))
+    events.Reload()
+    losses = {event.step: event.value for event in events.Scalars("train/train_loss")}
+    assert losses == pytest.approx({r["round"]: r["train_loss"] for r in run.state.log_history[1:]})
+    worst = {event.step: event.value for event in events.Scalars("eval/clients_worst_decile_accuracy")}
+    assert worst == pytest.approx({r["round"]: r["eval_clients_worst_decile_accuracy"] for r in run.state.log_history})
+    assert not any("client_" in tag for tag in events.Tags()["scalars"])  # names of clients are no numbers
+
+
+# ---- Progress bars ---------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def bars(tmp_path, monkeypatch, stream, **kwargs) -> list[str]:
+    monkeypatch.setattr(sys, "stderr", stream)
+    trainer = make_trainer(
+        tmp_path, disable_tqdm=False, eval_strategy="epoch", eval_clients=True, max_steps=1, **kwargs
+    )
+    bar = callbacks.FederatedProgressCallback
+    assert [bar] == [type(c) for c in trainer.callback_handler.callbacks if "Progress" in type(c).__name__]
+    trainer.train()
+    return [line.strip() for line in stream.getvalue().replace("\n", "\r").split("\r") if line.strip("\x1b[A ")]
+
+
+def test_on_a_terminal_there_are_bars_over_rounds_clients_and_evaluations(tmp_path, monkeypatch):
+    lines = bars(tmp_path, monkeypatch, Terminal())
+    kinds = ("Rounds", "Clients", "Evaluation of clients")
+    assert all(any(line.startswith(f"{kind}:") for line in lines) for kind in kinds)
+    [last] = [line for line in lines if line.startswith("Rounds: 100%")][-1:]
+    assert "2/2" in last and "<" in last and "eval_accuracy=" in last  # done, time left, the last figures
+
+
+def test_a_log_file_gets_few_lines(tmp_path, monkeypatch):
+    lines = bars(tmp_path, monkeypatch, io.StringIO(), num_rounds=8)
+    assert all(line.startswith("Rounds:") for line in lines) and len(lines) <= 3
+    assert "8/8" in lines[-1]
+
+
+def test_the_bars_of_notebooks_are_replaced_too(tmp_path, monkeypatch):
+    class NotebookProgressCallback(TrainerCallback):
+        """As that of transformers, which needs an epoch."""
+
+        def on_train_end(self, args, state, control, **kwargs):
+            int(state.epoch)
+
+    monkeypatch.setattr(trainer_module, "DEFAULT_PROGRESS_CALLBACK", NotebookProgressCallback)
+    assert bars(tmp_path, monkeypatch, Terminal())
+
+
+def test_the_file_is_written_without_bars_and_checkpoints(tmp_path):
+    make_trainer(tmp_path, ravan(), num_rounds=1, max_steps=1).train()
+    assert [record["round"] for record in read_history(tmp_path)] == [1]

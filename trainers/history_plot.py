@@ -1,0 +1,261 @@
+"""Pictures of the record of a federation."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from peft import PeftModel, get_peft_model_state_dict
+from torch import nn
+
+from peft_ravan.plotting import MAX_NAMES, make_figure, name_ticks
+from peft_ravan.state import exchange_state, is_core
+
+from .client_metrics import TIMED
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure, SubFigure
+
+
+BLUE, ORANGE, GREY = "#1f6fb4", "#d9660a", "#8a8a8a"
+# who took part: nothing, trained, failed
+TRAINED, FAILED = 1, 2
+# up to here the points of a curve are marked
+MAX_MARKED_ROUNDS = 30
+
+
+def head_norms(model: nn.Module) -> pd.DataFrame | None:
+    """
+    Measure what each head of a Ravan adapter adds to each target.
+
+    After a merge every scaling is 1, and a head's share of it is in H: so only the product s*H says how much a head does.
+    With orthonormal bases (`init_bases="gram_schmidt"`) its Frobenius norm is that of the head's weight update.
+
+    Args:
+        model (`torch.nn.Module`): The model.
+
+    Returns:
+        `pandas.DataFrame`: A row for each target, a column for each head from 1, and the Frobenius norm of s*H; NaN where
+        a target has fewer heads. `None` if the adapter has no heads.
+    """
+    if not isinstance(model, PeftModel) or len(model.active_adapters) != 1:
+        return None
+    checkpoint = get_peft_model_state_dict(model, adapter_name=model.active_adapters[0], save_embedding_layers=False)
+    cores = {name: product for name, product in exchange_state(checkpoint).items() if is_core(name)}
+    if not cores:
+        return None
+    norms = {
+        name.removeprefix("base_model.model.").rpartition(".")[0]: product.float().norm(dim=(1, 2)).tolist()
+        for name, product in cores.items()
+    }
+    return pd.DataFrame.from_dict(norms, orient="index").rename(columns=lambda head: head + 1)
+
+
+@dataclass(frozen=True)
+class Curves:
+    """
+    What is drawn of a history.
+
+    Args:
+        rounds (`np.ndarray`): The numbers of the rounds, `[rounds]`.
+        megabytes (`np.ndarray`): What all clients have uploaded up to the end of each, in 10^6 bytes, `[rounds]`.
+        records (`pandas.DataFrame`): A row for each of them, with the names of the records as columns.
+        metric (`str`, *optional*): The metric, without `eval_`.
+    """
+
+    rounds: np.ndarray
+    megabytes: np.ndarray
+    records: pd.DataFrame
+    metric: str | None
+
+    @classmethod
+    def of(cls, history: Sequence[Mapping[str, Any]], metric: str | None) -> Curves:
+        records = pd.DataFrame([record for record in history if "round" in record])
+        if records.empty:
+            raise ValueError(
+                "There is no round to draw. Run `train` first, or give a history that has records of rounds."
+            )
+        uploaded = records["upload_bytes"].fillna(0) if "upload_bytes" in records else pd.Series(0.0, records.index)
+        names = [name.removeprefix("eval_") for name in records.columns if name.startswith("eval_")]
+        metrics = [n for n in names if not n.startswith("clients_") and not n.endswith((*TIMED, "loss"))]
+        metric = metric.removeprefix("eval_") if metric is not None else next(iter(metrics), None)
+        if metric is not None and f"eval_{metric}" not in records:
+            raise ValueError(f"`metric` is {metric!r}, but the history has {', '.join(metrics) or 'no metrics'}.")
+        return cls(records["round"].to_numpy(), uploaded.cumsum().to_numpy() / 1e6, records, metric)
+
+    def of_name(self, name: str, over: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The points of one entry of the records, without rounds that do not have it."""
+        if name not in self.records:
+            return np.empty(0), np.empty(0)
+        values = pd.to_numeric(self.records[name], errors="coerce").to_numpy(dtype=float)
+        there = np.isfinite(values)
+        return over[there], values[there]
+
+
+def plot_history(
+    history: Sequence[Mapping[str, Any]],
+    path: str | os.PathLike | None = None,
+    metric: str | None = None,
+    clients: Sequence[str] | None = None,
+    head_norms: pd.DataFrame | None = None,
+) -> Figure:
+    """
+    Draw the record of a federation: the metric and the loss over rounds and over the megabytes that all clients have
+    uploaded, who took part in which round, and how large the heads are.
+
+    Where the history has figures of the clients (`eval_clients=True`), the metric has their mean, their worst decile, and
+    a band from the worst client to the best.
+
+    Args:
+        history (`Sequence[Mapping[str, Any]]`):
+            The records, as in `trainer.state.log_history` or from [`read_history`].
+        path (`str` or `os.PathLike`, *optional*):
+            Where to save the picture; its ending tells the format.
+        metric (`str`, *optional*):
+            The metric, such as `"accuracy"`. By default the first one in the history that is not a loss.
+        clients (`Sequence[str]`, *optional*):
+            The names of all clients. By default those that are in the history, by name.
+        head_norms (`pandas.DataFrame`, *optional*):
+            A row for each target and a column for each head, as [`head_norms`] gives them.
+
+    Returns:
+        `matplotlib.figure.Figure`: The picture.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+        ValueError: if the history has no round, or not that metric.
+    """
+    curves = Curves.of(history, metric)
+    participation = _participation(history, clients)
+    sections = [] if curves.metric is None else [(2.7, lambda part: _draw_curves(part, curves, _draw_metric))]
+    sections.append((2.7, lambda part: _draw_curves(part, curves, _draw_loss)))
+    sections.append((_height_of(participation), lambda part: _draw_participation(part.subplots(), participation)))
+    if head_norms is not None:
+        sections.append((_height_of(head_norms), lambda part: _draw_heads(part.subplots(), head_norms)))
+    heights = [height for height, _ in sections]
+    figure = make_figure(10, sum(heights))
+    # each part with margins of its own, or the long names of targets would squeeze the curves
+    parts = figure.subfigures(len(sections), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for part, (_, draw) in zip(parts, sections, strict=True):
+        draw(part)
+    if path is not None:
+        figure.savefig(path, dpi=150)
+    return figure
+
+
+def _height_of(table: pd.DataFrame) -> float:
+    """In inches: room for the names of the rows, of which at most some are written."""
+    return 1.4 + 0.15 * min(max(len(table), 4), MAX_NAMES)
+
+
+def _draw_curves(part: SubFigure, curves: Curves, draw: Callable[[Axes, Curves, np.ndarray], None]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    over_rounds, over_megabytes = part.subplots(1, 2, sharey=True)
+    draw(over_rounds, curves, curves.rounds)
+    draw(over_megabytes, curves, curves.megabytes)
+    over_rounds.set_xlabel("round")
+    over_rounds.xaxis.set_major_locator(MaxNLocator(integer=True))
+    over_megabytes.set(xlabel="MB uploaded by all clients, up to then", ylabel="")
+    for axes in (over_rounds, over_megabytes):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = over_rounds.get_legend_handles_labels()
+    part.legend(handles, labels, loc="outside upper left", ncols=len(labels), fontsize=8, frameon=False)
+
+
+def _draw_metric(axes: Axes, curves: Curves, over: np.ndarray) -> None:
+    marker = "." if len(over) <= MAX_MARKED_ROUNDS else None
+    name = curves.metric.replace("_", " ")
+    axes.plot(*curves.of_name(f"eval_{curves.metric}", over), color=BLUE, marker=marker, label=f"{name}, all examples")
+    of_clients = {
+        figure: curves.of_name(f"eval_clients_{figure}_{curves.metric}", over)
+        for figure in ("mean", "worst_decile", "worst", "best")
+    }
+    x, mean = of_clients["mean"]
+    if len(x):
+        axes.plot(x, mean, color=BLUE, linestyle="--", linewidth=1, label="mean of clients")
+        axes.plot(*of_clients["worst_decile"], color=ORANGE, marker=marker, label="worst decile of clients")
+        worst, best = of_clients["worst"][1], of_clients["best"][1]
+        axes.fill_between(x, worst, best, color=GREY, alpha=0.15, linewidth=0, label="worst to best client")
+    axes.set_ylabel(name)
+
+
+def _draw_loss(axes: Axes, curves: Curves, over: np.ndarray) -> None:
+    marker = "." if len(over) <= MAX_MARKED_ROUNDS else None
+    for name, label, colour in (
+        ("train_loss", "training (local, mean of clients)", GREY),
+        ("eval_loss", "evaluation (merged adapter)", BLUE),
+    ):
+        x, values = curves.of_name(name, over)
+        if len(x):
+            axes.plot(x, values, color=colour, marker=marker, label=label)
+    axes.set_ylabel("loss")
+
+
+def _participation(history: Sequence[Mapping[str, Any]], clients: Sequence[str] | None) -> pd.DataFrame:
+    """Who took part: a row for each client, a column for each round."""
+    records = {record["round"]: record for record in history if "clients" in record}
+    failed = {number: [f["client"] for f in record["failed_clients"]] for number, record in records.items()}
+    if clients is None:
+        clients = sorted({c for n, record in records.items() for c in (*record["clients"], *failed[n])})
+    positions = {client: position for position, client in enumerate(clients)}
+    cells = np.zeros((len(positions), len(records)), dtype=int)
+    for column, (number, record) in enumerate(records.items()):
+        # who failed at first and took part in a later attempt has taken part
+        cells[[positions[client] for client in failed[number]], column] = FAILED
+        cells[[positions[client] for client in record["clients"]], column] = TRAINED
+    return pd.DataFrame(cells, index=list(clients), columns=list(records))
+
+
+def _draw_participation(axes: Axes, participation: pd.DataFrame) -> None:
+    from matplotlib.colors import ListedColormap
+    from matplotlib.patches import Patch
+    from matplotlib.ticker import MaxNLocator
+
+    if participation.empty:
+        axes.set_axis_off()
+        return
+    first, last = participation.columns[0], participation.columns[-1]
+    rows = len(participation)
+    axes.imshow(
+        participation,
+        aspect="auto",
+        cmap=ListedColormap(["#eef1f4", BLUE, ORANGE]),
+        vmin=0,
+        vmax=2,
+        interpolation="nearest",
+        extent=(first - 0.5, last + 0.5, rows - 0.5, -0.5),
+    )
+    counts = {state: int((participation == state).to_numpy().sum()) for state in (TRAINED, FAILED)}
+    axes.legend(
+        handles=[
+            Patch(color=BLUE, label=f"merged ({counts[TRAINED]})"),
+            Patch(color=ORANGE, label=f"failed ({counts[FAILED]})"),
+        ],
+        loc="lower right", bbox_to_anchor=(1, 1), ncols=2, fontsize=8, frameon=False, borderaxespad=0.2,
+    )  # fmt: skip
+    axes.set(xlabel="round", ylabel="client")
+    axes.set_title("Participation", loc="left", fontsize=10)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    name_ticks(axes.yaxis, participation.index)
+    if max(participation.shape) <= MAX_NAMES:  # else lines would hide the cells
+        axes.set_xticks(np.arange(first, last) + 0.5, minor=True)
+        axes.set_yticks(np.arange(rows - 1) + 0.5, minor=True)
+        axes.grid(which="minor", color="white", linewidth=1)
+        axes.tick_params(which="minor", length=0)
+
+
+def _draw_heads(axes: Axes, norms: pd.DataFrame) -> None:
+    image = axes.imshow(norms, aspect="auto", cmap="viridis", vmin=0, interpolation="nearest")
+    axes.set(xlabel="head", ylabel="target")
+    axes.set_title("Size of the heads: Frobenius norm of s·H in the merged adapter", loc="left", fontsize=10)
+    axes.figure.colorbar(image, ax=axes, label="‖s·H‖", pad=0.01)
+    name_ticks(axes.yaxis, norms.index)
+    axes.set_xticks(range(len(norms.columns)), norms.columns)
