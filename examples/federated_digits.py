@@ -54,7 +54,7 @@ from transformers import (  # noqa: E402
 )
 
 from peft_ravan import RavanConfig  # noqa: E402
-from peft_ravan.trainers import FederatedArguments, FederatedTrainer, make_clients  # noqa: E402
+from peft_ravan.trainers import FederatedArguments, FederatedTrainer, client_statistics, make_clients  # noqa: E402
 
 
 PUBLIC_DIGITS = range(7)
@@ -190,18 +190,6 @@ def parameter_groups(model: PeftModel, learning_rate: float) -> list[dict]:
     ]
 
 
-def client_accuracies(trainer: Trainer, test: dict[str, Dataset]) -> np.ndarray:
-    """The accuracy of the model on each client's own test images."""
-    prediction = trainer.predict(concatenate_datasets(list(test.values())))
-    correct = prediction.predictions.argmax(-1) == prediction.label_ids
-    ends = np.cumsum([len(dataset) for dataset in test.values()])[:-1]
-    return np.array([part.mean() for part in np.split(correct, ends)])
-
-
-def worst_decile(accuracies: np.ndarray) -> float:
-    return float(np.sort(accuracies)[: max(1, len(accuracies) // 10)].mean())
-
-
 @dataclass(frozen=True)
 class Result:
     """What one run of the comparison gave."""
@@ -225,6 +213,7 @@ def run(method: Method, base_dir: Path, private: Dataset, output_dir: Path, seed
         args,
         train_dataset=train,
         eval_dataset=concatenate_datasets(list(test.values())),
+        client_eval_dataset=test,
         compute_metrics=accuracy,
         optimizer_cls_and_kwargs=(
             torch.optim.AdamW,
@@ -234,7 +223,8 @@ def run(method: Method, base_dir: Path, private: Dataset, output_dir: Path, seed
     start_time = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - start_time
-    return Result(method, trainer, worst_decile(client_accuracies(trainer, test)), seconds)
+    worst_decile = client_statistics(trainer.evaluate_clients()["accuracy"])["worst_decile"]
+    return Result(method, trainer, worst_decile, seconds)
 
 
 def show_table(results: list[Result], console: Console) -> None:
@@ -311,6 +301,9 @@ def main() -> None:
     adapter_dir = options.output_dir / "adapter"
     reloaded = save_and_reload(best, base_dir, adapter_dir)
     console.print(f"Plot: {plot_path}")
+    history_path = options.output_dir / "history.png"
+    best.trainer.plot_history(history_path)
+    console.print(f"What happened in the rounds of {best.method.name}: {history_path}")
     console.print(f"Best adapter, with its card: {adapter_dir} ({best.method.name})")
     console.print(f"Loaded into a fresh base model it scores {reloaded:.1%}, as before: {best.curve()[-1]:.1%}.")
     if reloaded != best.curve()[-1]:

@@ -357,9 +357,15 @@ class FederatedMixin(
             return
         # the loggers of report_to take numbers only; the history has the names, too
         names = {key: value for key, value in logs.items() if isinstance(value, list)}
+        is_round = "round" in logs and "train_loss" in logs
+        if is_round:
+            # as Trainer calls that of a step: `train_loss` is to W&B and trackio that of a finished run, without a step
+            names["train_loss"], logs = logs["train_loss"], {**logs, "loss": logs["train_loss"]}
         # the same dict, if it can be: what the trainer below adds to it is part of what `evaluate` returns
         super().log({k: v for k, v in logs.items() if k not in names} if names else logs, start_time)
         self.state.log_history[-1].update(names)
+        if is_round:
+            del self.state.log_history[-1]["loss"]
 
     def _logged_aside(self, logs: dict[str, Any], start_time: float | None) -> dict[str, Any]:
         """Let the trainer below complete a record, such as with metrics of its own, which goes nowhere else."""

@@ -110,7 +110,10 @@ def _rounds_table(history: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None
     metrics = [
         key
         for key in dict.fromkeys(key for record in records for key in record)
-        if key.startswith("eval_") and not key.endswith(("_runtime", "_per_second", "_preparation_time"))
+        if key.startswith("eval_")
+        and not key.endswith(("_runtime", "_per_second", "_preparation_time"))
+        # of the many figures of the clients, those that the mean over all examples hides
+        and (not key.startswith("eval_clients_") or key.startswith("eval_clients_worst_decile_"))
     ]
     # a private federation does not tell the losses of its clients; a round in which nobody took part has none
     losses = ["train_loss"] if any("train_loss" in record for record in records) else []

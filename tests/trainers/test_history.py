@@ -173,7 +173,7 @@ def test_tensorboard_gets_the_numbers_of_each_round(run):
     [folder] = [path.parent for path in Path(run.args.output_dir).rglob("events.out.tfevents.*")]
     events = accumulator.EventAccumulator(str(folder))
     events.Reload()
-    losses = {event.step: event.value for event in events.Scalars("train/train_loss")}
+    losses = {event.step: event.value for event in events.Scalars("train/loss")}
     assert losses == pytest.approx({r["round"]: r["train_loss"] for r in run.state.log_history[1:]})
     worst = {event.step: event.value for event in events.Scalars("eval/clients_worst_decile_accuracy")}
     assert worst == pytest.approx({r["round"]: r["eval_clients_worst_decile_accuracy"] for r in run.state.log_history})
