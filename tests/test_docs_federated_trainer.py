@@ -47,7 +47,7 @@ def test_the_code_gives_the_results_it_shows(tmp_path, monkeypatch):
     # pandas ends the lines of a table with blanks
     attempted = run_blocks(PAGE, given(), doctest.NORMALIZE_WHITESPACE)
     assert attempted >= 10
-    assert (tmp_path / "labels.png").exists() and (tmp_path / "speakers.png").exists()
+    assert all((tmp_path / name).exists() for name in ("labels.png", "speakers.png", "history.png"))
 
 
 def test_every_partition_is_in_the_table_with_its_arguments():
@@ -93,3 +93,8 @@ def test_the_fields_of_privacy_are_in_the_table_with_their_defaults():
     assert set(table) == {field.name for field in dataclasses.fields(Privacy)}
     defaults = Privacy(clip_norm=1.0, noise_multiplier=1.0)
     assert f"({defaults.delta})" in table["delta"] and f"(`{defaults.secret_sampling}`)" in table["secret_sampling"]
+
+
+def test_every_figure_of_clients_is_in_the_table():
+    table = rows(section(TEXT, "Each client", level=3))
+    assert [name for row in table for name in re.findall(r"`(\w+)`", row[0])] == list(client_statistics([0]))

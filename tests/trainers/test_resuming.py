@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import EarlyStoppingCallback
 
 from peft_ravan import RavanConfig
-from peft_ravan.trainers import CheckpointError, FederatedCallback, checkpoints
+from peft_ravan.trainers import CheckpointError, FederatedCallback, checkpoints, read_history
 
 from ..conftest import classification_dataset
 from .test_federated_trainer import adapter_state, assert_same, lora, make_trainer, ravan
@@ -102,6 +102,7 @@ def test_after_kill_at_any_point_the_run_goes_on_to_the_last_bit(tmp_path):
     for folder in folders:
         uninterrupted = with_bases if folder.endswith("bases") else whole
         assert_same(load_file(Path(folder) / "end.safetensors"), adapter_state(uninterrupted))
+        assert comparable(read_history(folder)) == comparable(uninterrupted.state.log_history)
         assert not list(Path(folder).glob(".*"))  # nothing half is left
     adapters = [tmp_path / run / "checkpoint-4" / "adapter_model.safetensors" for run in ("bases", "whole_with_bases")]
     assert_same(*map(load_file, adapters))  # the bases, too
