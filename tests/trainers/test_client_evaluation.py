@@ -249,3 +249,19 @@ def test_an_adapter_that_has_scalings_keeps_them(tmp_path):
     table = trainer.evaluate_clients()
     mean = np.average(table["loss"], weights=table["examples"])
     assert mean == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-4)
+
+
+def test_clients_of_sft_are_evaluated_as_sft_does(tmp_path, tokenizer):
+    pytest.importorskip("trl")
+    from .test_trl import sft, texts
+
+    options = {"num_clients": 2, "num_rounds": 1, "max_steps": 1, "eval_strategy": "epoch"}
+    data = {"train_dataset": texts(range(8)), "eval_dataset": texts(range(40, 48))}
+    runs = [sft(tmp_path / str(flag), tokenizer, **data, eval_clients=flag, **options) for flag in (False, True)]
+    for run in runs:
+        run.train()
+    assert_same(*map(adapter_state, runs))
+    without, with_clients = (run.state.log_history[-1] for run in runs)
+    assert without["eval_mean_token_accuracy"] == with_clients["eval_mean_token_accuracy"]
+    # all texts have one length, so the mean of the clients is that of the examples
+    assert with_clients["eval_clients_mean_loss"] == pytest.approx(with_clients["eval_loss"], rel=1e-4)
