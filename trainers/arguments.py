@@ -10,6 +10,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from peft_ravan.merging import SERVER_OPTIMIZERS, get_merge_method, get_server_optimizer
 
+from .client_runners import PARALLEL_MODES
 from .head_selection import BUDGET_DISTRIBUTIONS, HEAD_ALLOCATIONS, HEAD_SELECTIONS, parse_client_budgets
 from .participation import check_participation_arguments
 from .partition import PARTITIONS
@@ -115,6 +116,9 @@ class FederatedArgumentsMixin(PartitionerArgumentMixin):
             as `eval_clients_worst_decile_accuracy`.
         personalization_steps (`int`, *optional*, defaults to 0):
             For how many steps each client trains on its own data before it is evaluated. The run does not change by it.
+        parallel (`str`, *optional*, defaults to `"clients"`):
+            What several processes, as `accelerate launch` starts them, share: `"clients"`, each trains other clients of a
+            round, or `"data"`, all train one client after the other together, as [`~transformers.Trainer`] does.
         federated_seed (`int`, *optional*):
             The seed of the partition, of the clients' budgets and heads, of who takes part in each round and of each
             client's local training. By default `seed`.
@@ -214,6 +218,9 @@ class FederatedArgumentsMixin(PartitionerArgumentMixin):
     personalization_steps: int = field(
         default=0, metadata={"help": "Steps that a client trains on its own data before it is evaluated."}
     )
+    parallel: str = field(
+        default="clients", metadata={"help": f"What several processes share: {', '.join(PARALLEL_MODES)}."}
+    )
     federated_seed: int | None = field(
         default=None, metadata={"help": "Seed of partition, participation and local training. By default `seed`."}
     )
@@ -271,6 +278,8 @@ class FederatedArgumentsMixin(PartitionerArgumentMixin):
         if isinstance(self.local_parameters, str):
             is_list = self.local_parameters.lstrip().startswith("[")
             self.local_parameters = json.loads(self.local_parameters) if is_list else [self.local_parameters]
+        if self.parallel not in PARALLEL_MODES:
+            raise ValueError(f"`parallel` must be one of {', '.join(PARALLEL_MODES)}, got {self.parallel!r}.")
         if not self.proximal_mu >= 0:
             raise ValueError(f"`proximal_mu` must be 0 or more, got {self.proximal_mu!r}.")
         if self.scaffold and self.client_budgets is not None:

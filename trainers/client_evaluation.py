@@ -100,7 +100,7 @@ class ClientEvaluationMixin:
         self._gradient_correction = None  # clients train for themselves here
         self.is_in_train = True  # or `fp16_full_eval` would cast the model for good
         try:
-            with run.adapter.preserved(), preserved_random_state():
+            with self._runner.alone(), run.adapter.preserved(), preserved_random_state():
                 yield
         finally:
             for name, value in before.items():

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from transformers import TrainerCallback
@@ -14,6 +13,7 @@ from peft_ravan.merging import ClientUpdate, MergeResult, UpdateError
 
 
 if TYPE_CHECKING:
+    from .client_runners import ClientResult
     from .rounds import Round
 
 
@@ -39,11 +39,15 @@ class TimeoutCallback(TrainerCallback):
     not interrupted.
 
     Args:
-        seconds (`float`, *optional*): The limit, or `None` for none.
+        seconds (`float`, *optional*):
+            The limit, or `None` for none.
+        agree (`Callable[[float], float]`, *optional*):
+            Makes of the time by the clock of this process what all processes that train the client take for it.
     """
 
-    def __init__(self, seconds: float | None):
+    def __init__(self, seconds: float | None, agree: Callable[[float], float] | None = None):
         self.seconds = seconds
+        self.agree = agree or (lambda elapsed: elapsed)
         self.start_time = time.monotonic()
 
     def check(self) -> None:
@@ -51,8 +55,10 @@ class TimeoutCallback(TrainerCallback):
         Raises:
             ClientTimeoutError: if the time is over.
         """
-        elapsed = time.monotonic() - self.start_time
-        if self.seconds is not None and elapsed > self.seconds:
+        if self.seconds is None:
+            return
+        elapsed = self.agree(time.monotonic() - self.start_time)
+        if elapsed > self.seconds:
             raise ClientTimeoutError(
                 f"It took {elapsed:.1f} s, longer than `client_timeout` of {self.seconds:g} s. Raise the limit, or let "
                 "clients do fewer local steps."
@@ -63,29 +69,32 @@ class TimeoutCallback(TrainerCallback):
 
 
 def updates_of(
-    this_round: Round, make_update: Callable[[str], ClientUpdate], on_client_end: Callable[[str], None] | None = None
+    this_round: Round,
+    results: Iterable[ClientResult],
+    receive: Callable[[ClientResult], None],
+    on_client_end: Callable[[str], None] | None = None,
 ) -> Iterator[ClientUpdate]:
     """
-    Ask one client after the other for its update. Nothing is kept of an update once the next is asked for.
+    The updates of the clients that do not fail. Nothing is kept of one once the next is asked for.
 
     Args:
         this_round ([`Round`]): The round. Clients that fail are recorded there.
-        make_update (`Callable[[str], ClientUpdate]`): Trains a client, by its name.
+        results (`Iterable[ClientResult]`): What comes back from the clients.
+        receive (`Callable[[ClientResult], None]`): Records the result of a client that has not failed.
         on_client_end (`Callable[[str], None]`, *optional*): Is called when a client is done with, failed or not.
 
     Yields:
-        [`~peft_ravan.merging.ClientUpdate`]: The updates of the clients that do not fail.
+        [`~peft_ravan.merging.ClientUpdate`]: The updates.
     """
-    for client in this_round.clients:
-        try:
-            update = make_update(client)
-        except Exception as error:
-            traceback.clear_frames(error.__traceback__)  # what they hold may be what memory ran out for
-            this_round.fail(client, f"{type(error).__name__}: {error}", error)
-            logger.warning(f"Round {this_round.number}: client {client!r} failed and is left out. {error}")
-        else:
-            yield update
-            del update
+    for result in results:
+        client = result.client
+        if result.failure is not None:
+            this_round.fail(client, result.failure, result.error)
+            logger.warning(f"Round {this_round.number}: client {client!r} failed and is left out. {result.failure}")
+        elif result.update is not None:
+            receive(result)
+            yield result.update
+        del result
         if on_client_end is not None:
             on_client_end(client)
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import inspect
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
+from itertools import chain
 from typing import Any, ClassVar
 
 import datasets
@@ -16,15 +18,15 @@ from torch.utils.data import Dataset
 from transformers import TrainerState, set_seed
 from transformers import trainer as trainer_module
 from transformers.trainer_utils import SaveStrategy, TrainOutput
-from transformers.training_args import ParallelMode
 from transformers.utils import logging
 
-from peft_ravan.merging import MergeResult, get_merge_method, merge
+from peft_ravan.merging import ClientUpdate, MergeResult, get_merge_method, merge
 
 from .arguments import FederatedArguments, FederatedArgumentsMixin
-from .callbacks import FederatedProgressCallback, LocalCallbackHandler, call_federated_event
+from .callbacks import FederatedProgressCallback
 from .client_budgets import resolve_client_budgets
 from .client_evaluation import ClientEvaluationMixin
+from .client_runners import make_runner
 from .clients import LiveAdapter, freeze, frozen_heap
 from .faults import ClientFault, RoundFailedError, merge_of, updates_of
 from .history import HistoryFileCallback, HistoryMixin
@@ -38,6 +40,7 @@ from .preparation import PreparationMixin
 from .private_rounds import PrivacyMixin, resolve_privacy
 from .reporting import SharingMixin
 from .resuming import CheckpointingMixin, Run
+from .round_logs import RoundLogMixin
 from .round_zero import RoundZeroMixin
 from .rounds import Round, is_due, learning_rate_factors, mean_train_loss, serialized_bytes
 
@@ -49,6 +52,7 @@ class FederatedMixin(
     PreparationMixin,
     CheckpointingMixin,
     RoundZeroMixin,
+    RoundLogMixin,
     PrivacyMixin,
     SharingMixin,
     PartitionReportMixin,
@@ -88,6 +92,7 @@ class FederatedMixin(
             kwargs["train_dataset"] = self._handed_dataset = _one_dataset(given)
         super().__init__(**kwargs)
         self._check_parent()
+        self._runner = make_runner(args.parallel)
         self._handed_dataset, self.train_dataset = None, given
         self.clients = {}
         self.client_budgets: dict[str, float] | None = None
@@ -104,7 +109,6 @@ class FederatedMixin(
         self.last_merge: MergeResult | None = None
         self.last_global_state: dict[str, torch.Tensor] | None = None
         self.client_fault = client_fault
-        self._log_sink: dict[str, Any] | None = None  # set while logs belong to a round's record
         # that of notebooks needs epochs, which the rounds do not have
         if self.pop_callback(trainer_module.DEFAULT_PROGRESS_CALLBACK) is not None:
             self.add_callback(FederatedProgressCallback)
@@ -132,10 +136,6 @@ class FederatedMixin(
             raise ValueError(
                 f"The {type(self).__name__} prepares its training set in a way that cannot be repeated for each client. "
                 "Prepare the data before, or in a method `_prepare_dataset(dataset, ...)`, as the trainers of TRL do."
-            )
-        if self.args.parallel_mode == ParallelMode.DISTRIBUTED:
-            raise ValueError(
-                f"The {type(self).__name__} runs in one process for now. Start it without a distributed launcher."
             )
 
     # ---- The run -----------------------------------------------------------------
@@ -177,7 +177,7 @@ class FederatedMixin(
                 self._open_run(run, trial)
                 for number, factor in list(enumerate(learning_rate_factors(self.args), start=1))[run.round :]:
                     self._stop_if_spent()
-                    if self.control.should_training_stop:
+                    if self._runner.agree(self.control.should_training_stop):
                         break
                     self._learning_rate_factor = factor
                     self._run_round(run, number, ignore_keys_for_eval, trial)
@@ -200,6 +200,7 @@ class FederatedMixin(
         self.model_wrapped = self.callback_handler.model = self.model
 
     def _start_run(self, resume_from_checkpoint: str | bool | None, trial: Any) -> Run:
+        self._runner.share(chain(self.model.parameters(), self.model.buffers()))  # what was drawn may differ
         run = Run(self._live_adapter(), personal_patterns=self._personal_patterns)
         run.take_state()
         check_patterns(run.state(), self.args.local_parameters or ())
@@ -209,8 +210,9 @@ class FederatedMixin(
         if resume_from_checkpoint:
             self._load_checkpoint(resume_from_checkpoint, run, trial)
             self._restore_callbacks()
-        if self._keeps_state:
+        if self._keeps_state and self._runner.is_main:
             self._store.forget_after(run.round)
+        self._runner.wait()
         was_stopped = self.control.should_training_stop
         self.state.max_steps = self.args.num_rounds
         self.state.is_local_process_zero = self.is_local_process_zero()
@@ -296,12 +298,15 @@ class FederatedMixin(
         # a client trains when the merge asks for its update: none is kept longer than the merge needs it
         updates = updates_of(
             this_round,
-            lambda client: self._client_round(run, this_round, client, control),
+            self._runner.run(
+                this_round.clients, lambda client: self._client_round(run, this_round.number, client, control)
+            ),
+            partial(self._receive, this_round, control),
             lambda client: self._tell("on_client_end", client=client, failure=this_round.failures.get(client)),
         )
-        result = merge_of(
-            this_round,
-            lambda: merge(
+
+        def merge_updates(updates: Iterable[ClientUpdate]) -> MergeResult:
+            result = merge(
                 run.global_state,
                 updates,
                 self.merge_method,
@@ -312,11 +317,30 @@ class FederatedMixin(
                 server_state=run.server_state,
                 mechanism=self._mechanism(this_round),
                 **(args.merge_options or {}),
-            ),
-        )
-        if result is None or control is None:
-            return result
-        return replace(result, server_state={**result.server_state, **control.server_state()})
+            )
+            if control is None:
+                return result
+            return replace(result, server_state={**result.server_state, **control.server_state()})
+
+        return self._merge_updates(this_round, updates, merge_updates)
+
+    def _merge_updates(
+        self,
+        this_round: Round,
+        updates: Iterable[ClientUpdate],
+        merge_updates: Callable[[Iterable[ClientUpdate]], MergeResult],
+    ) -> MergeResult | None:
+        """Merge the updates of a round. All processes then have the result, and the same record of the round."""
+
+        def merged(updates: Iterable[ClientUpdate]) -> tuple[MergeResult | None, dict[str, Any]]:
+            result = merge_of(this_round, lambda: merge_updates(updates))
+            return result, {**vars(this_round), "first_error": None}  # errors cannot all be sent
+
+        first_error = this_round.first_error
+        result, recorded = self._runner.merge(updates, merged)
+        first_error = first_error or this_round.first_error
+        vars(this_round).update(recorded, first_error=first_error)
+        return result
 
     @property
     def merge_method(self) -> str:
@@ -329,54 +353,6 @@ class FederatedMixin(
         if isinstance(self.model, PeftModel):
             freeze(self.model, get_merge_method(self.merge_method).frozen_parts)
         return LiveAdapter(self.model)
-
-    def _evaluate_quietly(self, ignore_keys: list[str] | None) -> dict[str, float]:
-        """Evaluate without a log record of its own: the metrics become part of the record of the round."""
-        self._log_sink = {}
-        try:
-            self.evaluate(ignore_keys=ignore_keys)
-            self._log_sink.update(self._client_figures(ignore_keys))
-            return self._log_sink
-        finally:
-            self._log_sink = None
-
-    def _tell(self, event: str, **kwargs) -> None:
-        call_federated_event(self.callback_handler, event, self.args, self.state, self.control, **kwargs)
-
-    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
-        """
-        Log a record. While a client trains or a round is evaluated, what is logged goes into the record of the round, or
-        nowhere.
-
-        Args:
-            logs (`dict[str, Any]`): The record.
-            start_time (`float`, *optional*): As for [`~transformers.Trainer.log`].
-        """
-        if self._log_sink is not None:
-            self._log_sink.update(self._logged_aside(logs, start_time))
-            return
-        # the loggers of report_to take numbers only; the history has the names, too
-        names = {key: value for key, value in logs.items() if isinstance(value, list)}
-        is_round = "round" in logs and "train_loss" in logs
-        if is_round:
-            # as Trainer calls that of a step: `train_loss` is to W&B and trackio that of a finished run, without a step
-            names["train_loss"], logs = logs["train_loss"], {**logs, "loss": logs["train_loss"]}
-        # the same dict, if it can be: what the trainer below adds to it is part of what `evaluate` returns
-        super().log({k: v for k, v in logs.items() if k not in names} if names else logs, start_time)
-        self.state.log_history[-1].update(names)
-        if is_round:
-            del self.state.log_history[-1]["loss"]
-
-    def _logged_aside(self, logs: dict[str, Any], start_time: float | None) -> dict[str, Any]:
-        """Let the trainer below complete a record, such as with metrics of its own, which goes nowhere else."""
-        handler, history = self.callback_handler, self.state.log_history
-        self.callback_handler, self.state.log_history = LocalCallbackHandler.of(handler), []
-        try:
-            super().log(logs, start_time)
-            [record] = self.state.log_history
-        finally:
-            self.callback_handler, self.state.log_history = handler, history
-        return {key: value for key, value in record.items() if key not in ("epoch", "step")}
 
 
 def _by_name(trainer_class: type, positional: tuple) -> dict[str, Any]:

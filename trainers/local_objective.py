@@ -95,21 +95,15 @@ class ControlVariates:
         self._num_clients = num_clients
         self._change: dict[str, torch.Tensor] = {}
 
-    def add(self, old: Mapping[str, torch.Tensor], new: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def add(self, difference: Mapping[str, torch.Tensor]) -> None:
         """
         Args:
-            old (`Mapping[str, torch.Tensor]`): A client's c_i before the round; zeros where there is none.
-            new (`Mapping[str, torch.Tensor]`): The one after it.
-
-        Returns:
-            `dict[str, torch.Tensor]`: Their difference, which the client uploads.
+            difference (`Mapping[str, torch.Tensor]`): What a client uploads, see [`control_change`].
         """
-        difference = {name: tensor - old[name] if name in old else tensor for name, tensor in new.items()}
         for name, tensor in difference.items():
             # c moves by the mean over the clients of the round times their share of all clients
             share = tensor / self._num_clients
             self._change[name] = self._change[name] + share if name in self._change else share
-        return difference
 
     def server_state(self) -> dict[str, torch.Tensor]:
         """
@@ -121,3 +115,15 @@ class ControlVariates:
             f"{SCAFFOLD_PREFIX}{name}": sum(part[name] for part in (self.server, self._change) if name in part)
             for name in names
         }
+
+
+def control_change(old: Mapping[str, torch.Tensor], new: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """
+    Args:
+        old (`Mapping[str, torch.Tensor]`): A client's c_i before the round; zeros where there is none.
+        new (`Mapping[str, torch.Tensor]`): The one after it.
+
+    Returns:
+        `dict[str, torch.Tensor]`: Their difference, which the client uploads.
+    """
+    return {name: tensor - old[name] if name in old else tensor for name, tensor in new.items()}

@@ -18,9 +18,10 @@ from peft_ravan.merging.checking import is_finite
 
 from .callbacks import LocalCallbackHandler
 from .client_budgets import choose_heads
+from .client_runners import ClientResult, DataParallelRunner, one_process
 from .clients import local_arguments
 from .faults import TimeoutCallback
-from .local_objective import SCAFFOLD_PREFIX, ControlVariates, GradientCorrection
+from .local_objective import SCAFFOLD_PREFIX, ControlVariates, GradientCorrection, control_change
 from .partition import ClientParts
 from .personal import ClientStore, split_state
 from .preparation import given_clients
@@ -54,13 +55,13 @@ class LocalTrainingMixin:
     _learning_rate_factor: float | None = None  # set while a federation runs
     _gradient_correction: GradientCorrection | None = None  # set while a client trains
 
-    def _client_round(self, run: Run, this_round: Round, client: str, control: ControlVariates | None) -> ClientUpdate:
+    def _client_round(self, run: Run, number: int, client: str, control: ControlVariates | None) -> ClientResult:
         """Load the adapter that a client starts from, train it, and read what the client uploads."""
-        number, timeout = this_round.number, TimeoutCallback(self.args.client_timeout)
+        timeout = self._timeout()
         kept = self._store.load(client, before=number) if self._keeps_state else {}
         own = {name: kept.get(name, tensor) for name, tensor in run.personal_start.items()}
         run.adapter.load({**run.global_state, **own})
-        old_control, own_control = _of_scaffold(kept), {}
+        old_control, own_control, change = _of_scaffold(kept), {}, None
         self._gradient_correction = None
         if self.args.proximal_mu or control is not None:
             server_control = None if control is None else control.server
@@ -68,24 +69,40 @@ class LocalTrainingMixin:
                 self.model, self.args.proximal_mu, server_control, old_control
             )
         with torch.enable_grad():  # the merge that asks for updates needs no gradients
-            train_loss, this_round.learning_rate = self._train_client(client, number, timeout)
+            train_loss, learning_rate = self._train_client(client, number, timeout)
         heads = run.adapter.trained_heads()
         own, shared = split_state(run.adapter.read(), run.personal_patterns)
         update = ClientUpdate(shared, self._num_examples(client), client, heads)
         update = self._before_upload(update, number, timeout)
         if control is not None:
             own_control = self._gradient_correction.new_client_control()
+            change = control_change(old_control, own_control)
         kept = {**own, **{f"{SCAFFOLD_PREFIX}{name}": tensor for name, tensor in own_control.items()}}
-        if not all(map(is_finite, [*kept.values(), *update.state.values()])):
-            return update  # which the merge refuses, and of which nothing is kept
-        if control is not None:
-            this_round.upload_bytes += serialized_bytes(control.add(old_control, own_control))
-            this_round.download_bytes += serialized_bytes(control.server)
-        if self._keeps_state:
+        finite = all(map(is_finite, [*kept.values(), *update.state.values()]))  # else the merge refuses the update
+        if finite and self._keeps_state and self._is_keeper:
             keep_from = number - 1 if run.oldest_checkpoint is None else run.oldest_checkpoint
             self._store.save(client, number, kept, keep_from)
-        this_round.add(update, train_loss, count_heads=self.client_budgets is not None)
-        return update
+        return ClientResult(client, update, train_loss, learning_rate, change, finite)
+
+    def _receive(self, this_round: Round, control: ControlVariates | None, result: ClientResult) -> None:
+        """Record what a client has uploaded, as the server."""
+        if result.learning_rate is not None:
+            this_round.learning_rate = result.learning_rate
+        if not result.is_finite:
+            return
+        if control is not None:
+            control.add(result.control_change)
+            this_round.upload_bytes += serialized_bytes(result.control_change)
+            this_round.download_bytes += serialized_bytes(control.server)
+        this_round.add(result.update, result.train_loss, count_heads=self.client_budgets is not None)
+
+    @property
+    def _is_keeper(self) -> bool:
+        """Whether this process writes down what the client that it trains keeps: one does, of those that train it."""
+        return not isinstance(self._runner, DataParallelRunner) or self._runner.is_main
+
+    def _timeout(self) -> TimeoutCallback:
+        return TimeoutCallback(self.args.client_timeout, self._runner.agree_on_time)
 
     def _before_upload(self, update: ClientUpdate, round_number: int, timeout: TimeoutCallback) -> ClientUpdate:
         if self.client_fault is not None:
@@ -123,7 +140,8 @@ class LocalTrainingMixin:
         with self._as_client(client, round_number, timeout):
             try:
                 if self.client_budgets is not None:
-                    choose_heads(self, client, round_number)
+                    with one_process():  # all processes that train a client choose the same
+                        choose_heads(self, client, round_number)
                 output = super().train()
                 return output.training_loss, self.lr_scheduler.get_last_lr()[0]
             except Exception as error:
@@ -149,6 +167,9 @@ class LocalTrainingMixin:
             optimizer_cls, kwargs = self.optimizer_cls_and_kwargs
             self.optimizer_cls_and_kwargs = (optimizer_cls, dict(kwargs))
         self.optimizer = self.lr_scheduler = None
+        if isinstance(self._runner, DataParallelRunner):
+            # a wrapper for several processes knows the parameters that the last client has trained
+            self.model_wrapped = self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False)
         self._log_sink = {}
         set_seed(self.args.seed)
         try:
@@ -169,7 +190,8 @@ class LocalTrainingMixin:
         dataset = clients[client]
         if has_length(dataset):
             return len(dataset)
-        return self.args.max_steps * self.args.gradient_accumulation_steps * self.args.train_batch_size
+        together = self.args.world_size if isinstance(self._runner, DataParallelRunner) else 1
+        return self.args.max_steps * self.args.gradient_accumulation_steps * self.args.train_batch_size * together
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """

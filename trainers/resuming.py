@@ -100,18 +100,22 @@ class CheckpointingMixin:
         folder = self._write_checkpoint(run, trial)
         if self.args.push_to_hub:
             self._push_from_checkpoint(folder)
-        rotate_checkpoints(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
+        if self._runner.is_main:
+            rotate_checkpoints(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
+        self._runner.wait()
         run.oldest_checkpoint = checkpoint_round(find_checkpoints(run_dir)[-1])
         self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
     def _write_checkpoint(self, run: Run, trial: Any) -> str:
         folder = os.path.join(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{run.round}")
         self.state.stateful_callbacks = TrainerState(stateful_callbacks=self._stateful_callbacks()).stateful_callbacks
-        with atomic_folder(folder) as aside:
-            self.save_model(str(aside), _internal_call=True)
-            self.state.save_to_json(str(aside / TRAINER_STATE_NAME))
-            if not self.args.save_only_model:
-                write_federation_state(aside, FederationState(run.round, self._facts(run), run.server_state))
+        if self._runner.is_main:
+            with atomic_folder(folder) as aside:
+                self.save_model(str(aside), _internal_call=True)
+                self.state.save_to_json(str(aside / TRAINER_STATE_NAME))
+                if not self.args.save_only_model:
+                    write_federation_state(aside, FederationState(run.round, self._facts(run), run.server_state))
+        self._runner.wait()
         return folder
 
     def _stateful_callbacks(self) -> list[ExportableState]:

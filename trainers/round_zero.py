@@ -31,7 +31,8 @@ from peft_ravan.gradient_bases import (
 from peft_ravan.merging import ClientUpdate, merge
 from peft_ravan.state import CORE_NAME, SCALING_NAME, is_basis, is_core
 
-from .faults import RoundFailedError, TimeoutCallback, merge_of, updates_of
+from .client_runners import ClientResult, one_process
+from .faults import RoundFailedError, TimeoutCallback, updates_of
 from .participation import sample_clients
 from .rounds import Round, derive_seed, serialized_bytes
 
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 
 
 # What a client does while the trainer is that of the client: what it uploads, and its mean loss.
-ClientWork = Callable[[Round, str, TimeoutCallback], tuple[dict[str, torch.Tensor], float]]
+BasesWork = Callable[[str, TimeoutCallback], tuple[dict[str, torch.Tensor], float]]
 
 
 def sample_bases_clients(sizes: Mapping[str, int], args: FederatedArguments) -> list[str]:
@@ -100,18 +101,22 @@ class RoundZeroMixin:
         state = self._mean_upload(this_round, no_gradient, head, self._sketch_gradient)
         sketches = sketches_from_state(self.model, state, adapter_name, rank)
         set_bases_from_sketches(self.model, sketches, adapter_name)
+        self._runner.share(tensor for name, tensor in self.model.named_buffers() if ".ravan_" in name)
         run.global_state = {**run.global_state, **head}
         this_round.download_bytes += _bases_bytes(self.model, adapter_name) * len(self.clients)
         return {**this_round.record(), "round_seconds": time.perf_counter() - start_time}
 
     def _mean_upload(
-        self, this_round: Round, like: dict[str, torch.Tensor], sent: dict[str, torch.Tensor], work: ClientWork
+        self, this_round: Round, like: dict[str, torch.Tensor], sent: dict[str, torch.Tensor], work: BasesWork
     ) -> dict[str, torch.Tensor]:
         """The mean of what the clients make of what is sent to them; `like` has its names and shapes."""
         if sent:
             this_round.download_bytes += serialized_bytes(sent) * len(this_round.clients)
-        updates = updates_of(this_round, partial(self._upload, this_round, work))
-        result = merge_of(this_round, lambda: merge(like, updates, "fedavg", on_bad_update="drop"))
+        receive = partial(self._receive, this_round, None)
+        updates = updates_of(this_round, self._runner.run(this_round.clients, partial(self._upload, work)), receive)
+        result = self._merge_updates(
+            this_round, updates, lambda updates: merge(like, updates, "fedavg", on_bad_update="drop")
+        )
         needed = min(self.args.min_successful_clients, len(this_round.clients))
         if len(this_round.num_examples) < max(1, needed):
             raise RoundFailedError(
@@ -121,28 +126,23 @@ class RoundZeroMixin:
             ) from this_round.first_error
         return result.state
 
-    def _upload(self, this_round: Round, work: ClientWork, client: str) -> ClientUpdate:
-        timeout = TimeoutCallback(self.args.client_timeout)
+    def _upload(self, work: BasesWork, client: str) -> ClientResult:
+        timeout = self._timeout()
         with torch.enable_grad(), self._as_client(client, 0, timeout):
-            state, loss = work(this_round, client, timeout)
+            state, loss = work(client, timeout)
+            learning_rate = None if self.lr_scheduler is None else self.lr_scheduler.get_last_lr()[0]
         update = self._before_upload(ClientUpdate(state, self._num_examples(client), client), 0, timeout)
-        this_round.add(update, loss)
-        return update
+        return ClientResult(client, update, loss, learning_rate)
 
-    def _warm_up_head(
-        self, run: Run, this_round: Round, client: str, timeout: TimeoutCallback
-    ) -> tuple[dict[str, torch.Tensor], float]:
+    def _warm_up_head(self, run: Run, client: str, timeout: TimeoutCallback) -> tuple[dict[str, torch.Tensor], float]:
         head = {name for name in run.global_state if not is_core(name)}
         run.load_global()
         self.args.max_steps = self.args.bases_warmup_steps  # of the client's arguments, which are a copy
         with _cores_frozen(self.model):
             loss = super().train().training_loss
-        this_round.learning_rate = self.lr_scheduler.get_last_lr()[0]
         return {name: tensor for name, tensor in run.adapter.read().items() if name in head}, loss
 
-    def _sketch_gradient(
-        self, this_round: Round, client: str, timeout: TimeoutCallback
-    ) -> tuple[dict[str, torch.Tensor], float]:
+    def _sketch_gradient(self, client: str, timeout: TimeoutCallback) -> tuple[dict[str, torch.Tensor], float]:
         losses = []
 
         def batches() -> Iterator[Mapping[str, Any]]:
@@ -157,9 +157,10 @@ class RoundZeroMixin:
             losses.append(loss.item())
             return loss
 
-        sketches = sketch_gradients(
-            self.model, batches(), self.model.active_adapter, compute_loss, self.args.bases_rank
-        )
+        with one_process():  # also where several train a client together
+            sketches = sketch_gradients(
+                self.model, batches(), self.model.active_adapter, compute_loss, self.args.bases_rank
+            )
         return sketch_state(sketches), sum(losses) / len(losses)
 
 

@@ -36,6 +36,7 @@ def test_printing_hides_tokens():
     "fields, message",
     [
         ({"num_rounds": 0}, "`num_rounds` must be 1 or more, got 0"),
+        ({"parallel": "both"}, "`parallel` must be one of clients, data, got 'both'"),
         ({"num_clients": 0}, "`num_clients` must be 1 or more, got 0"),
         (
             {"num_clients": 3, "clients_per_round": 4},

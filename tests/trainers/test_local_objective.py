@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from peft_ravan.trainers import FederatedCallback
-from peft_ravan.trainers.local_objective import ControlVariates, GradientCorrection
+from peft_ravan.trainers.local_objective import ControlVariates, GradientCorrection, control_change
 
 from .test_federated_trainer import adapter_state, assert_same, lora, make_trainer, ravan
 
@@ -55,7 +55,7 @@ def test_scaffold_is_option_two_of_the_paper():
             model = Quadratic(found_x)
             correction = GradientCorrection(model, 0.0, control.server, kept[index])
             found.append(local_steps(model, target, correction, steps, lr))
-            control.add(kept[index], correction.new_client_control())
+            control.add(control_change(kept[index], correction.new_client_control()))
             kept[index] = correction.new_client_control()
         x, c = sum(new_x) / 2, c + sum(changes) / 2
         found_x, server_state = sum(found) / 2, control.server_state()
@@ -66,7 +66,7 @@ def test_scaffold_is_option_two_of_the_paper():
 
 def test_with_few_of_many_clients_the_control_of_the_server_moves_by_their_share():
     control = ControlVariates({}, num_clients=10)
-    control.add({}, {"w": torch.tensor([5.0])})
+    control.add(control_change({}, {"w": torch.tensor([5.0])}))
     assert control.server_state()["scaffold.w"].item() == 0.5
 
 

@@ -1,0 +1,156 @@
+"""
+Runs of several processes, or of one: `python -m tests.trainers.many_processes FOLDER RUN ...`, by a launcher or without. What
+each run ends with is written by the main process. `kill-RUN` ends by the death of a process.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import datasets
+import torch
+from accelerate import PartialState
+from safetensors.torch import save_file
+from transformers import EarlyStoppingCallback
+
+from peft_ravan import RavanConfig
+from peft_ravan.trainers import FederatedCallback, FederatedSFTConfig, FederatedSFTTrainer
+from peft_ravan.trainers.checkpoints import find_checkpoints
+
+from ..conftest import classification_dataset, make_tokenizer, sentence, tiny_llama
+from .test_federated_trainer import lora, make_trainer, ravan
+from .test_resuming import StopAfter, comparable
+
+
+def fails(client, round_number, update):
+    if client == "client_1":
+        raise OSError(f"no network in round {round_number}")
+
+
+def poisoned(client, round_number, update):
+    if client == "client_2":
+        next(iter(update.state.values())).fill_(float("nan"))
+
+
+class Heard(FederatedCallback):
+    """Every process hears of all clients."""
+
+    def __init__(self):
+        self.clients = []
+
+    def on_client_end(self, args, state, control, client, failure=None, **kwargs):
+        self.clients.append((client, failure is not None))
+
+
+def clients(*sizes: int) -> dict:
+    dataset = classification_dataset(sum(sizes))
+    starts = [sum(sizes[:index]) for index in range(len(sizes))]
+    return {
+        f"client_{index}": dataset.select(range(start, start + size))
+        for index, (start, size) in enumerate(zip(starts, sizes, strict=True))
+    }
+
+
+def sft(folder):
+    texts = datasets.Dataset.from_dict({"text": [sentence(index) for index in range(24)]})
+    args = FederatedSFTConfig(
+        str(folder), num_rounds=2, num_clients=3, max_steps=2, per_device_train_batch_size=4, packing=True, max_length=16,
+        learning_rate=1e-2, save_strategy="no", report_to="none", use_cpu=True, bf16=False, disable_tqdm=True,
+        eval_strategy="epoch",
+    )  # fmt: skip
+    return FederatedSFTTrainer(
+        tiny_llama(), args, train_dataset=texts, eval_dataset=texts, processing_class=make_tokenizer(),
+        peft_config=RavanConfig(r=3, num_heads=2, task_type="CAUSAL_LM"),
+    )  # fmt: skip
+
+
+def make(run: str, folder: Path, heard: Heard):
+    """The trainer of a run. Five clients do not share out evenly over two processes."""
+    common = {"num_clients": None, "train_dataset": clients(8, 24, 16, 40, 32), "callbacks": [heard], "num_rounds": 2}
+    several = {
+        "uneven": {"server_optimizer": "fedadam", "eval_strategy": "epoch", "merge_method": "fedrpca"},
+        "scaffold": {"scaffold": True, "local_parameters": "classifier", "adapter": lora(), "clients_per_round": 3},
+        "failing": {"client_fault": fails, "min_successful_clients": 4},
+        "repeated": {"client_fault": fails, "clients_per_round": 2, "min_successful_clients": 2, "num_rounds": 3},
+        "poisoned": {"client_fault": poisoned},
+        "single": {"train_dataset": clients(30)},
+        "budgets": {"client_budgets": 0.5, "head_selection": "gradient"},
+        "round_zero": {
+            "adapter": RavanConfig(r=3, num_heads=2, init_bases="gradient_svd", task_type="SEQ_CLS"),
+            "bases_clients": 3, "bases_warmup_steps": 2, "bases_batches": 2,
+        },
+        "stopping": {
+            "eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True, "num_rounds": 5,
+            "metric_for_best_model": "eval_loss", "greater_is_better": True, "callbacks": [heard, EarlyStoppingCallback(1)],
+        },
+        "killed": {"save_strategy": "epoch", "num_rounds": 3, "server_optimizer": "fedadam"},
+        "resumed": {"save_strategy": "epoch", "scaffold": True, "num_rounds": 3},
+        # a batch of both processes is one of twice the size; Trainer scales the loss of models that do not ask for it
+        "data": {
+            "parallel": "data", "optim": "sgd", "learning_rate": 0.1, "client_timeout": 100.0,
+            "average_tokens_across_devices": False, "train_dataset": clients(32, 48),
+        },
+        "doubled": {
+            "per_device_train_batch_size": 16, "optim": "sgd", "learning_rate": 0.1, "train_dataset": clients(32, 48),
+        },
+        "data_budgets": {
+            "parallel": "data", "client_budgets": 0.5, "head_selection": "gradient", "save_strategy": "epoch",
+            "local_parameters": "classifier",
+        },
+    }  # fmt: skip
+    options = {**common, **several[run]}
+    return make_trainer(folder, options.pop("adapter", ravan()), **options)
+
+
+class KillWithinAClient(FederatedCallback):
+    """The last process dies while it trains its second client of the third round."""
+
+    def __init__(self):
+        self.rounds, self.turns = 0, 0
+
+    def on_round_begin(self, args, state, control, **kwargs):
+        self.rounds += 1
+        self.turns = 0
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.turns += state.global_step == 0
+        if self.rounds == 3 and self.turns == 2 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run_one(run: str, folder: Path, kill: bool = False) -> None:
+    heard = Heard()
+    if run == "resumed":
+        trainer = make(run, folder / run, Heard())
+        trainer.add_callback(StopAfter(2))
+        with contextlib.suppress(KeyboardInterrupt):
+            trainer.train()
+    trainer = sft(folder / run) if run == "sft" else make(run, folder / run, heard)
+    if kill:
+        trainer.add_callback(KillWithinAClient())
+    if not trainer.is_world_process_zero():
+        for tensor in trainer.model.parameters():
+            tensor.data.add_(1)  # what is drawn when the model is made need not be the same
+    trainer.train(resume_from_checkpoint=bool(find_checkpoints(folder / run)))
+    everybody = [None] * PartialState().num_processes
+    own = (heard.clients, trainer.state.global_step)
+    if len(everybody) > 1:
+        torch.distributed.all_gather_object(everybody, own)
+    else:
+        everybody = [own]
+    assert all(heard == everybody[0] for heard in everybody), everybody
+    if trainer.is_world_process_zero():
+        state = {name: tensor.contiguous() for name, tensor in trainer.last_global_state.items()}
+        save_file(state, folder / f"{run}.safetensors")
+        history = comparable(trainer.state.log_history)
+        (folder / f"{run}.json").write_text(json.dumps([history, heard.clients, trainer.state.best_global_step]))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    folder = Path(sys.argv[1])
+    for name in sys.argv[2:]:
+        run_one(name.removeprefix("kill-"), folder, kill=name.startswith("kill-"))

@@ -1,0 +1,121 @@
+"""Rounds on several processes are those on one: real processes, that gloo connects."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+from peft_ravan.trainers.client_runners import ClientResult, ClientRunner, one_process
+
+from .test_federated_trainer import assert_same
+
+
+pytest.importorskip("trl")
+from .many_processes import run_one  # noqa: E402
+
+
+ROOT = Path(__file__).parents[2]
+LAUNCHER = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m")
+SHARED_OUT = (
+    "uneven", "scaffold", "failing", "repeated", "poisoned", "single", "budgets", "round_zero", "stopping", "resumed", "killed", "sft",
+)  # fmt: skip
+
+
+def start(folder: Path, *runs: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", *LAUNCHER, "tests.trainers.many_processes", str(folder), *runs]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def ends(tmp_path_factory) -> tuple[Path, Path]:
+    """Where the runs of one process and of two have ended."""
+    one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
+    killed = start(two, "kill-killed")
+    for run in (*SHARED_OUT, "doubled"):
+        run_one(run, one)
+    killed.communicate(timeout=300)  # the launcher ends the other process
+    assert killed.returncode != 0
+    assert {path.name for path in (two / "killed").iterdir()} == {f"checkpoint-{number}" for number in range(3)}
+    launched = start(two, *SHARED_OUT, "data", "data_budgets")
+    try:
+        _, errors = launched.communicate(timeout=300)
+    finally:
+        launched.kill()
+    assert launched.returncode == 0, errors[-3000:]
+    return one, two
+
+
+@pytest.mark.parametrize("run", SHARED_OUT)
+def test_clients_shared_out_over_two_processes_are_clients_in_turn(ends, run):
+    one, two = ends
+    first, second = (load_file(folder / f"{run}.safetensors") for folder in ends)
+    assert_same(first, second, atol=1e-6, rtol=1e-6)
+    assert any(tensor.any() for tensor in first.values())
+    history, heard, best = json.loads((one / f"{run}.json").read_text())
+    again, heard_again, best_again = json.loads((two / f"{run}.json").read_text())
+    assert (again, best_again) == (history, best)
+    assert heard_again == (heard[-5:] if run == "killed" else heard)
+    failed = [record["failed_clients"] for record in history]
+    assert any(failed) == (run in ("failing", "repeated", "poisoned"))
+    if run == "stopping":
+        assert len(history) < 5  # all processes stop
+    if run in ("resumed", "killed"):
+        assert [record["round"] for record in history] == [1, 2, 3] and len(heard_again) == 5
+
+
+def test_processes_that_share_data_are_one_with_larger_batches(ends):
+    one, two = ends
+    expected, found = load_file(one / "doubled.safetensors"), load_file(two / "data.safetensors")
+    assert_same(found, expected, atol=1e-5, rtol=1e-4)
+    assert any(tensor.any() for tensor in found.values())
+
+
+def test_processes_that_share_data_choose_the_same_heads(ends):
+    history, heard, _ = json.loads((ends[1] / "data_budgets.json").read_text())
+    assert len(heard) == 10 and not any(record["failed_clients"] for record in history)
+    assert history[-1]["train_loss"] < history[0]["train_loss"]
+    assert sorted(path.name for path in (ends[1] / "data_budgets").glob("checkpoint-*"))[-1] == "checkpoint-2"
+
+
+def test_one_process_within_several():
+    """Accelerate sees one process for a while, and those that there are afterwards, also after an error."""
+    Accelerator(cpu=True)
+    states = (PartialState._shared_state, AcceleratorState._shared_state)
+    before = [dict(state) for state in states]
+    try:
+        for state in states:
+            state.update(num_processes=4, process_index=3)
+        with pytest.raises(RuntimeError), one_process():
+            assert PartialState().num_processes == AcceleratorState().num_processes == 1
+            assert PartialState().is_main_process and PartialState().process_index == 0
+            raise RuntimeError
+        assert PartialState().num_processes == AcceleratorState().num_processes == 4
+        assert PartialState().process_index == 3
+    finally:
+        for state, own in zip(states, before, strict=True):
+            state.update(own)
+
+
+def test_results_come_in_the_order_of_the_clients_and_none_is_ahead():
+    began = []
+
+    def work(client):
+        began.append(client)
+        if client == "b":
+            raise ValueError("no data")
+        return ClientResult(client, train_loss=1.0)
+
+    results = ClientRunner().run(["c", "b", "a"], work)
+    assert next(results).train_loss == 1.0 and began == ["c"]
+    failed = next(results)
+    assert failed.failure == "ValueError: no data" and isinstance(failed.error, ValueError)
+    assert [result.client for result in results] == ["a"]
