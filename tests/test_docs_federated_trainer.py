@@ -13,6 +13,7 @@ from peft import get_peft_model
 from peft_ravan import GradientSketch, RavanConfig
 from peft_ravan.bases import BasesShape
 from peft_ravan.trainers import FederatedArguments, Privacy
+from peft_ravan.trainers.client_runners import PARALLEL_MODES
 from peft_ravan.trainers.partition import DEFAULT_NUM_CLIENTS, PARTITIONS
 from peft_ravan.trainers.partition_report import MAX_BARS, MAX_COLOURS
 
@@ -98,3 +99,10 @@ def test_the_fields_of_privacy_are_in_the_table_with_their_defaults():
 def test_every_figure_of_clients_is_in_the_table():
     table = rows(section(TEXT, "Each client", level=3))
     assert [name for row in table for name in re.findall(r"`(\w+)`", row[0])] == list(client_statistics([0]))
+
+
+def test_the_ways_to_share_work_are_in_the_table():
+    table = [row[0] for row in rows(section(TEXT, "Many processes"))]
+    args = FederatedArguments("out")
+    assert [name.split("`")[1].strip('"') for name in table] == list(PARALLEL_MODES)
+    assert table[0] == f'`"{args.parallel}"` (default)' and f"`ddp_timeout` ({args.ddp_timeout:,} s)" in TEXT

@@ -23,7 +23,8 @@ from .many_processes import run_one  # noqa: E402
 ROOT = Path(__file__).parents[2]
 LAUNCHER = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m")
 SHARED_OUT = (
-    "uneven", "scaffold", "failing", "repeated", "poisoned", "single", "budgets", "round_zero", "stopping", "resumed", "killed", "sft",
+    "uneven", "scaffold", "failing", "repeated", "poisoned", "single", "budgets", "round_zero", "stopping", "resumed", "killed", "private",
+    "sft",
 )  # fmt: skip
 
 
