@@ -59,7 +59,7 @@ def sft(folder):
     args = FederatedSFTConfig(
         str(folder), num_rounds=2, num_clients=3, max_steps=2, per_device_train_batch_size=4, packing=True, max_length=16,
         learning_rate=1e-2, save_strategy="no", report_to="none", use_cpu=True, bf16=False, disable_tqdm=True,
-        eval_strategy="epoch",
+        eval_strategy="epoch", eval_clients=True,
     )  # fmt: skip
     return FederatedSFTTrainer(
         tiny_llama(), args, train_dataset=texts, eval_dataset=texts, processing_class=make_tokenizer(),
@@ -73,6 +73,9 @@ def make(run: str, folder: Path, heard: Heard):
     several = {
         "uneven": {"server_optimizer": "fedadam", "eval_strategy": "epoch", "merge_method": "fedrpca"},
         "scaffold": {"scaffold": True, "local_parameters": "classifier", "adapter": lora(), "clients_per_round": 3},
+        "personal": {
+            "local_parameters": "classifier", "eval_strategy": "epoch", "eval_clients": True, "personalization_steps": 1,
+        },
         "failing": {"client_fault": fails, "min_successful_clients": 4},
         "repeated": {"client_fault": fails, "clients_per_round": 2, "min_successful_clients": 2, "num_rounds": 3},
         "poisoned": {"client_fault": poisoned},

@@ -23,7 +23,7 @@ from .many_processes import run_one  # noqa: E402
 ROOT = Path(__file__).parents[2]
 LAUNCHER = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m")
 SHARED_OUT = (
-    "uneven", "scaffold", "failing", "repeated", "poisoned", "single", "budgets", "round_zero", "stopping", "resumed", "killed", "private",
+    "uneven", "scaffold", "personal", "failing", "repeated", "poisoned", "single", "budgets", "round_zero", "stopping", "resumed", "killed", "private",
     "sft",
 )  # fmt: skip
 
@@ -45,7 +45,8 @@ def ends(tmp_path_factory) -> tuple[Path, Path]:
         run_one(run, one)
     killed.communicate(timeout=300)  # the launcher ends the other process
     assert killed.returncode != 0
-    assert {path.name for path in (two / "killed").iterdir()} == {f"checkpoint-{number}" for number in range(3)}
+    left = {path.name for path in (two / "killed").iterdir()}
+    assert left == {"rounds.jsonl", *(f"checkpoint-{number}" for number in range(3))}
     launched = start(two, *SHARED_OUT, "data", "data_budgets")
     try:
         _, errors = launched.communicate(timeout=300)
@@ -67,6 +68,8 @@ def test_clients_shared_out_over_two_processes_are_clients_in_turn(ends, run):
     assert heard_again == (heard[-5:] if run == "killed" else heard)
     failed = [record["failed_clients"] for record in history]
     assert any(failed) == (run in ("failing", "repeated", "poisoned"))
+    if run in ("personal", "sft"):
+        assert all("eval_clients_worst_decile_loss" in record for record in history)
     if run == "stopping":
         assert len(history) < 5  # all processes stop
     if run in ("resumed", "killed"):
