@@ -4,6 +4,8 @@ Federated training with `transformers`: rounds of clients that train an adapter,
 
 from typing import Any
 
+from peft_ravan.federation_record import read_history
+
 from .arguments import FederatedArguments, FederatedArgumentsMixin, federated_arguments
 from .callbacks import FederatedCallback
 from .checkpoints import CheckpointError
@@ -12,7 +14,7 @@ from .client_metrics import client_statistics, summarize_clients
 from .faults import ClientTimeoutError, RoundFailedError
 from .federated_mixin import FederatedMixin
 from .federated_trainer import FederatedTrainer, federated
-from .history import history_table, read_history
+from .history import history_table
 from .history_plot import plot_history
 from .partition import make_clients
 from .partition_report import partition_table, plot_partition

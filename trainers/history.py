@@ -1,15 +1,16 @@
-"""The record of a federation: one JSON object a round in a file, a table, and pictures."""
+"""The record of a federation, written while it runs: one JSON object a round in a file, a table, and pictures."""
 
 from __future__ import annotations
 
-import json
-import math
+import contextlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+
+from peft_ravan.federation_record import HISTORY_FILE, history_lines, public_history, write_history
 
 from .callbacks import FederatedCallback
 from .client_metrics import TIMED
@@ -18,60 +19,6 @@ from .history_plot import head_norms, plot_history
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-
-HISTORY_FILE = "rounds.jsonl"
-
-
-def history_lines(records: Iterable[Mapping[str, Any]]) -> str:
-    """
-    Args:
-        records (`Iterable[Mapping[str, Any]]`): Records, as in `trainer.state.log_history`.
-
-    Returns:
-        `str`: A line of JSON for each. NaN and infinity, which JSON does not have, are `null`.
-    """
-    return "".join(json.dumps(_json_safe(record), allow_nan=False, default=str) + "\n" for record in records)
-
-
-def _json_safe(value: Any) -> Any:
-    if hasattr(value, "tolist"):  # of numpy or torch
-        value = value.tolist()
-    if isinstance(value, Mapping):
-        return {str(key): _json_safe(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_json_safe(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write_history(path: str | os.PathLike, records: Iterable[Mapping[str, Any]]) -> None:
-    """
-    Write the records of a run as JSON lines. There is never half a file: it is written aside and then renamed.
-
-    Args:
-        path (`str` or `os.PathLike`): The file. One that exists is replaced.
-        records (`Iterable[Mapping[str, Any]]`): The records.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.incomplete")
-    aside.write_text(history_lines(records))
-    os.replace(aside, path)
-
-
-def read_history(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """
-    Read the records of a run. A last line that a killed run has not written to its end is left out.
-
-    Args:
-        path (`str` or `os.PathLike`): The file, or the folder of a run or an adapter that has it.
-
-    Returns:
-        `list[dict[str, Any]]`: The records, as in `trainer.state.log_history`.
-    """
-    path = Path(path)
-    text = (path / HISTORY_FILE if path.is_dir() else path).read_text()
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 class HistoryFileCallback(FederatedCallback):
@@ -111,9 +58,9 @@ def history_table(history: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     for record in history:
         if "round" not in record:
             continue
-        trained = "clients" in record
+        trained = "clients" in record or "num_clients" in record  # the former is not in what is shared of private runs
         rows[record["round"]] = {
-            "clients": len(record.get("clients", ())),
+            "clients": record.get("num_clients", len(record.get("clients", ()))),
             "failed": len(record.get("failed_clients", ())),
             "examples": record.get("num_examples", 0),
             "train_loss": record.get("train_loss"),
@@ -156,9 +103,27 @@ class HistoryMixin:
         Returns:
             `matplotlib.figure.Figure`: The picture, see [`plot_history`].
         """
+        return self._draw_history(self.state.log_history, list(self.clients), path, metric)
+
+    def _draw_public_history(self, path: str | os.PathLike) -> None:
+        """Draw what everybody may see, for the Hub; nothing without rounds or matplotlib."""
+        Path(path).unlink(missing_ok=True)
+        history = public_history(self.state.log_history)
+        taking_part = [
+            c for r in history for c in (*r.get("clients", ()), *(f["client"] for f in r.get("failed_clients", ())))
+        ]
+        with contextlib.suppress(ImportError):
+            if history:
+                self._draw_history(history, list(dict.fromkeys(taking_part)), path)
+
+    def _draw_history(
+        self,
+        history: Sequence[Mapping[str, Any]],
+        clients: Sequence[str],
+        path: str | os.PathLike | None,
+        metric: str | None = None,
+    ) -> Figure:
         best = (self.args.metric_for_best_model or "loss").removeprefix("eval_")
         if metric is None and not best.endswith("loss") and not best.startswith("clients_"):
             metric = best
-        return plot_history(
-            self.state.log_history, path, metric, clients=list(self.clients), head_norms=head_norms(self.model)
-        )
+        return plot_history(history, path, metric, clients=clients, head_norms=head_norms(self.model))
