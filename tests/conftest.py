@@ -22,6 +22,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from .hub_server import hub  # noqa: F401, a fixture
+
 
 NUM_LABELS = 4
 VOCAB_SIZE = 64

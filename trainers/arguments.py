@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, make_dataclass
 from typing import Any
 
 from transformers import SchedulerType, TrainingArguments
-from transformers.trainer_utils import SaveStrategy
+from transformers.trainer_utils import HubStrategy, SaveStrategy
 
 from peft_ravan.merging import SERVER_OPTIMIZERS, get_merge_method, get_server_optimizer
 
@@ -119,6 +119,8 @@ class FederatedArgumentsMixin(PartitionerArgumentMixin):
         parallel (`str`, *optional*, defaults to `"clients"`):
             What several processes, as `accelerate launch` starts them, share: `"clients"`, each trains other clients of a
             round, or `"data"`, all train one client after the other together, as [`~transformers.Trainer`] does.
+        hub_lora_twin (`bool`, *optional*, defaults to `True`):
+            Whether `push_to_hub` uploads the LoRA twin of a Ravan adapter, too, in the folder `lora`.
         federated_seed (`int`, *optional*):
             The seed of the partition, of the clients' budgets and heads, of who takes part in each round and of each
             client's local training. By default `seed`.
@@ -221,6 +223,7 @@ class FederatedArgumentsMixin(PartitionerArgumentMixin):
     parallel: str = field(
         default="clients", metadata={"help": f"What several processes share: {', '.join(PARALLEL_MODES)}."}
     )
+    hub_lora_twin: bool = field(default=True, metadata={"help": "Whether to push the LoRA twin, too."})
     federated_seed: int | None = field(
         default=None, metadata={"help": "Seed of partition, participation and local training. By default `seed`."}
     )
@@ -237,6 +240,7 @@ class FederatedArgumentsMixin(PartitionerArgumentMixin):
         self._check_partition()
         check_participation_arguments(self)
         self._check_merge()
+        self._check_sharing()
         self._check_heads()
         self._check_local_training()
         check_privacy_arguments(self)
@@ -272,6 +276,13 @@ class FederatedArgumentsMixin(PartitionerArgumentMixin):
                 f"`merge_method={self.merge_method!r}` changes the base model or the rank, which the rounds of the "
                 "FederatedTrainer do not support yet. Choose another method, or call `peft_ravan.merging.merge` on what the "
                 "clients trained."
+            )
+
+    def _check_sharing(self) -> None:
+        if self.push_to_hub and self.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            raise ValueError(
+                f"`hub_strategy={self.hub_strategy.value!r}` would upload checkpoints, which have the names of the clients and "
+                "the memory of the server, and no parts of clients to go on from. Use 'every_save' or 'end'."
             )
 
     def _check_local_training(self) -> None:

@@ -38,11 +38,11 @@ from .partition_report import PartitionReportMixin
 from .personal import check_patterns
 from .preparation import PreparationMixin
 from .private_rounds import PrivacyMixin, resolve_privacy
-from .reporting import SharingMixin
 from .resuming import CheckpointingMixin, Run
 from .round_logs import RoundLogMixin
 from .round_zero import RoundZeroMixin
 from .rounds import Round, is_due, learning_rate_factors, mean_train_loss, serialized_bytes
+from .sharing import SharingMixin
 
 
 logger = logging.get_logger(__name__)
@@ -225,6 +225,7 @@ class FederatedMixin(
         return run
 
     def _finish_run(self, start_time: float) -> TrainOutput:
+        self._finish_current_push()
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
         records = [record for record in self.state.log_history if record.get("round")]
         train_loss = mean_train_loss(records, self.args)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import ModelCard
-
-from peft_ravan.hub import FederationRecord, make_model_card
+from peft_ravan.federation_record import FederationRecord, current_versions, public_history
 from peft_ravan.merging import get_merge_method, get_server_optimizer
 
-from .history import HISTORY_FILE, write_history
 from .participation import describe_participation
 from .partition import describe_partition
 
@@ -19,62 +15,6 @@ from .partition import describe_partition
 if TYPE_CHECKING:
     from .arguments import FederatedArguments
     from .federated_trainer import FederatedTrainer
-
-
-class SharingMixin:
-    """Saves the adapter of a [`~transformers.Trainer`] with a card that tells how the federation trained it."""
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """
-        Save the adapter, its card, and the record of the rounds as JSON lines.
-
-        Args:
-            output_dir (`str`, *optional*): The folder, by default `args.output_dir`.
-        """
-        output_dir = self.args.output_dir if output_dir is None else output_dir
-        super().save_model(output_dir, _internal_call=_internal_call)
-        if self.args.should_save:
-            self._model_card().save(os.path.join(output_dir, "README.md"))
-            if any("round" in record for record in self.state.log_history):
-                write_history(os.path.join(output_dir, HISTORY_FILE), self.state.log_history)
-
-    def create_model_card(
-        self,
-        language: str | None = None,
-        license: str | None = None,
-        tags: str | list[str] | None = None,
-        model_name: str | None = None,
-        finetuned_from: str | None = None,
-        tasks: str | list[str] | None = None,
-        dataset_tags: str | list[str] | None = None,
-        dataset: str | list[str] | None = None,
-        dataset_args: str | list[str] | None = None,
-    ) -> None:
-        """
-        Write the card of the adapter into `args.output_dir`. Of the arguments of [`~transformers.Trainer`] those that
-        name a base model, tasks or arguments of data sets are not used: the adapter's configuration has the base model.
-
-        Args:
-            language (`str`, *optional*): The language of the model.
-            license (`str`, *optional*): The license of the adapter.
-            tags (`str` or `list[str]`, *optional*): Tags for the metadata.
-            model_name (`str`, *optional*): The title.
-            dataset_tags (`str` or `list[str]`, *optional*): The data sets on the Hub that it was trained on.
-        """
-        if self.is_world_process_zero():
-            card = self._model_card(
-                language=language, license=license, tags=tags, model_name=model_name, datasets=dataset_tags
-            )
-            card.save(os.path.join(self.args.output_dir, "README.md"))
-
-    def _model_card(self, **card_data) -> ModelCard:
-        model = self.accelerator.unwrap_model(self.model)
-        return make_model_card(
-            model.active_peft_config,
-            federation_record(self),
-            auto_class=type(model.get_base_model()).__name__,
-            **card_data,
-        )
 
 
 def federation_record(trainer: FederatedTrainer) -> FederationRecord | None:
@@ -85,7 +25,7 @@ def federation_record(trainer: FederatedTrainer) -> FederationRecord | None:
         trainer ([`FederatedTrainer`]): The trainer.
 
     Returns:
-        [`~peft_ravan.hub.FederationRecord`]: The facts and the rounds, or `None` if no round has been run.
+        [`~peft_ravan.federation_record.FederationRecord`]: The facts and the rounds, or `None` if no round has been run.
     """
     history = [record for record in trainer.state.log_history if record.get("round")]
     if not history:
@@ -97,7 +37,9 @@ def federation_record(trainer: FederatedTrainer) -> FederationRecord | None:
     skipped = sum(not record["clients"] for record in history)
     # with `eval_on_start` alone, round 0 has an evaluation and no clients
     opening = [r for r in trainer.state.log_history if r.get("round") == 0 and "clients" in r]
-    uploaded = sum(record["upload_bytes"] for record in [*opening, *history])
+    uploaded, downloaded = (
+        sum(record[name] for record in [*opening, *history]) for name in ("upload_bytes", "download_bytes")
+    )
     facts = {
         "Clients": len(trainer.clients),
         "Clients per round": describe_participation(args, len(trainer.clients)),
@@ -112,12 +54,10 @@ def federation_record(trainer: FederatedTrainer) -> FederationRecord | None:
         **_privacy(trainer, history),
         **_common_bases(opening),
         "Uploaded": f"{uploaded / 1e6:.2f} MB by all clients",
-        **({} if _is_secret(trainer) else {"Seed": args.federated_seed}),
+        "Downloaded": f"{downloaded / 1e6:.2f} MB by all clients",
+        **_seeds(trainer),
     }
-    rounds = [*opening, *history]
-    if trainer.privacy is not None:  # losses of clients are not protected
-        rounds = [{key: value for key, value in record.items() if key != "train_loss"} for record in rounds]
-    return FederationRecord(len(trainer.clients), facts, rounds)
+    return FederationRecord(len(trainer.clients), facts, public_history([*opening, *history]), current_versions())
 
 
 def _server_optimizer(args: FederatedArguments) -> dict[str, str]:
@@ -137,6 +77,15 @@ def _client_budgets(trainer: FederatedTrainer) -> dict[str, str]:
     return {
         "Heads a client trains": f"{min(shares):.0%} to {max(shares):.0%} (mean {mean:.0%}), by {args.head_selection}, {spent}"
     }
+
+
+def _seeds(trainer: FederatedTrainer) -> dict[str, int]:
+    args = trainer.args
+    if _is_secret(trainer):
+        return {}
+    return {"Seed": args.federated_seed} | (
+        {} if args.seed == args.federated_seed else {"Seed of the trainer": args.seed}
+    )
 
 
 def _is_secret(trainer: FederatedTrainer) -> bool:

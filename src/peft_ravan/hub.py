@@ -1,130 +1,263 @@
-"""The model card of an adapter."""
+"""Sharing an adapter on the Hub, with its card, its record and its LoRA twin."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import os
+import shutil
+import tempfile
+import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftConfig
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from torch import nn
+
+from .config import RavanConfig
+from .conversion import to_lora
+from .federation_record import FACTS_FILE, HISTORY_FILE, PLOT_FILE, public_history, read_history, write_history
+from .model_card import CARD_FILE, TWIN_FOLDER, card_of_folder, name_on_hub
+from .reading import checked_folder
 
 
-TEMPLATE_PATH = Path(__file__).parent / "model_card_template.md"
-VERSIONED_PACKAGES = ("peft-ravan", "peft", "transformers", "accelerate", "datasets", "torch")
-AUTO_CLASSES = {
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-}
+# what is shared of a folder: never checkpoints, optimizers, states of clients, pickled arguments
+_ADAPTER_FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)
+_RECORD_FILES = (FACTS_FILE, PLOT_FILE)
+# as tokenizers and processors of transformers save themselves
+_PROCESSING_FILES = (
+    "tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
+    "merges.txt", "spiece.model", "sentencepiece*.model", "*.spm", "chat_template.*", "additional_chat_templates/*.jinja",
+    "preprocessor_config.json", "processor_config.json", "*_preprocessor_config.json",
+)  # fmt: skip
+_TWIN_FILES = tuple(f"{TWIN_FOLDER}/{name}" for name in _ADAPTER_FILES)
+# of an earlier upload, what would belong to another adapter if this one does not have it
+_REPLACED_FILES = (*_RECORD_FILES, HISTORY_FILE, *_TWIN_FILES)
+
+_background = ThreadPoolExecutor(max_workers=1)  # one, so that commits come in the order in which they were asked for
+
+
+class UploadError(RuntimeError):
+    """An upload that was interrupted. The repository is as it was before."""
 
 
 @dataclass(frozen=True)
-class FederationRecord:
+class Destination:
     """
-    How an adapter was trained by a federation, for its card.
+    Where an adapter is uploaded to, and how.
 
     Args:
-        num_clients (`int`):
-            The number of clients.
-        facts (`Mapping[str, Any]`):
-            What to tell of the federation, by the names that people shall read, in this order.
-        history (`Sequence[Mapping[str, Any]]`):
-            The records of the rounds, as in `trainer.state.log_history`.
+        repo_id (`str`):
+            The repository. It is made if there is none.
+        commit_message (`str`, *optional*, defaults to `"Upload adapter"`):
+            The message of the commit.
+        private (`bool`, *optional*):
+            Whether the repository is private, if it is made.
+        token (`str` or `bool`, *optional*):
+            The token, by default that of the login.
+        revision (`str`, *optional*):
+            The branch, by default `main`. It is made if there is none.
+        create_pr (`bool`, *optional*, defaults to `False`):
+            Whether to make a pull request.
+        blocking (`bool`, *optional*, defaults to `True`):
+            Whether to wait for the end of the upload.
     """
 
-    num_clients: int
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    history: Sequence[Mapping[str, Any]] = ()
+    repo_id: str
+    commit_message: str = "Upload adapter"
+    private: bool | None = None
+    token: str | bool | None = None
+    revision: str | None = None
+    create_pr: bool = False
+    blocking: bool = True
 
 
-def make_model_card(
-    config: PeftConfig,
-    federation: FederationRecord | None = None,
-    auto_class: str | None = None,
+def push_to_hub(
+    model_or_folder: nn.Module | str | os.PathLike,
+    repo_id: str,
+    *,
+    adapter_name: str = "default",
+    lora_twin: bool = True,
+    commit_message: str = "Upload adapter",
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    blocking: bool = True,
     **card_data,
-) -> ModelCard:
+) -> CommitInfo | Future[CommitInfo]:
     """
-    Make the model card of an adapter from `model_card_template.md`.
+    Upload an adapter to the Hub: its files, its card, the record of the federation that trained it, if there is one, and
+    its LoRA twin in the folder `lora`, which loads without peft-ravan. All files go into one commit, so an interrupted
+    upload leaves the repository as it was, and can be run again.
+
+    Of a folder, only the files of the adapter, the record, and those of a tokenizer or a processor are uploaded. In the
+    record, clients are numbered, see [`~peft_ravan.federation_record.public_history`]; in the configuration, the path of a
+    base model in a local folder is left out.
 
     Args:
-        config ([`~peft.PeftConfig`]):
-            The configuration of the adapter.
-        federation ([`FederationRecord`], *optional*):
-            How it was trained, if by a federation.
-        auto_class (`str`, *optional*):
-            The class of transformers that loads the base model. By default chosen by the task of the configuration.
+        model_or_folder (`torch.nn.Module`, `str` or `os.PathLike`):
+            The model with the adapter, or the folder of a saved one.
+        repo_id (`str`):
+            The repository, such as `"user/adapter"`. It is made if there is none.
+        adapter_name (`str`, *optional*, defaults to `"default"`):
+            Which adapter of a model.
+        lora_twin (`bool`, *optional*, defaults to `True`):
+            Whether to upload the LoRA twin of a Ravan adapter. If LoRA cannot express the adapter, there is a warning and
+            no twin.
+        commit_message (`str`, *optional*, defaults to `"Upload adapter"`):
+            The message of the commit.
+        private (`bool`, *optional*):
+            Whether the repository is private, if it is made. By default as the account or the organization has it.
+        token (`str` or `bool`, *optional*):
+            The token, by default that of the login.
+        revision (`str`, *optional*):
+            The branch, by default `main`. It is made if there is none.
+        create_pr (`bool`, *optional*, defaults to `False`):
+            Whether to make a pull request.
+        blocking (`bool`, *optional*, defaults to `True`):
+            Whether to wait for the end of the upload.
         **card_data:
-            Metadata for the Hub, as [`~huggingface_hub.ModelCardData`] takes it: `license`, `language`, `tags`,
-            `datasets`, `model_name`, ...
+            Metadata for the card, as [`~peft_ravan.model_card.make_model_card`] takes them.
 
     Returns:
-        [`~huggingface_hub.ModelCard`]: The card.
+        [`~huggingface_hub.CommitInfo`]: The commit, or a future of it with `blocking=False`.
+
+    Raises:
+        FileNotFoundError: if the folder lacks a file of an adapter.
+        ValueError: if the model has no such adapter, or `card_data` do not suit the Hub.
+        UploadError: if the upload was interrupted.
+        HfHubHTTPError: if the Hub refuses it.
+
+    Example:
+
+        ```py
+        >>> from peft_ravan import push_to_hub
+
+        >>> push_to_hub("ravan-adapter", "user/ravan-adapter", license="apache-2.0", datasets="clinc/clinc_oos")
+        ```
     """
-    method = config.peft_type.value
-    base_model = config.base_model_name_or_path or None
-    tags = [method.lower(), "peft-ravan", *(["federated-learning"] if federation else []), *_listed(card_data, "tags")]
-    model_name = card_data.pop("model_name", None) or f"{method.capitalize()} adapter"
-    data = ModelCardData(
-        base_model=base_model, library_name="peft", tags=list(dict.fromkeys(tags)), **_without_none(card_data)
+    destination = Destination(repo_id, commit_message, private, token, revision, create_pr, blocking)
+    twin_of = model_or_folder if lora_twin else None
+    if not isinstance(model_or_folder, nn.Module):
+        return push_folder(model_or_folder, destination, twin_of, adapter_name, **card_data)
+    adapters = getattr(model_or_folder, "peft_config", {})
+    if adapter_name not in adapters:
+        raise ValueError(f"The model has no adapter {adapter_name!r}. Its adapters are {sorted(adapters)}.")
+    with tempfile.TemporaryDirectory(prefix="peft-ravan-") as saved:
+        model_or_folder.save_pretrained(saved, selected_adapters=[adapter_name])
+        folder = Path(saved) if adapter_name == "default" else Path(saved, adapter_name)
+        return push_folder(folder, destination, twin_of, adapter_name, **card_data)
+
+
+def push_folder(
+    folder: str | os.PathLike,
+    destination: Destination,
+    twin_of: nn.Module | str | os.PathLike | None,
+    adapter_name: str = "default",
+    **card_data,
+) -> CommitInfo | Future[CommitInfo]:
+    """
+    Upload the folder of an adapter, as [`push_to_hub`] does, which has the errors, too.
+
+    Args:
+        folder (`str` or `os.PathLike`): The folder. What is uploaded is copied before this returns.
+        destination ([`Destination`]): Where to.
+        twin_of (`torch.nn.Module`, `str` or `os.PathLike`, *optional*):
+            What the LoRA twin is made of: the folder, or the model, which it needs where the folder lacks the bases.
+        adapter_name (`str`, *optional*, defaults to `"default"`): Which adapter of that model.
+        **card_data: As for [`push_to_hub`].
+
+    Returns:
+        [`~huggingface_hub.CommitInfo`]: The commit, or a future of it.
+    """
+    folder = checked_folder(folder)
+    stage = tempfile.TemporaryDirectory(prefix="peft-ravan-")
+    try:
+        _stage_files(folder, Path(stage.name))
+        if twin_of is not None:
+            _stage_twin(twin_of, adapter_name, Path(stage.name))
+        card_of_folder(stage.name, repo_id=destination.repo_id, **card_data).save(Path(stage.name, CARD_FILE))
+        for path in Path(stage.name).rglob(CONFIG_NAME):
+            _set_base_model(path, card_data.get("base_model"))
+    except BaseException:
+        stage.cleanup()
+        raise
+    if destination.blocking:
+        return _upload(stage, destination)
+    return _background.submit(_upload, stage, destination)
+
+
+def _stage_files(folder: Path, stage: Path) -> None:
+    shared = (*_ADAPTER_FILES, *_RECORD_FILES, CARD_FILE, *_PROCESSING_FILES)
+    for path in (path for pattern in shared for path in folder.glob(pattern) if path.is_file()):
+        copy = stage / path.relative_to(folder)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
+    if (folder / HISTORY_FILE).is_file():
+        write_history(stage / HISTORY_FILE, public_history(read_history(folder)))
+
+
+def _stage_twin(twin_of: nn.Module | str | os.PathLike, adapter_name: str, stage: Path) -> None:
+    if not isinstance(PeftConfig.from_pretrained(str(stage)), RavanConfig):
+        return
+    try:
+        to_lora(twin_of, stage / TWIN_FOLDER, adapter_name=adapter_name)
+    except ValueError as error:
+        warnings.warn(f"The adapter is uploaded without its LoRA twin. {error}")
+
+
+def _set_base_model(path: Path, base_model: str | None) -> None:
+    """Let a configuration name the base model, if it is on the Hub, and no path."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = base_model or name_on_hub(config.get("base_model_name_or_path"))
+    path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def _upload(stage: tempfile.TemporaryDirectory, destination: Destination) -> CommitInfo:
+    try:
+        with stage:
+            return _commit(Path(stage.name), destination)
+    except HfHubHTTPError as error:
+        if error.response is not None and error.response.status_code < 500:
+            raise  # the Hub refuses it, and says why
+        raise _interrupted(destination, error) from error
+    except Exception as error:
+        raise _interrupted(destination, error) from error
+
+
+def _interrupted(destination: Destination, error: Exception) -> UploadError:
+    return UploadError(
+        f"The upload to {destination.repo_id!r} was interrupted ({type(error).__name__}: {error}). All files go into one "
+        "commit, so none of them is there without the others. Push again; what has arrived is not sent twice."
     )
-    return ModelCard.from_template(
-        data,
-        template_path=str(TEMPLATE_PATH),
-        model_name=model_name,
-        method=method,
-        base_model=base_model,
-        datasets=card_data.get("datasets"),
-        auto_class=auto_class or AUTO_CLASSES.get(config.task_type, "AutoModel"),
-        num_clients=federation.num_clients if federation else None,
-        federation=dict(federation.facts) if federation else None,
-        rounds=_rounds_table(federation.history) if federation else None,
-        adapter_config=json.dumps(_without_none(config.to_dict()), indent=2, default=_json_default, sort_keys=True),
-        versions={name: importlib.metadata.version(name) for name in VERSIONED_PACKAGES},
-    )
 
 
-def _listed(card_data: dict[str, Any], key: str) -> list[str]:
-    value = card_data.pop(key, None) or []
-    return [value] if isinstance(value, str) else list(value)
-
-
-def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if value is not None}
-
-
-def _json_default(value: Any) -> Any:
-    return sorted(value) if isinstance(value, (set, frozenset)) else str(value)
-
-
-def _rounds_table(history: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    # an evaluation before the first round is no round; one in which clients made the bases is
-    records = [record for record in history if record.get("round") or ("round" in record and "clients" in record)]
-    if not records:
-        return None
-    metrics = [
-        key
-        for key in dict.fromkeys(key for record in records for key in record)
-        if key.startswith("eval_")
-        and not key.endswith(("_runtime", "_per_second", "_preparation_time"))
-        # of the many figures of the clients, those that the mean over all examples hides
-        and (not key.startswith("eval_clients_") or key.startswith("eval_clients_worst_decile_"))
+def _commit(stage: Path, destination: Destination) -> CommitInfo:
+    api = HfApi(token=destination.token, library_name="peft-ravan")
+    # with the owner, also where only the name was given
+    repo_id = api.create_repo(destination.repo_id, private=destination.private, exist_ok=True).repo_id
+    revision = destination.revision
+    if revision is not None and not revision.startswith("refs/"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    files = sorted(path for path in stage.rglob("*") if path.is_file())
+    staged = {path.relative_to(stage).as_posix(): path for path in files}
+    stale = [
+        name
+        for name in api.list_repo_files(repo_id, revision=revision)
+        if name in _REPLACED_FILES and name not in staged
     ]
-    # a private federation does not tell the losses of its clients; a round in which nobody took part has none
-    losses = ["train_loss"] if any("train_loss" in record for record in records) else []
-    metrics = [*losses, *metrics]
-    rows = [
+    return api.create_commit(
+        repo_id,
+        # not `upload_folder`, which may spread the files over several commits
         [
-            record["round"],
-            len(record["clients"]),
-            *(f"{record[key]:.4f}" if key in record else "" for key in metrics),
-            f"{record['upload_bytes'] / 1e6:.3f}",
-        ]
-        for record in records
-    ]
-    return {"columns": ["round", "clients", *metrics, "upload (MB)"], "rows": rows}
+            *(CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in staged.items()),
+            *(CommitOperationDelete(path_in_repo=name) for name in stale),
+        ],
+        commit_message=destination.commit_message,
+        revision=revision,
+        create_pr=destination.create_pr,
+    )

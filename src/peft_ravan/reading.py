@@ -91,14 +91,29 @@ def read_adapter(
     """
     if isinstance(model_or_folder, nn.Module):
         return _read_model(model_or_folder, adapter_name)
-    folder = Path(model_or_folder)
+    folder = checked_folder(model_or_folder)
+    return PeftConfig.from_pretrained(str(folder)), load_file(folder / SAFETENSORS_WEIGHTS_NAME)
+
+
+def checked_folder(folder: str | os.PathLike) -> Path:
+    """
+    Args:
+        folder (`str` or `os.PathLike`): What ought to be the folder of a saved adapter.
+
+    Returns:
+        `Path`: The folder.
+
+    Raises:
+        FileNotFoundError: if it lacks a file of an adapter.
+    """
+    folder = Path(folder)
     for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
         if not (folder / name).is_file():
             raise FileNotFoundError(
                 f"An adapter is a folder with {CONFIG_NAME} and {SAFETENSORS_WEIGHTS_NAME}, but {str(folder)!r} has no "
                 f"{name}. For an adapter on the Hub, give the folder that `huggingface_hub.snapshot_download` returns."
             )
-    return PeftConfig.from_pretrained(str(folder)), load_file(folder / SAFETENSORS_WEIGHTS_NAME)
+    return folder
 
 
 def _read_model(model: nn.Module, adapter_name: str) -> tuple[PeftConfig, dict[str, torch.Tensor]]:

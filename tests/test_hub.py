@@ -1,0 +1,384 @@
+"""Sharing on the Hub, through huggingface_hub's own client, with a small server of our own in the place of the Hub."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import HfHubHTTPError
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load
+from transformers import PreTrainedTokenizerFast
+
+from peft_ravan import RavanConfig, UploadError, card_of_folder, inspect_adapter, push_to_hub
+from peft_ravan.federation_record import public_history
+
+from .conftest import NUM_LABELS, tiny_bert
+
+
+REPO = "tester/ward-notes"
+INPUTS = {"input_ids": torch.arange(14).reshape(2, 7) + 4}
+
+
+def ravan_model(base_model=None, **options) -> PeftModel:
+    model = get_peft_model(base_model or tiny_bert(), RavanConfig(r=3, num_heads=2, task_type="SEQ_CLS", **options))
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "ravan_H" in name or "classifier" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    return model.eval()
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:
+    return model.eval()(**INPUTS).logits
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def card_of(hub, repo_id=REPO) -> ModelCard:
+    return ModelCard(hub.files(repo_id)["README.md"].decode())
+
+
+# ---- Upload and download -----------------------------------------------------------
+
+
+def test_an_adapter_comes_back_from_the_hub(hub):
+    model = ravan_model()
+    commit = push_to_hub(model, REPO, commit_message="Ward notes", private=True)
+    assert commit.commit_message == "Ward notes" and hub.messages == ["Ward notes"] and hub.private[REPO]
+    assert set(hub.files(REPO)) == {
+        ".gitattributes", "README.md", "adapter_config.json", "adapter_model.safetensors",
+        "lora/adapter_config.json", "lora/adapter_model.safetensors",
+    }  # fmt: skip
+    loaded = PeftModel.from_pretrained(tiny_bert(), REPO)
+    assert torch.equal(logits(loaded), logits(model))
+    assert not torch.allclose(logits(model), logits(tiny_bert()), atol=0.1)  # what is loaded matters
+    assert inspect_adapter(loaded).targets.keys() == inspect_adapter(model).targets.keys()
+
+
+WITHOUT_THE_PACKAGE = """
+import sys
+sys.modules["peft_ravan"] = None  # as if it were not installed
+import torch
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification
+
+base_folder, repo_id = sys.argv[1:]
+try:
+    PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained(base_folder), repo_id)
+except KeyError as error:
+    print(repr(error))
+base_model = AutoModelForSequenceClassification.from_pretrained(base_folder, num_labels=4)
+model = PeftModel.from_pretrained(base_model, repo_id, subfolder="lora").eval()
+with torch.no_grad():
+    print(model(input_ids=torch.arange(14).reshape(2, 7) + 4).logits.flatten().tolist())
+"""
+
+
+def test_without_the_package_the_card_helps_and_the_twin_loads(hub, tmp_path):
+    tiny_bert().save_pretrained(tmp_path / "base")
+    model = ravan_model()
+    push_to_hub(model, REPO)
+    environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    environment |= {"HF_HOME": str(tmp_path / "other-home")}
+    run = subprocess.run(
+        [sys.executable, "-c", WITHOUT_THE_PACKAGE, str(tmp_path / "base"), REPO],
+        env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    error, output = run.stdout.splitlines()
+    assert error == "KeyError('RAVAN')"
+    torch.testing.assert_close(torch.tensor(json.loads(output)), logits(model).flatten(), atol=1e-5, rtol=0)
+
+    first_lines = card_of(hub).text.strip().splitlines()[:3]
+    [remedy] = [line for line in first_lines if "KeyError: 'RAVAN'" in line]
+    assert "Install the package `peft-ravan`" in remedy and "from the subfolder `lora`" in remedy
+    assert f'PeftModel.from_pretrained(base_model, "{REPO}", subfolder="lora")' in card_of(hub).text
+
+
+def test_the_snippets_of_the_card_load_the_adapter(hub, tmp_path):
+    base = tmp_path / "base"
+    tiny_bert().save_pretrained(base)
+    model = ravan_model()
+    push_to_hub(model, REPO, base_model="tester/base")
+    for snippet in card_of(hub).text.split("```python\n")[1:]:
+        code = snippet.split("```")[0]
+        assert f'"tester/base", num_labels={NUM_LABELS}' in code
+        scope = {}
+        exec(code.replace("tester/base", str(base)), scope)
+        torch.testing.assert_close(logits(scope["model"]), logits(model), atol=1e-5, rtol=0)
+
+
+def test_a_branch_a_token_and_a_push_in_the_background(hub, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    future = push_to_hub(ravan_model(), REPO, revision="seed-2", token="hf_other", blocking=False)
+    assert future.result(60).oid
+    assert hub.tokens == {"hf_other"}
+    assert "adapter_model.safetensors" in hub.files(REPO, "seed-2")
+    assert "adapter_model.safetensors" not in hub.files(REPO, "main")
+    push_to_hub(ravan_model(), REPO, revision="seed-2", token="hf_other")  # the branch is there now
+    loaded = PeftModel.from_pretrained(tiny_bert(), REPO, revision="seed-2")
+    assert torch.equal(logits(loaded), logits(ravan_model()))
+
+
+def test_nothing_of_an_earlier_upload_belongs_to_another_adapter(hub, tmp_path):
+    model = ravan_model()
+    model.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "adapter" / "rounds.jsonl").write_text('{"round": 1, "clients": ["a"], "upload_bytes": 8}\n')
+    push_to_hub(tmp_path / "adapter", REPO)
+    assert "lora/adapter_model.safetensors" in hub.files(REPO) and "rounds.jsonl" in hub.files(REPO)
+    hub.files(REPO)["lora/notes.txt"] = b"not ours"
+    push_to_hub(model, REPO, lora_twin=False)
+    assert not {"lora/adapter_config.json", "lora/adapter_model.safetensors", "rounds.jsonl"} & set(hub.files(REPO))
+    assert "lora/notes.txt" in hub.files(REPO)
+    assert "subfolder" not in card_of(hub).text and "There is no LoRA twin of it here." in card_of(hub).text
+
+
+def test_another_adapter_of_a_model(hub):
+    model = ravan_model()
+    model.add_adapter("second", RavanConfig(r=2, num_heads=3, task_type="SEQ_CLS"))
+    push_to_hub(model, REPO, adapter_name="second")
+    assert json.loads(hub.files(REPO)["adapter_config.json"])["r"] == 2
+    assert json.loads(hub.files(REPO)["lora/adapter_config.json"])["r"] == 6
+    requests = len(hub.requests)
+    with pytest.raises(ValueError, match="no adapter 'third'. Its adapters are \\['default', 'second'\\]"):
+        push_to_hub(model, REPO, adapter_name="third")
+    assert len(hub.requests) == requests
+
+
+# ---- What is not uploaded ----------------------------------------------------------
+
+
+def test_only_what_belongs_to_the_adapter_is_uploaded(hub, tmp_path):
+    folder = tmp_path / "run"
+    ravan_model().save_pretrained(folder)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=a_tokenizer(), unk_token="[UNK]")
+    tokenizer.save_pretrained(folder)
+    for name in (
+        "training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "notes.txt",
+        "federation_state.json", "federation_state.safetensors", "checkpoint-3/adapter_model.safetensors",
+        "clients/ward-7.safetensors", ".env",
+    ):  # fmt: skip
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"private")
+    push_to_hub(folder, REPO, lora_twin=False)
+    assert set(hub.files(REPO)) - {".gitattributes"} == {
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip
+    assert b"private" not in b"".join(hub.files(REPO).values())
+
+
+def a_tokenizer():
+    from tokenizers import Tokenizer, models
+
+    return Tokenizer(models.WordLevel({"[UNK]": 0, "ward": 1}, unk_token="[UNK]"))
+
+
+def test_no_path_and_no_token_is_told(hub, tmp_path):
+    tiny_bert().save_pretrained(tmp_path / "base")
+    base_model = type(tiny_bert()).from_pretrained(tmp_path / "base")
+    PreTrainedTokenizerFast(tokenizer_object=a_tokenizer(), unk_token="[UNK]").save_pretrained(tmp_path / "base")
+    ravan_model(base_model).save_pretrained(tmp_path / "adapter")
+    PreTrainedTokenizerFast.from_pretrained(tmp_path / "base").save_pretrained(tmp_path / "adapter")
+    push_to_hub(tmp_path / "adapter", REPO, token="hf_other")
+    everything = b"".join(hub.files(REPO).values())
+    assert str(tmp_path).encode() not in everything and b"hf_other" not in everything
+    for name in ("adapter_config.json", "lora/adapter_config.json"):
+        assert json.loads(hub.files(REPO)[name])["base_model_name_or_path"] is None
+    card = card_of(hub)
+    assert "it was loaded from a local folder" in card.text and card.data.base_model is None
+
+    push_to_hub(tmp_path / "adapter", REPO, base_model="google/bert-tiny")
+    for name in ("adapter_config.json", "lora/adapter_config.json"):
+        assert json.loads(hub.files(REPO)[name])["base_model_name_or_path"] == "google/bert-tiny"
+    assert card_of(hub).data.base_model == "google/bert-tiny" and "local folder" not in card_of(hub).text
+
+
+HISTORY = [
+    {"round": 0, "eval_loss": 2.0},
+    {
+        "round": 1, "clients": ["Dr Smith", "client 1"], "failed_clients": [{"client": "Ward", "reason": "/home/x"}],
+        "num_examples": 12, "train_loss": 1.5, "upload_bytes": 2_000_000, "eval_accuracy": 0.5, "eval_runtime": 3.0,
+    },
+    {"train_runtime": 9.0},
+    {"round": 2, "clients": ["Ward"], "failed_clients": [], "num_examples": 4, "train_loss": 1.0, "upload_bytes": 8},
+]  # fmt: skip
+
+
+def test_clients_are_numbered_in_what_is_shared():
+    public = public_history(HISTORY)
+    assert [record["round"] for record in public] == [0, 1, 2]
+    assert public[1]["clients"] == ["client 1", "client 2"]  # by their order, whatever they are called
+    assert public[1]["failed_clients"] == [{"client": "client 3"}]
+    assert public[2]["clients"] == ["client 3"]
+    assert public[1]["train_loss"] == 1.5 and public[1]["eval_accuracy"] == 0.5
+    assert HISTORY[1]["clients"] == ["Dr Smith", "client 1"]
+    assert public_history(public) == public
+
+
+def test_what_noise_does_not_protect_is_not_shared():
+    private = [
+        {**record, "epsilon": 1.0, "eval_clients_worst_accuracy": 0.1, "heads_trained": [3]} for record in HISTORY[1:2]
+    ]
+    assert public_history(private) == [
+        {
+            "round": 1, "num_clients": 2, "upload_bytes": 2_000_000, "eval_accuracy": 0.5, "eval_runtime": 3.0,
+            "epsilon": 1.0,
+        }
+    ]  # fmt: skip
+    assert public_history(public_history(private)) == public_history(private)
+
+
+# ---- Interruptions -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("at", ["PUT /lfs/", "/commit/main", "/preupload/main", "/api/repos/create"])
+def test_an_interrupted_upload_can_be_run_again(hub, at):
+    push_to_hub(ravan_model(), REPO, lora_twin=False)
+    before, commits = dict(hub.files(REPO)), len(hub.repos[REPO]["main"])
+    torch.manual_seed(2)
+    model = ravan_model(init_bases="normal")
+    hub.breaks = [at] * 20
+    with pytest.raises(UploadError, match="'tester/ward-notes' was interrupted .*Push again") as raised:
+        push_to_hub(model, REPO)
+    assert raised.value.__cause__ is not None
+    assert hub.files(REPO) == before and len(hub.repos[REPO]["main"]) == commits
+    hub.breaks, hub.requests = [], []
+    push_to_hub(model, REPO)
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny_bert(), REPO)), logits(model))
+    assert len(hub.repos[REPO]["main"]) == commits + 1
+    # what has arrived is not sent twice
+    sent = [line for line in hub.requests if "/lfs/" in line and line.startswith("PUT")]
+    assert len(sent) == (0 if at == "/commit/main" else 2)
+
+
+def test_a_drop_that_the_client_survives_is_no_error(hub):
+    hub.breaks = ["PUT /lfs/"]
+    model = ravan_model()
+    push_to_hub(model, REPO)
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny_bert(), REPO)), logits(model))
+
+
+def test_what_the_hub_refuses_is_told_as_the_hub_tells_it(hub):
+    with pytest.raises(HfHubHTTPError, match="404"):  # there is no such pull request
+        push_to_hub(ravan_model(), REPO, revision="refs/pr/1")
+
+
+def test_nothing_is_sent_if_there_is_nothing_to_upload(hub, tmp_path):
+    with pytest.raises(FileNotFoundError, match="has no adapter_config.json"):
+        push_to_hub(tmp_path, REPO)
+    ravan_model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="`datasets` .* must be a name on the Hub, got '/data/wards'"):
+        push_to_hub(tmp_path, REPO, datasets="/data/wards")
+    assert hub.requests == []
+
+
+def test_an_adapter_that_lora_cannot_express_is_uploaded_without_a_twin(hub, tmp_path):
+    model = torch.nn.Sequential(torch.nn.Conv2d(8, 8, 3, groups=2), torch.nn.Flatten())
+    model = get_peft_model(model, RavanConfig(r=2, num_heads=1, target_modules=["0"]))
+    with pytest.warns(UserWarning, match="uploaded without its LoRA twin"):
+        push_to_hub(model, REPO)
+    assert "adapter_model.safetensors" in hub.files(REPO) and "lora/adapter_config.json" not in hub.files(REPO)
+
+
+# ---- The card ----------------------------------------------------------------------------
+
+
+def federated_folder(folder: Path, **config) -> Path:
+    ravan_model(**config).save_pretrained(folder)
+    (folder / "rounds.jsonl").write_text("".join(json.dumps(record) + "\n" for record in HISTORY))
+    facts = {"num_clients": 20, "facts": {"Clients": 20, "Seed": 7}, "versions": {"peft": "0.1"}}
+    (folder / "federation.json").write_text(json.dumps(facts))
+    return folder
+
+
+def test_the_metadata_are_what_the_hub_understands(hub, tmp_path):
+    folder = federated_folder(tmp_path)
+    push_to_hub(
+        folder, REPO, base_model="google/bert-tiny", datasets=["clinc/clinc_oos"], dataset_name="CLINC 150",
+        dataset_config="plus", license="mit", language="en", tags=["medical"], model_name="Ward notes",
+    )  # fmt: skip
+    data = card_of(hub).data
+    assert ModelCard(f"---\n{data.to_yaml()}\n---\n").data.to_dict() == data.to_dict()
+    assert data.base_model == "google/bert-tiny" and data.library_name == "peft" and data.license == "mit"
+    assert data.tags == ["ravan", "peft-ravan", "federated-learning", "medical"]
+    assert data.datasets == ["clinc/clinc_oos"] and data.pipeline_tag == "text-classification"
+    [result] = data.eval_results
+    assert (result.metric_type, result.metric_value) == ("accuracy", 0.5)
+    assert (result.dataset_type, result.dataset_name, result.dataset_config) == (
+        "clinc/clinc_oos",
+        "CLINC 150",
+        "plus",
+    )
+    assert data.to_dict()["model-index"][0]["name"] == data.model_name == "Ward notes"
+
+
+def test_the_card_has_the_sha256_of_the_files(hub, tmp_path):
+    push_to_hub(ravan_model(), REPO)
+    for name in ("adapter_model.safetensors", "lora/adapter_model.safetensors"):
+        assert f"| `{name}` | `{sha256(hub.files(REPO)[name])}` |" in card_of(hub).text
+        assert len(load(hub.files(REPO)[name]))
+
+
+def test_the_card_of_a_federation_has_its_record(tmp_path):
+    text = card_of_folder(federated_folder(tmp_path)).text
+    assert "trained on data that nobody has named, by 20 clients" in text and "| Seed | 7 |" in text
+    assert "| round | clients | train_loss | eval_accuracy | upload (MB) |" in text
+    assert "| 1 | 2 | 1.5000 | 0.5000 | 2.000 |" in text and "| 2 | 1 | 1.0000 |  | 0.000 |" in text
+    assert "| accuracy | 0.5000 |" in text
+    assert "The adapter was trained with\n\n- peft 0.1\n" in text
+    assert "There is no picture of the rounds here." in text and "`rounds.jsonl` has a line" in text
+    assert "Dr Smith" not in text and "/home/x" not in text
+
+
+def test_the_card_of_an_adapter_says_what_it_does_not_know(tmp_path):
+    ravan_model().save_pretrained(tmp_path)
+    text = card_of_folder(tmp_path).text
+    unknown = text[text.index("## What this card does not know") : text.index("## Versions")]
+    for phrase in (
+        "its configuration names none", "How the adapter was trained: there is no record", "What data the adapter was",
+        "How good the adapter is", "With which versions", "fit for, its biases",
+    ):  # fmt: skip
+        assert phrase in unknown
+    assert "This card was made with\n\n- peft-ravan" in text and "## Training" not in text
+
+
+def test_results_without_a_single_data_set_stay_out_of_the_metadata(tmp_path):
+    card = card_of_folder(federated_folder(tmp_path), datasets=["a/one", "b/two"])
+    assert card.data.eval_results is None and "Which of the data sets" in card.text
+
+
+def test_what_was_written_into_an_earlier_card_is_kept(tmp_path):
+    ravan_model().save_pretrained(tmp_path)
+    card_of_folder(tmp_path, license="mit", datasets="a/b", tags="medical", language="de").save(tmp_path / "README.md")
+    data = card_of_folder(tmp_path, language="en").data
+    assert (data.license, data.datasets, data.language) == ("mit", ["a/b"], "en") and "medical" in data.tags
+
+
+def test_names_cannot_break_out_of_the_card(tmp_path):
+    federated_folder(tmp_path)
+    facts = {"num_clients": 2, "facts": {"Data of the clients": "by | column\n\n# <b>x"}, "versions": {}}
+    (tmp_path / "federation.json").write_text(json.dumps(facts))
+    card = card_of_folder(
+        tmp_path, model_name='a"\n---\n# [x](y) `z`', datasets="a/b", dataset_name='d: "e"\n- f', tags=["t: u", "---"]
+    )
+    assert card.text.strip().splitlines()[0] == r'# a" --- \# \[x\](y) \`z\`'
+    assert r"| Data of the clients | by \| column # &lt;b>x |" in card.text
+    again = ModelCard(str(card)).data
+    assert again.to_dict() == card.data.to_dict() and again.eval_results[0].dataset_name == 'd: "e"\n- f'
+
+
+def test_the_card_of_another_method_needs_no_package(hub, tmp_path):
+    model = get_peft_model(tiny_bert(), LoraConfig(task_type="SEQ_CLS", target_modules=["query"]))
+    push_to_hub(model, REPO)
+    text = card_of(hub).text
+    assert "This is a LORA adapter for [PEFT]" in text and "import peft_ravan" not in text and "KeyError" not in text
+    assert not [name for name in hub.files(REPO) if name.startswith("lora/")]

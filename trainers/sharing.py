@@ -1,0 +1,210 @@
+"""Saving an adapter with its card and the record of its federation, and uploading it to the Hub."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import Future
+
+from huggingface_hub import CommitInfo, ModelCard
+from transformers.trainer_utils import HubStrategy
+from transformers.utils import logging
+from transformers.utils.hub import PushInProgress
+
+from peft_ravan.federation_record import HISTORY_FILE, PLOT_FILE, write_history
+from peft_ravan.hub import Destination, push_folder
+from peft_ravan.model_card import CARD_FILE, make_model_card
+
+from .reporting import federation_record
+
+
+logger = logging.get_logger(__name__)
+
+
+class SharingMixin:
+    """
+    Saves the adapter of a [`~transformers.Trainer`] with a card that tells how the federation trained it, and uploads both
+    with the record of the rounds and the LoRA twin.
+    """
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """
+        Save the adapter, its card, and the record of the federation: `rounds.jsonl` has a line for each round, and
+        `federation.json` what the card says of all of them.
+
+        Args:
+            output_dir (`str`, *optional*): The folder, by default `args.output_dir`.
+        """
+        output_dir = self.args.output_dir if output_dir is None else output_dir
+        super().save_model(output_dir, _internal_call=_internal_call)
+        if self.args.should_save:
+            record = federation_record(self)
+            if record is not None:
+                record.save_facts(output_dir)
+            if any("round" in record for record in self.state.log_history):
+                write_history(os.path.join(output_dir, HISTORY_FILE), self.state.log_history)
+            self._model_card(output_dir).save(os.path.join(output_dir, CARD_FILE))
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """
+        Write the card of the adapter into `args.output_dir`.
+
+        The metadata have the results of the last evaluation if one data set is named and the task is known: the Hub takes
+        no others.
+
+        Args:
+            language (`str`, *optional*): The language of the model.
+            license (`str`, *optional*): The license of the adapter.
+            tags (`str` or `list[str]`, *optional*): Tags for the metadata.
+            model_name (`str`, *optional*): The title.
+            finetuned_from (`str`, *optional*): The base model on the Hub, by default that of the configuration.
+            tasks (`str` or `list[str]`, *optional*): The task on the Hub, by default that of the model.
+            dataset_tags (`str` or `list[str]`, *optional*): The data sets on the Hub that it was trained on.
+            dataset (`str` or `list[str]`, *optional*): The name of the data set, for people.
+            dataset_args (`str` or `list[str]`, *optional*): The configuration of the data set.
+
+        Raises:
+            ValueError: if `finetuned_from` or one of `dataset_tags` is no name on the Hub.
+        """
+        if self.is_world_process_zero():
+            card_data = {
+                "language": language,
+                "license": license,
+                "tags": tags,
+                "model_name": model_name,
+                "base_model": finetuned_from,
+                "task": _only(tasks),
+                "datasets": dataset_tags,
+                "dataset_name": _only(dataset),
+                "dataset_config": _only(dataset_args),
+            }
+            self._card_data = {key: value for key, value in card_data.items() if value is not None}
+            card = self._model_card(self.args.output_dir, **self._card_data)
+            card.save(os.path.join(self.args.output_dir, CARD_FILE))
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs,
+    ) -> CommitInfo | Future[CommitInfo] | None:
+        """
+        Upload the adapter, its card, the record of the rounds with a picture (if matplotlib is installed), the tokenizer
+        or processor, and, with `args.hub_lora_twin`, the LoRA twin, to `args.hub_model_id`. See
+        [`~peft_ravan.push_to_hub`]: all in one commit, clients by number, and no checkpoints.
+
+        Args:
+            commit_message (`str`, *optional*, defaults to `"End of training"`): The message of the commit.
+            blocking (`bool`, *optional*, defaults to `True`): Whether to wait for the end of the upload.
+            token (`str`, *optional*): The token, by default `args.hub_token`.
+            revision (`str`, *optional*): The branch, by default `args.hub_revision`, or else `main`.
+            private (`bool`, *optional*): Whether the repository is private, if it is made. By default
+                `args.hub_private_repo`.
+            **kwargs: As for `create_model_card`.
+
+        Returns:
+            [`~huggingface_hub.CommitInfo`]: The commit, or a future of it with `blocking=False`. `None` in processes other
+            than the first.
+
+        Raises:
+            UploadError: if the upload was interrupted. It can be run again.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        token = self.args.hub_token if token is None else token
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        name = self.hub_model_id.split("/")[-1]
+        tags = [*_listed(kwargs.pop("tags", None)), *(getattr(self.model, "model_tags", None) or [])]
+        self.create_model_card(**{"model_name": name, **kwargs, "tags": list(dict.fromkeys(tags))})
+        self._draw_public_history(os.path.join(self.args.output_dir, PLOT_FILE))
+        self._finish_current_push()
+        destination = self._destination(commit_message, blocking, token, private, revision)
+        return self._push_folder(self.args.output_dir, destination, **self._card_data)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        current = self.push_in_progress
+        is_busy = current is not None and not current.is_done()
+        if is_busy and not self.args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        message = f"Training in progress, round {self.state.global_step}"
+        job = self._push_folder(checkpoint_folder, self._destination(message, blocking=False))
+        job.add_done_callback(_warn_of_failure)
+        self.push_in_progress = PushInProgress([*(current.jobs if is_busy else []), job])
+
+    def _finish_current_push(self) -> None:
+        if self.args.push_to_hub:  # the training of a client does not wait for it
+            super()._finish_current_push()
+
+    def _destination(
+        self,
+        commit_message: str,
+        blocking: bool,
+        token: str | None = None,
+        private: bool | None = None,
+        revision: str | None = None,
+    ) -> Destination:
+        return Destination(
+            self.hub_model_id,
+            commit_message,
+            private=self.args.hub_private_repo if private is None else private,
+            token=self.args.hub_token if token is None else token,
+            revision=self.args.hub_revision if revision is None else revision,
+            blocking=blocking,
+        )
+
+    def _push_folder(
+        self, folder: str | os.PathLike, destination: Destination, **card_data
+    ) -> CommitInfo | Future[CommitInfo]:
+        model = self.accelerator.unwrap_model(self.model)
+        return push_folder(
+            folder,
+            destination,
+            twin_of=model if self.args.hub_lora_twin else None,
+            adapter_name=model.active_adapter,
+            auto_class=type(model.get_base_model()).__name__,
+            **card_data,
+        )
+
+    def _model_card(self, folder: str | os.PathLike | None = None, **card_data) -> ModelCard:
+        model = self.accelerator.unwrap_model(self.model)
+        return make_model_card(
+            model.active_peft_config,
+            federation_record(self),
+            auto_class=type(model.get_base_model()).__name__,
+            folder=folder,
+            **card_data,
+        )
+
+
+def _warn_of_failure(job: Future) -> None:
+    # nobody asks a push in the background how it went
+    if not job.cancelled() and job.exception() is not None:
+        logger.warning(f"A push to the Hub failed, and training goes on. {job.exception()}")
+
+
+def _listed(value: str | list[str] | None) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or [])
+
+
+def _only(value: str | list[str] | None) -> str | None:
+    values = _listed(value)
+    return values[0] if len(values) == 1 else None
