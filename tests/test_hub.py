@@ -292,16 +292,16 @@ def test_an_adapter_that_lora_cannot_express_is_uploaded_without_a_twin(hub, tmp
 # ---- The card ----------------------------------------------------------------------------
 
 
-def federated_folder(folder: Path, **config) -> Path:
-    ravan_model(**config).save_pretrained(folder)
+def federated_folder(folder: Path, **facts) -> Path:
+    ravan_model().save_pretrained(folder)
     (folder / "rounds.jsonl").write_text("".join(json.dumps(record) + "\n" for record in HISTORY))
-    facts = {"num_clients": 20, "facts": {"Clients": 20, "Seed": 7}, "versions": {"peft": "0.1"}}
+    facts = {"num_clients": 20, "facts": {"Clients": 20, "Seed": 7}, "versions": {"peft": "0.1"}, **facts}
     (folder / "federation.json").write_text(json.dumps(facts))
     return folder
 
 
 def test_the_metadata_are_what_the_hub_understands(hub, tmp_path):
-    folder = federated_folder(tmp_path)
+    folder = federated_folder(tmp_path, best_round=1)
     push_to_hub(
         folder, REPO, base_model="google/bert-tiny", datasets=["clinc/clinc_oos"], dataset_name="CLINC 150",
         dataset_config="plus", license="mit", language="en", tags=["medical"], model_name="Ward notes",
@@ -352,8 +352,15 @@ def test_the_card_of_an_adapter_says_what_it_does_not_know(tmp_path):
 
 
 def test_results_without_a_single_data_set_stay_out_of_the_metadata(tmp_path):
-    card = card_of_folder(federated_folder(tmp_path), datasets=["a/one", "b/two"])
+    card = card_of_folder(federated_folder(tmp_path, best_round=1), datasets=["a/one", "b/two"])
     assert card.data.eval_results is None and "Which of the data sets" in card.text
+
+
+def test_results_of_another_round_are_not_those_of_the_adapter(tmp_path):
+    card = card_of_folder(federated_folder(tmp_path), datasets="a/b")  # round 2, which was not evaluated
+    assert card.data.eval_results is None
+    assert "After round 1, while this is the adapter of round 2:" in card.text
+    assert "it was not evaluated after the round that it comes from" in card.text
 
 
 def test_what_was_written_into_an_earlier_card_is_kept(tmp_path):
@@ -364,9 +371,7 @@ def test_what_was_written_into_an_earlier_card_is_kept(tmp_path):
 
 
 def test_names_cannot_break_out_of_the_card(tmp_path):
-    federated_folder(tmp_path)
-    facts = {"num_clients": 2, "facts": {"Data of the clients": "by | column\n\n# <b>x"}, "versions": {}}
-    (tmp_path / "federation.json").write_text(json.dumps(facts))
+    federated_folder(tmp_path, facts={"Data of the clients": "by | column\n\n# <b>x"}, best_round=1)
     card = card_of_folder(
         tmp_path, model_name='a"\n---\n# [x](y) `z`', datasets="a/b", dataset_name='d: "e"\n- f', tags=["t: u", "---"]
     )

@@ -57,7 +57,19 @@ def federation_record(trainer: FederatedTrainer) -> FederationRecord | None:
         "Downloaded": f"{downloaded / 1e6:.2f} MB by all clients",
         **_seeds(trainer),
     }
-    return FederationRecord(len(trainer.clients), facts, public_history([*opening, *history]), current_versions())
+    return FederationRecord(
+        len(trainer.clients),
+        facts,
+        public_history([*opening, *history]),
+        current_versions(),
+        best_round=_best_round(trainer),
+    )
+
+
+def _best_round(trainer: FederatedTrainer) -> int | None:
+    # only at its end a run goes back to its best round
+    is_taken = trainer.args.load_best_model_at_end and not trainer.is_in_train
+    return trainer.state.best_global_step if is_taken and trainer.state.best_model_checkpoint else None
 
 
 def _server_optimizer(args: FederatedArguments) -> dict[str, str]:

@@ -34,12 +34,20 @@ class FederationRecord:
             The records of the rounds, as [`public_history`] gives them.
         versions (`Mapping[str, str]`):
             The versions of the packages that it was trained with, if they are known.
+        best_round (`int`, *optional*):
+            The round whose adapter was taken, if it is not the last one.
     """
 
     num_clients: int | None
     facts: Mapping[str, Any] = field(default_factory=dict)
     history: Sequence[Mapping[str, Any]] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
+    best_round: int | None = None
+
+    @property
+    def adapter_round(self) -> int | None:
+        """The round that the adapter comes from."""
+        return self.best_round or max((record["round"] for record in self.history), default=None)
 
     @classmethod
     def from_folder(cls, folder: str | os.PathLike) -> FederationRecord | None:
@@ -67,7 +75,7 @@ class FederationRecord:
         Args:
             folder (`str` or `os.PathLike`): The folder of the adapter.
         """
-        facts = {"num_clients": self.num_clients, "facts": self.facts, "versions": self.versions}
+        facts = {name: getattr(self, name) for name in ("num_clients", "facts", "versions", "best_round")}
         _replace_file(Path(folder, FACTS_FILE), json.dumps(_json_safe(facts), indent=2, default=str) + "\n")
 
 

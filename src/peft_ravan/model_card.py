@@ -78,8 +78,8 @@ def make_model_card(
         **card_data:
             Metadata for the Hub, as [`~huggingface_hub.ModelCardData`] takes it: `license`, `language`, `tags`,
             `datasets`, `model_name`, ... Besides, `base_model`, by default that of the configuration, and for the results
-            of the last evaluation `task`, `dataset_name` and `dataset_config`. The metadata have the results if the task
-            and one data set are known.
+            of the evaluation `task`, `dataset_name` and `dataset_config`. The metadata have the results if the task and one
+            data set are known, and the adapter was evaluated after the round that it comes from.
 
     Returns:
         [`~huggingface_hub.ModelCard`]: The card. Of a base model in a local folder it does not tell the path.
@@ -105,7 +105,9 @@ def make_model_card(
         is_federated=federation is not None,
         num_clients=federation.num_clients if federation else None,
         facts={name: _cell(value) for name, value in federation.facts.items()} if federation else {},
-        metrics={name: f"{value:.4f}" for name, value in facts.metrics.items()},
+        adapter_round=federation.adapter_round if federation else None,
+        evaluated_round=facts.evaluation[0],
+        metrics={_cell(name): f"{value:.4f}" for name, value in facts.evaluation[1].items()},
         has_results_in_metadata=bool(facts.eval_results()),
         rounds=rounds,
         plot=PLOT_FILE if facts.has(PLOT_FILE) else None,
@@ -213,14 +215,13 @@ class _CardFacts:
         return given or by_default or None
 
     @cached_property
-    def metrics(self) -> dict[str, float]:
-        """Those of the last evaluation."""
-        history = self.federation.history if self.federation else ()
-        for record in reversed(history):
+    def evaluation(self) -> tuple[int | None, dict[str, float]]:
+        """The last evaluation up to the round that the adapter comes from: its round, and its metrics."""
+        for record in reversed(self.federation.history if self.federation else ()):
             names = [name for name in _metrics_of([record]) if isinstance(record[name], (int, float))]
-            if names:
-                return {name.removeprefix("eval_"): record[name] for name in names}
-        return {}
+            if names and record["round"] <= self.federation.adapter_round:
+                return record["round"], {name.removeprefix("eval_"): record[name] for name in names}
+        return None, {}
 
     def has(self, name: str) -> bool:
         return self.folder is not None and (self.folder / name).is_file()
@@ -244,8 +245,11 @@ class _CardFacts:
         )
 
     def eval_results(self) -> list[EvalResult]:
-        """The last evaluation, where the Hub would take it: with a task and the data set that it was made on."""
-        if self.task is None or len(self.datasets) != 1:
+        """The evaluation of this adapter, where the Hub would take it: with a task and one data set."""
+        evaluated_round, metrics = self.evaluation
+        if self.task is None or len(self.datasets) != 1 or not metrics:
+            return []
+        if evaluated_round != self.federation.adapter_round:
             return []
         [dataset] = self.datasets
         return [
@@ -257,7 +261,7 @@ class _CardFacts:
                 metric_type=name,
                 metric_value=value,
             )
-            for name, value in self.metrics.items()
+            for name, value in metrics.items()
         ]
 
     def checksums(self) -> dict[str, str]:

@@ -66,6 +66,20 @@ def test_a_federation_is_shared_with_its_record(hub, tmp_path):
     assert {client for record in shared for client in record["clients"]} == {"client 1", "client 2"}
 
 
+def test_the_results_are_those_of_the_best_round_if_its_adapter_is_taken(hub, tmp_path):
+    trainer = make_trainer(
+        tmp_path, eval_strategy="epoch", save_strategy="epoch", load_best_model_at_end=True, metric_for_best_model="loss",
+        learning_rate=0.5, **{**SMALL, "num_rounds": 3},
+    )  # fmt: skip
+    trainer.train()
+    trainer.push_to_hub(dataset_tags="a/b")
+    best = trainer.state.best_global_step
+    assert best == 1  # with this learning rate it gets worse and worse
+    results = {result.metric_type: result.metric_value for result in card_of(hub).data.eval_results}
+    assert results["loss"] == trainer.state.log_history[best - 1]["eval_loss"] < trainer.state.log_history[-1]["eval_loss"]
+    assert "After round 1:" in card_of(hub).text
+
+
 def test_pushes_while_it_trains(hub, tmp_path):
     trainer = make_trainer(
         tmp_path, push_to_hub=True, save_strategy="epoch", hub_private_repo=True, hub_token="hf_mine", hub_always_push=True,
