@@ -1,13 +1,17 @@
 """What docs/sharing.md says is so: its code runs, and its tables are those of the functions."""
 
 import inspect
+import re
 from pathlib import Path
 
 import torch
 from peft import get_peft_model
 
 from peft_ravan import RavanConfig, to_lora
+from peft_ravan.federation_record import FACTS_FILE, HISTORY_FILE, PLOT_FILE
 from peft_ravan.fingerprint import TOLERANCE
+from peft_ravan.hub import _ADAPTER_FILES
+from peft_ravan.model_card import CARD_FILE, TWIN_FOLDER
 
 from .conftest import randomize_adapter
 from .markdown import dead_links, rows, run_blocks, section
@@ -23,7 +27,7 @@ def make_base():
     return make_model().eval()
 
 
-def test_the_code_runs_in_order(tmp_path, monkeypatch, capsys):
+def test_the_code_runs_in_order(tmp_path, monkeypatch, capsys, hub):
     monkeypatch.chdir(tmp_path)
     model = get_peft_model(make_base(), RavanConfig(r=8, num_heads=4, task_type="SEQ_CLS")).eval()
     randomize_adapter(model, scale=0.1)
@@ -33,12 +37,21 @@ def test_the_code_runs_in_order(tmp_path, monkeypatch, capsys):
         "base_model": make_base(),
         "fresh_model": make_base(),
         "other_base_model": make_base(),
+        "second_base_model": make_base(),
+        "third_base_model": make_base(),
     }
     run_blocks(PAGE, namespace, 0)
     assert capsys.readouterr().out.startswith("RAVAN: 2 targets")
     for folder in ("lora-adapter", "serving-adapter", "small-adapter"):
         assert (tmp_path / folder / "adapter_model.safetensors").exists()
     assert (tmp_path / "heads.png").exists()
+    outputs = [namespace[name](**namespace["batch"]).logits for name in ("model", "adapted")]
+    torch.testing.assert_close(*outputs, atol=1e-5, rtol=0)
+
+
+def test_the_table_of_files_has_those_that_a_federation_uploads():
+    files = {name for row in rows(section(TEXT, "On the Hub")) for name in re.findall(r"`([\w.]+|lora/)`", row[0])}
+    assert files == {*_ADAPTER_FILES, CARD_FILE, f"{TWIN_FOLDER}/", FACTS_FILE, HISTORY_FILE, PLOT_FILE}
 
 
 def test_the_table_of_arguments_has_every_argument_and_its_default():

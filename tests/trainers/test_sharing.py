@@ -76,7 +76,11 @@ def test_the_results_are_those_of_the_best_round_if_its_adapter_is_taken(hub, tm
     best = trainer.state.best_global_step
     assert best == 1  # with this learning rate it gets worse and worse
     results = {result.metric_type: result.metric_value for result in card_of(hub).data.eval_results}
-    assert results["loss"] == trainer.state.log_history[best - 1]["eval_loss"] < trainer.state.log_history[-1]["eval_loss"]
+    assert (
+        results["loss"]
+        == trainer.state.log_history[best - 1]["eval_loss"]
+        < trainer.state.log_history[-1]["eval_loss"]
+    )
     assert "After round 1:" in card_of(hub).text
 
 
