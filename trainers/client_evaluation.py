@@ -81,15 +81,18 @@ class ClientEvaluationMixin:
 
     def _datasets_to_evaluate(self, given: Dataset | Mapping[str, Dataset] | None = None) -> Mapping[str, Dataset]:
         if given is not None:
-            return make_client_eval_datasets(given, self.clients, self.args)
+            return self._prepared_for_evaluation(make_client_eval_datasets(given, self.clients, self.args))
         if self._client_eval_datasets is None:
-            dataset = self.eval_dataset if self.client_eval_dataset is None else self.client_eval_dataset
+            # as it was given: a preparation drops columns that the split may go by, and may pack clients together
+            own = self._given_eval_dataset if self._eval_preparations else self.eval_dataset
+            dataset = own if self.client_eval_dataset is None else self.client_eval_dataset
             if dataset is None or (self.client_eval_dataset is None and isinstance(dataset, Mapping)):
                 raise ValueError(
                     "There is nothing to evaluate the clients on. Give the trainer a `client_eval_dataset`, or an "
                     "`eval_dataset` that is one data set, which is then split among the clients."
                 )
-            self._client_eval_datasets = make_client_eval_datasets(dataset, self.clients, self.args)
+            parts = make_client_eval_datasets(dataset, self.clients, self.args)
+            self._client_eval_datasets = self._prepared_for_evaluation(parts)
         return self._client_eval_datasets
 
     @contextlib.contextmanager

@@ -90,10 +90,12 @@ class FederatedMixin(
         clients = {} if given is None else make_clients(given, args)  # before its columns are dropped
         if given is not None:
             kwargs["train_dataset"] = self._handed_dataset = _one_dataset(given)
+        self._given_eval_dataset = self._handed_eval_dataset = kwargs.get("eval_dataset")
         super().__init__(**kwargs)
         self._check_parent()
         self._runner = make_runner(args.parallel)
-        self._handed_dataset, self.train_dataset = None, given
+        self._handed_dataset = self._handed_eval_dataset = None
+        self.train_dataset = given
         self.clients = {}
         self.client_budgets: dict[str, float] | None = None
         if given is not None:

@@ -70,8 +70,11 @@ class PreparationMixin:
     prepares by its methods `_prepare_dataset` and `_precompute_ref_logps`, as those of TRL do.
     """
 
-    _handed_dataset: Dataset | None = None  # the training set that the parent was given, while it is set up
+    # the training and the evaluation set that the parent was given, while it is set up
+    _handed_dataset: Dataset | None = None
+    _handed_eval_dataset: Dataset | None = None
     _preparations: list[Preparation] = []
+    _eval_preparations: list[Preparation] = []
 
     def _prepare_dataset(self, dataset: Dataset, *args, **kwargs) -> Dataset:
         return self._prepare_by_client(super()._prepare_dataset, dataset, *args, **kwargs)
@@ -82,10 +85,17 @@ class PreparationMixin:
         )
 
     def _prepare_by_client(self, prepare: Callable[..., Dataset], dataset: Dataset, *args, **kwargs) -> Dataset:
-        if self._handed_dataset is None or dataset is not self._handed_dataset:
-            return prepare(dataset, *args, **kwargs)
-        self._preparations = [*self._preparations, lambda client_dataset: prepare(client_dataset, *args, **kwargs)]
-        return dataset
+        def prepare_another(client_dataset: Dataset) -> Dataset:
+            return prepare(client_dataset, *args, **kwargs)
+
+        if self._handed_dataset is not None and dataset is self._handed_dataset:
+            self._preparations = [*self._preparations, prepare_another]
+            return dataset
+        prepared = prepare_another(dataset)
+        if self._handed_eval_dataset is not None and dataset is self._handed_eval_dataset:
+            self._eval_preparations = [*self._eval_preparations, prepare_another]
+            self._handed_eval_dataset = prepared  # which may be prepared further
+        return prepared
 
     def _in_evaluation_mode(self, compute: Callable[..., Dataset], *args, **kwargs) -> Dataset:
         # as when the trainer is set up; between clients the model is in training mode
@@ -103,6 +113,11 @@ class PreparationMixin:
         clients = PreparedClients(clients, self._preparations)
         clients[next(iter(clients))]
         return clients
+
+    def _prepared_for_evaluation(self, datasets: Mapping[str, Dataset]) -> Mapping[str, Dataset]:
+        """What clients are evaluated on, as the parent prepares its evaluation set."""
+        preparations = self._eval_preparations or self._preparations
+        return PreparedClients(datasets, preparations) if preparations else datasets
 
 
 @contextlib.contextmanager

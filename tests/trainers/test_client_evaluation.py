@@ -265,3 +265,24 @@ def test_clients_of_sft_are_evaluated_as_sft_does(tmp_path, tokenizer):
     assert without["eval_mean_token_accuracy"] == with_clients["eval_mean_token_accuracy"]
     # all texts have one length, so the mean of the clients is that of the examples
     assert with_clients["eval_clients_mean_loss"] == pytest.approx(with_clients["eval_loss"], rel=1e-4)
+
+
+def test_clients_of_sft_are_evaluated_on_their_own_texts(tmp_path, tokenizer):
+    """The split goes by a column that the preparation drops, and no packed sequence has texts of two clients."""
+    pytest.importorskip("trl")
+    from .test_trl import sft, texts
+
+    def by_speaker(numbers):
+        dataset = texts(numbers)
+        return dataset.add_column("speaker", ["anna" if index % 2 else "ben" for index in range(len(dataset))])
+
+    trainer = sft(
+        tmp_path, tokenizer, by_speaker(range(8)), eval_dataset=by_speaker(range(40, 50)), partition="column",
+        partition_column="speaker", packing=True, eval_packing=False, num_rounds=1, max_steps=1, eval_strategy="epoch",
+        eval_clients=True,
+    )  # fmt: skip
+    trainer.train()
+    assert dict(trainer.last_client_metrics["examples"]) == {"anna": 5, "ben": 5}  # packed, they would be fewer
+    own = trainer.evaluate_clients({"anna": texts(range(41, 50, 2)), "ben": texts(range(40, 50, 2))})
+    assert own["loss"].to_dict() == pytest.approx(trainer.last_client_metrics["loss"].to_dict())
+    assert "eval_clients_worst_decile_mean_token_accuracy" in trainer.state.log_history[-1]
