@@ -1,11 +1,12 @@
 """
 Fine-tune a language model over speaking roles of Shakespeare, each a client that keeps its lines.
 
-    accelerate launch --num_processes 2 examples/federated_sft.py --model MODEL --data DATA --output-dir outputs/roles
+    torchrun --nproc_per_node 2 examples/federated_sft.py --model MODEL --data DATA --output-dir outputs/roles
 
 MODEL is a causal language model on the Hub or in a folder, DATA a data set on the Hub or a folder of parquet files with the
 columns `client_id` ("play/ROLE") and `text`, and the splits train and test. With `--resume` a run that was interrupted goes
-on after its last complete round, and one that is finished goes on to more `--rounds`. It needs `peft-ravan[plot,trl]`.
+on after its last complete round, and one that is finished goes on to more `--rounds`. On accelerators `accelerate launch
+--num_processes 2` does the same, and plain `python` runs in one process. It needs `peft-ravan[plot,trl]`.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import os
 from collections import Counter
 
 import datasets
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_ravan import RavanConfig
@@ -59,6 +61,7 @@ def main() -> None:
         per_device_eval_batch_size=32,
         max_length=256,
         packing=True,
+        packing_strategy="wrapped",  # the default wants flash attention
         bf16=False,
         eval_strategy="steps",
         eval_steps=5,
@@ -66,6 +69,7 @@ def main() -> None:
         eval_clients=True,
         save_total_limit=2,
         report_to="none",
+        use_cpu=not torch.accelerator.is_available(),
     )
     trainer = FederatedSFTTrainer(
         AutoModelForCausalLM.from_pretrained(options.model),

@@ -6,6 +6,7 @@ one after the other by all processes together. A round asks for their results an
 from __future__ import annotations
 
 import contextlib
+import os
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -267,10 +268,11 @@ def make_runner(parallel: str) -> ClientRunner:
         [`ClientRunner`]: What suits the processes that there are.
 
     Raises:
-        ValueError: if the model is sharded over them.
+        ValueError: if the model is sharded over them, or if they do not know of each other.
     """
     state = PartialState()
     if not state.use_distributed:
+        _check_alone()
         return ClientRunner()
     sharded = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
     if state.distributed_type in sharded:
@@ -280,6 +282,15 @@ def make_runner(parallel: str) -> ClientRunner:
         )
     _forget_numbers_of_cpus()
     return ProcessRunner() if parallel == "clients" else DataParallelRunner()
+
+
+def _check_alone() -> None:
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched > 1:
+        raise ValueError(
+            f"A launcher has started {launched} processes, but Accelerate takes each of them for the only one, so all would "
+            "write into the same folder. Without an accelerator use `use_cpu=True` in the arguments."
+        )
 
 
 def _forget_numbers_of_cpus() -> None:

@@ -11,7 +11,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from peft_ravan.trainers.client_runners import ClientResult, ClientRunner, one_process
+from peft_ravan.trainers.client_runners import ClientResult, ClientRunner, make_runner, one_process
 
 from .test_federated_trainer import assert_same
 
@@ -107,6 +107,13 @@ def test_one_process_within_several():
     finally:
         for state, own in zip(states, before, strict=True):
             state.update(own)
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):
+    PartialState(cpu=True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="started 2 processes, .* `use_cpu=True`"):
+        make_runner("clients")
 
 
 def test_results_come_in_the_order_of_the_clients_and_none_is_ahead():
