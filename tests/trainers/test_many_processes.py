@@ -36,10 +36,8 @@ def start(folder: Path, *runs: str) -> subprocess.Popen:
     )
 
 
-@pytest.fixture(scope="module")
-def ends(tmp_path_factory) -> tuple[Path, Path]:
-    """Where the runs of one process and of two have ended."""
-    one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
+def run_all(one: Path, two: Path) -> None:
+    """Run on one process, and on two, of which one is killed once."""
     killed = start(two, "kill-killed")
     for run in (*SHARED_OUT, "doubled"):
         run_one(run, one)
@@ -53,13 +51,10 @@ def ends(tmp_path_factory) -> tuple[Path, Path]:
     finally:
         launched.kill()
     assert launched.returncode == 0, errors[-3000:]
-    return one, two
 
 
-@pytest.mark.parametrize("run", SHARED_OUT)
-def test_clients_shared_out_over_two_processes_are_clients_in_turn(ends, run):
-    one, two = ends
-    first, second = (load_file(folder / f"{run}.safetensors") for folder in ends)
+def check_clients_shared_out_are_clients_in_turn(one: Path, two: Path, run: str) -> None:
+    first, second = (load_file(folder / f"{run}.safetensors") for folder in (one, two))
     assert_same(first, second, atol=1e-6, rtol=1e-6)
     assert any(tensor.any() for tensor in first.values())
     history, heard, best = json.loads((one / f"{run}.json").read_text())
@@ -76,18 +71,29 @@ def test_clients_shared_out_over_two_processes_are_clients_in_turn(ends, run):
         assert [record["round"] for record in history] == [1, 2, 3] and len(heard_again) == 5
 
 
-def test_processes_that_share_data_are_one_with_larger_batches(ends):
-    one, two = ends
+def check_processes_that_share_data_are_one_with_larger_batches(one: Path, two: Path) -> None:
     expected, found = load_file(one / "doubled.safetensors"), load_file(two / "data.safetensors")
     assert_same(found, expected, atol=1e-5, rtol=1e-4)
     assert any(tensor.any() for tensor in found.values())
 
 
-def test_processes_that_share_data_choose_the_same_heads(ends):
-    history, heard, _ = json.loads((ends[1] / "data_budgets.json").read_text())
+def check_processes_that_share_data_choose_the_same_heads(two: Path) -> None:
+    history, heard, _ = json.loads((two / "data_budgets.json").read_text())
     assert len(heard) == 10 and not any(record["failed_clients"] for record in history)
     assert history[-1]["train_loss"] < history[0]["train_loss"]
-    assert sorted(path.name for path in (ends[1] / "data_budgets").glob("checkpoint-*"))[-1] == "checkpoint-2"
+    assert sorted(path.name for path in (two / "data_budgets").glob("checkpoint-*"))[-1] == "checkpoint-2"
+
+
+def test_two_processes_come_to_what_one_does(tmp_path):
+    # one test, since to launch processes takes longer than all that they run, and several tests may go to several workers
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir(), two.mkdir()
+    run_all(one, two)
+    for run in SHARED_OUT:
+        print(run)  # pytest shows it beside a failure
+        check_clients_shared_out_are_clients_in_turn(one, two, run)
+    check_processes_that_share_data_are_one_with_larger_batches(one, two)
+    check_processes_that_share_data_choose_the_same_heads(two)
 
 
 def test_one_process_within_several():
