@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors
 import safetensors.torch
 import torch
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -51,15 +52,19 @@ class FederationState:
 
 
 @contextlib.contextmanager
-def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
+def atomic_folder(path: str | os.PathLike, way_out: str = "Make room, and try again") -> Iterator[Path]:
     """
     Write a folder aside, and put it in its place when all is written.
 
     Args:
         path (`str` or `os.PathLike`): The folder. One that exists is replaced.
+        way_out (`str`, *optional*): What to tell who has no room for it.
 
     Yields:
         `Path`: The folder to write into.
+
+    Raises:
+        OSError: if it could not be written. The place is as it was then.
     """
     path = Path(path)
     aside = path.with_name(f".{path.name}.incomplete")
@@ -79,13 +84,9 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
         else:
             os.replace(aside, path)
         _sync(path.parent)
-    except OSError as error:
-        raise OSError(
-            error.errno,
-            f"The checkpoint could not be written ({error.strerror}). Those of earlier rounds are complete: make room, and "
-            "resume with `resume_from_checkpoint=True`",
-            str(path),
-        ) from error
+    except (OSError, safetensors.SafetensorError) as error:
+        errno, reason = getattr(error, "errno", None), getattr(error, "strerror", None) or error
+        raise OSError(errno or 0, f"The folder could not be written ({reason}). {way_out}", str(path)) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

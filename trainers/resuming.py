@@ -45,6 +45,7 @@ _COMPARED_ARGUMENTS = (
     "lr_scheduler_type", "num_rounds", "num_train_epochs", "max_steps", "per_device_train_batch_size",
     "gradient_accumulation_steps",
 )  # fmt: skip
+_WITHOUT_ROOM = "Checkpoints of earlier rounds are complete: make room, and resume with `resume_from_checkpoint=True`"
 
 
 @dataclass
@@ -110,7 +111,7 @@ class CheckpointingMixin:
         folder = os.path.join(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{run.round}")
         self.state.stateful_callbacks = TrainerState(stateful_callbacks=self._stateful_callbacks()).stateful_callbacks
         if self._runner.is_main:
-            with atomic_folder(folder) as aside:
+            with atomic_folder(folder, _WITHOUT_ROOM) as aside:
                 self.save_model(str(aside), _internal_call=True)
                 self.state.save_to_json(str(aside / TRAINER_STATE_NAME))
                 if not self.args.save_only_model:

@@ -11,17 +11,14 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import save_file
 from torch import nn
 
 from .config import RavanConfig
 from .linalg import svd_of_heads
-from .reading import RavanTarget, read_adapter, read_targets
+from .reading import RavanTarget, read_adapter, read_targets, write_adapter
 from .saved_bases import PEFT_PREFIX
 from .state import is_basis, is_core, is_record, is_scaling
 
@@ -112,11 +109,7 @@ def to_lora(
         same_rank=same_rank,
         dtype=dtype,
     )
-    output_dir = Path(output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
-    save_file(state, output_dir / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-    config.save_pretrained(str(output_dir))
+    write_adapter(config, state, output_dir)
     return config
 
 

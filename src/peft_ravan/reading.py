@@ -1,4 +1,4 @@
-"""Reading adapters, from a folder or out of a model, without the weights of the base model."""
+"""Reading adapters, from a folder or out of a model, and writing them, without the weights of the base model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from peft import PeftConfig, get_peft_model_state_dict
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .bases import BASES, BasesShape, make_bases
@@ -87,12 +88,12 @@ def read_adapter(
 
     Raises:
         FileNotFoundError: if the folder lacks a file of an adapter.
-        ValueError: if the model has no such adapter.
+        ValueError: if the model has no such adapter, or a file is damaged or of a method that PEFT does not have.
     """
     if isinstance(model_or_folder, nn.Module):
         return _read_model(model_or_folder, adapter_name)
     folder = checked_folder(model_or_folder)
-    return PeftConfig.from_pretrained(str(folder)), load_file(folder / SAFETENSORS_WEIGHTS_NAME)
+    return _read_config(folder), _read_tensors(folder)
 
 
 def checked_folder(folder: str | os.PathLike) -> Path:
@@ -114,6 +115,37 @@ def checked_folder(folder: str | os.PathLike) -> Path:
                 f"{name}. For an adapter on the Hub, give the folder that `huggingface_hub.snapshot_download` returns."
             )
     return folder
+
+
+def _read_config(folder: Path) -> PeftConfig:
+    try:
+        return PeftConfig.from_pretrained(str(folder))
+    except KeyError as error:
+        raise ValueError(f"{folder / CONFIG_NAME} is of the method {error}, which PEFT does not have.") from error
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder / CONFIG_NAME} is no configuration of an adapter: {error}") from error
+
+
+def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    path = folder / SAFETENSORS_WEIGHTS_NAME
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is cut off, or is not a safetensors file: {error}") from error
+
+
+def write_adapter(config: PeftConfig, state: Mapping[str, torch.Tensor], folder: str | os.PathLike) -> None:
+    """
+    Args:
+        config ([`~peft.PeftConfig`]): The configuration of an adapter.
+        state (`Mapping[str, torch.Tensor]`): Its tensors by their checkpoint names.
+        folder (`str` or `os.PathLike`): The folder that `adapter_config.json` and `adapter_model.safetensors` go to.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
+    save_file(state, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    config.save_pretrained(str(folder))
 
 
 def _read_model(model: nn.Module, adapter_name: str) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
