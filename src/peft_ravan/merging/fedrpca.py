@@ -215,4 +215,5 @@ METHOD = MergeMethod(
     exact="with beta = 1 as FedAvg",
     cost="layer by layer; some 50 products with C x C matrices",
     different_heads=True,
+    from_start=True,
 )

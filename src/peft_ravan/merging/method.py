@@ -87,6 +87,8 @@ class MergeMethod(Described):
         streaming (`bool`): Whether the function takes an iterator and keeps no update.
         changes_model (`bool`): Whether the result is more than a new state: base weights to change, or another rank.
         decomposes (`bool`): Whether LoRA's A and B are chosen anew from their product.
+        from_start (`bool`):
+            Whether the result depends on where the adapter's matrices have started from, and not only where they are.
         frozen_parts (`tuple[str, ...]`): Parts of names of tensors that clients must not change and may leave out.
         personal_parts (`tuple[str, ...]`): Parts of names of tensors that clients must not upload.
     """
@@ -102,6 +104,7 @@ class MergeMethod(Described):
     streaming: bool = False
     changes_model: bool = False
     decomposes: bool = False
+    from_start: bool = False
     frozen_parts: tuple[str, ...] = ()
     personal_parts: tuple[str, ...] = ()
 

@@ -56,4 +56,5 @@ METHOD = MergeMethod(
     secure_aggregation=True,
     different_heads=True,
     streaming=True,
+    from_start=True,
 )

@@ -68,4 +68,5 @@ METHOD = MergeMethod(
     exact="no",
     cost="layer by layer",
     different_heads=True,
+    from_start=True,
 )
