@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -108,6 +108,19 @@ class AdapterReport:
         title = f"{self.config.peft_type.value}: {len(self.targets)} targets, {self.num_bytes / 1e6:.2f} MB"
         return f"{title}\n\n{frame.to_string(float_format='{:.4g}'.format)}"
 
+    def to_dict(self) -> dict[str, Any]:
+        """
+        Returns:
+            `dict[str, Any]`: All that is known, as JSON has it: `peft_type`, `base_model`, `num_bytes` and, under
+            `targets`, the fields of each [`TargetReport`], with all singular values.
+        """
+        return {
+            "peft_type": self.config.peft_type.value,
+            "base_model": self.config.base_model_name_or_path,
+            "num_bytes": self.num_bytes,
+            "targets": {name: _as_json(report) for name, report in self.targets.items()},
+        }
+
     def plot(self, path: str | os.PathLike | None = None) -> Figure:
         """
         Draw which heads matter where: a row for each target, a column for each head, and the norm of its update as the
@@ -130,6 +143,15 @@ class AdapterReport:
         if path is not None:
             figure.savefig(path, dpi=150)
         return figure
+
+
+def _as_json(report: TargetReport) -> dict[str, Any]:
+    fields = {**vars(report), "norm": report.norm, "effective_rank": report.effective_rank}
+    return {
+        name: value.tolist() if isinstance(value, torch.Tensor) else value
+        for name, value in fields.items()
+        if name != "name" and value is not None
+    }
 
 
 def _row(report: TargetReport) -> dict[str, object]:
