@@ -17,6 +17,7 @@ import argparse
 import logging
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -273,11 +274,11 @@ def silence_libraries() -> None:
     disable_progress_bar()
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0].strip())
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/digits"), help="where the results go")
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     silence_libraries()
     # a model this small is not faster on two cores, and so the figures do not depend on how many there are
     torch.set_num_threads(1)

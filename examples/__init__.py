@@ -1,0 +1,1 @@
+"""Examples, which are installed as `peft_ravan.examples` for the command line."""
