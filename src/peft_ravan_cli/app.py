@@ -1,0 +1,199 @@
+"""The commands and their options."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .errors import DEBUG, CommandGroup
+
+
+app = typer.Typer(
+    name="peft-ravan",
+    cls=CommandGroup,
+    help="Federated fine-tuning with adapters: train, merge, look into them, and share them.",
+    epilog="Example: peft-ravan merge north south west --method fedrpca --out merged",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Adapter = Annotated[
+    str, typer.Argument(help="The folder of an adapter, or its name on the Hub (owner/name or owner/name@revision).")
+]
+Folder = Annotated[Path, typer.Argument(help="The folder of an adapter.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there already.")]
+
+
+def main() -> None:
+    """Run the command that was typed."""
+    if DEBUG not in sys.argv:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    app()
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"peft-ravan {version('peft-ravan')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option(DEBUG, help="Show tracebacks and what other packages say.")] = False,
+) -> None:
+    pass
+
+
+@app.command(epilog="Example: peft-ravan demo --output-dir outputs/digits")
+def demo(
+    output_dir: Annotated[Path, typer.Option(help="Where the results go.")] = Path("outputs/digits"),
+    seed: Annotated[int, typer.Option(help="The seed of the data, the model and the clients.")] = 0,
+) -> None:
+    """Compare LoRA, Ravan and FedRPCA over 20 clients, on real data that is not downloaded. Takes a minute or two."""
+    try:
+        from peft_ravan.examples import federated_digits
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"The demo needs {error.name}, which comes with an optional extra: pip install 'peft-ravan[demo]'."
+        ) from error
+    federated_digits.main(["--output-dir", str(output_dir), "--seed", str(seed)])
+
+
+@app.command(
+    epilog="Example: peft-ravan train config.yaml --num_rounds 20 --adapter.r 8",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def train(
+    ctx: typer.Context,
+    config: Annotated[
+        Path, typer.Argument(help="A YAML file with the model, the data, the adapter and the arguments.")
+    ],
+) -> None:
+    """
+    Train an adapter in a federation of simulated clients.
+
+    Every argument of the file can be given on the line, too, where it goes first: --learning_rate 1e-3.
+    """
+    from peft_ravan.trainers.commands import parse_run, train_run
+
+    trainer = train_run(parse_run(config, ctx.args))
+    typer.echo(trainer.history_table().to_string(float_format="{:.4g}".format, na_rep=""))
+    typer.echo(f"The adapter, its card and rounds.jsonl are in {trainer.args.output_dir}.")
+
+
+def _list_methods(wanted: bool) -> None:
+    if wanted:
+        from peft_ravan.trainers.commands import describe_methods
+
+        typer.echo(describe_methods())
+        raise typer.Exit
+
+
+@app.command(epilog="Example: peft-ravan merge north south west --method fedrpca --option beta=2 --out merged")
+def merge(
+    adapters: Annotated[
+        list[str],
+        typer.Argument(help="Folders of adapters, or their names on the Hub (owner/name or owner/name@revision)."),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder that the merged adapter is written to.")],
+    method: Annotated[
+        str | None, typer.Option(help="The merge method. By default 'ravan' for Ravan and 'fedavg' for LoRA.")
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(help="An option of the method as name=value. Can be given again.")
+    ] = None,
+    examples: Annotated[
+        str | None, typer.Option(help="How many examples each adapter was trained on, such as 120,80,300.")
+    ] = None,
+    start: Annotated[
+        str | None, typer.Option(help="The adapter that all of them were trained from, where a method needs it.")
+    ] = None,
+    base_model: Annotated[
+        str | None, typer.Option(help="The base model of all of them, where their configurations name it differently.")
+    ] = None,
+    overwrite: Overwrite = False,
+    list_methods: Annotated[
+        bool,
+        typer.Option(
+            "--list-methods", callback=_list_methods, is_eager=True, help="Show the methods and their options."
+        ),
+    ] = False,
+) -> None:
+    """
+    Merge adapters that were trained apart, of Ravan or of LoRA.
+
+    They must have the same base model, the same targets and, for Ravan, the same bases.
+    """
+    from peft_ravan.trainers.commands import MergeRequest, merge_adapters, parse_examples, parse_options
+
+    request = MergeRequest(adapters, method, parse_options(option or ()), parse_examples(examples), start, base_model)
+    merged = merge_adapters(request, out, overwrite=overwrite)
+    for line in merged.notes:
+        typer.echo(line)
+    typer.echo(f"The merged adapter and its card are in {out}.")
+
+
+def _rank(text: str | None) -> int | float | None:
+    if text is None:
+        return None
+    try:
+        return float(text) if "." in text else int(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} is neither an integer nor a share of the energy such as 0.99.") from error
+
+
+@app.command(epilog="Example: peft-ravan to-lora outputs/digits/adapter --out outputs/digits/lora")
+def to_lora(
+    adapter: Adapter,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder that the LoRA adapter is written to.")],
+    rank: Annotated[
+        str | None,
+        typer.Option(
+            help="The rank, or the share of the energy that is kept, such as 0.99. By default all of it.",
+            callback=_rank,
+        ),
+    ] = None,
+    modules_to_save: Annotated[
+        bool, typer.Option(help="Whether to save the task head, too. vLLM and llama.cpp need it left out.")
+    ] = True,
+    overwrite: Overwrite = False,
+) -> None:
+    """Save a Ravan adapter as its exact twin, a plain LoRA adapter that loads without peft-ravan."""
+    from peft_ravan.trainers.commands import save_lora_twin
+
+    config = save_lora_twin(adapter, out, rank, modules_to_save=modules_to_save, overwrite=overwrite)
+    typer.echo(f"A LoRA adapter of rank {config.r} and its card are in {out}.")
+
+
+@app.command(epilog="Example: peft-ravan inspect outputs/digits/adapter --png heads.png")
+def inspect(
+    adapter: Adapter,
+    png: Annotated[Path | None, typer.Option(help="Draw which heads matter where, into this file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="All figures as JSON, with all singular values.")] = False,
+) -> None:
+    """Show what is in an adapter: heads, scalings, ranks, singular values, sizes, and the fingerprint of the bases."""
+    from peft_ravan import inspect_adapter
+    from peft_ravan.trainers.commands import find_adapter
+
+    report = inspect_adapter(find_adapter(adapter))
+    if png is not None:
+        report.plot(png)
+    typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else str(report))
+
+
+@app.command(epilog="Example: peft-ravan card outputs/digits/adapter")
+def card(folder: Folder, overwrite: Overwrite = False) -> None:
+    """Write the model card of an adapter, README.md, into its folder."""
+    from peft_ravan.trainers.commands import write_card
+
+    typer.echo(f"The card is {write_card(folder, overwrite=overwrite)}.")

@@ -1,0 +1,77 @@
+"""Errors in one readable line, and silence of other packages."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+
+import typer
+from typer.core import TyperGroup
+
+
+DEBUG = "--debug"
+# whose message says what is wrong; of others the kind is told, too
+EXPECTED = (ValueError, TypeError, OSError, ImportError, RuntimeError)
+# quantisation packages, if there are any, tell what they do without a GPU; torch and peft what they will rename
+NOISY_LOGGERS = ("bitsandbytes", "peft", "torch.utils._pytree", "torchao")
+
+
+class CommandGroup(TyperGroup):
+    """Commands whose errors are one line on stderr and the exit code 1. `--debug` may stand anywhere on the line."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+        ctx.meta[DEBUG] = DEBUG in args
+        return super().parse_args(ctx, [arg for arg in args if arg != DEBUG])
+
+    def invoke(self, ctx: typer.Context):
+        if ctx.meta[DEBUG]:
+            return super().invoke(ctx)
+        try:
+            with quiet():
+                return super().invoke(ctx)
+        # the first two are how commands end, the third is a line that was typed wrongly
+        except (typer.Exit, typer.Abort, typer.TyperException):
+            raise
+        except Exception as error:
+            typer.echo(f"Error: {in_one_line(error)}", err=True)
+            raise typer.Exit(1) from error
+
+
+def in_one_line(error: Exception) -> str:
+    """
+    Args:
+        error (`Exception`): An error.
+
+    Returns:
+        `str`: What it says, in one line.
+    """
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    if not isinstance(error, EXPECTED) or not text:
+        text = f"{type(error).__name__}: {text} (with {DEBUG} there is more)"
+    return " ".join(text.split())
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Within it, warnings of this package are one line on stderr, and those of others are left out."""
+    loggers = [logging.getLogger(name) for name in NOISY_LOGGERS]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("always", module=r"peft_ravan\b")
+        warnings.showwarning = _show_warning
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def _show_warning(message, *args, **kwargs) -> None:
+    typer.echo(f"Warning: {' '.join(str(message).split())}", err=True)

@@ -1,0 +1,167 @@
+"""The command line as it is typed: help, exit codes, errors in one line, and the commands that look into adapters."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification
+
+import peft_ravan
+from peft_ravan_cli import app
+from peft_ravan_cli.errors import in_one_line, quiet
+
+from .conftest import SITES, assert_refused, ravan_config, run, save_adapter
+
+
+COMMANDS = [command.name or command.callback.__name__.replace("_", "-") for command in app.registered_commands]
+
+
+def process(*words, **kwargs):
+    command = [sys.executable, "-m", "peft_ravan_cli", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, **kwargs)
+
+
+def test_there_are_these_commands():
+    assert COMMANDS == ["demo", "train", "merge", "to-lora", "inspect", "card"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_has_help_with_an_example(command):
+    ended = run(command, "--help")
+    assert ended.code == 0 and f"Example: peft-ravan {command}" in ended.out
+
+
+def test_help_does_not_load_torch():
+    code = "import sys, peft_ravan_cli; peft_ravan_cli.app(['merge', '--help'], standalone_mode=False); "
+    code += "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'peft_ravan')))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def test_version():
+    assert run("--version").out == f"peft-ravan {peft_ravan.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["mrge"], ["merge"], ["merge", "north"], ["inspect", "--pngg"], ["to-lora", "x", "--rank", "x", "-o", "y"]],
+)
+def test_what_is_typed_wrongly_exits_with_2(words):
+    ended = run(*words)
+    assert ended.code == 2 and "Error" in ended.err and "Traceback" not in ended.err
+
+
+def test_errors_of_a_real_process_are_one_line(place):
+    ended = process("inspect", "nowhere")
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert ended.stderr == "Error: There is no folder 'nowhere', and it is no name on the Hub, such as owner/name.\n"
+
+
+def test_debug_shows_the_traceback(place):
+    ended = process("inspect", "nowhere", "--debug")
+    assert ended.returncode == 1 and "Traceback (most recent call last)" in ended.stderr
+    assert "FileNotFoundError: There is no folder 'nowhere'" in ended.stderr
+
+
+def test_a_disk_that_takes_no_more_is_told_and_leaves_nothing(place):
+    # files above this size are refused, as they are where there is no room; that needs no disk
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+
+    ended = process(
+        "merge", *SITES, "--out", "merged", preexec_fn=limit, env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    )
+    assert ended.returncode == 1, ended.stderr
+    [line] = ended.stderr.splitlines()
+    assert line.startswith("Error: The folder could not be written") and "Make room, and try again" in line
+    assert not list(place.glob("*merged*")) and not list(place.glob(".merged*"))
+
+
+def test_a_folder_that_cannot_be_made_is_told(place):
+    (place / "file").write_text("")
+    assert_refused(run("merge", *SITES, "-o", "file/merged"), "Not a directory: ")
+
+
+def test_errors_that_nobody_expected_name_their_kind():
+    assert in_one_line(KeyError("x")) == "KeyError: 'x' (with --debug there is more)"
+    assert in_one_line(ValueError("one\n  two")) == "one two"
+    assert in_one_line(PermissionError(13, "Permission denied", "/x")) == "Permission denied: /x"
+
+
+def test_only_warnings_of_this_package_are_shown(capsys):
+    with quiet():
+        warnings.warn_explicit("of another", UserWarning, "x.py", 1, module="transformers.x")
+        warnings.warn_explicit("of\nours", UserWarning, "x.py", 1, module="peft_ravan.merging.fedrpca")
+    assert capsys.readouterr().err == "Warning: of ours\n"
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(torch.arange(6)[None]).logits
+
+
+def load(folder):
+    return PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained("base"), folder).eval()
+
+
+def test_to_lora_saves_the_same_output(place):
+    ended = run("to-lora", "north", "--out", "twin")
+    assert (ended.code, ended.out, ended.err) == (0, "A LoRA adapter of rank 8 and its card are in twin.\n", "")
+    torch.testing.assert_close(logits(load("twin")), logits(load("north")))
+    assert "This is a LORA adapter" in (place / "twin" / "README.md").read_text()
+    assert_refused(run("to-lora", "north", "-o", "twin"), "'twin' exists already")
+    assert run("to-lora", "north", "-o", "twin", "--rank", "3", "--no-modules-to-save", "--overwrite").code == 0
+    config = json.loads((place / "twin" / "adapter_config.json").read_text())
+    assert (config["r"], config["modules_to_save"]) == (3, None)
+    assert "of rank 8 " not in run("to-lora", "north", "-o", "less", "--rank", "0.5").out
+    assert_refused(run("to-lora", "lora-north", "-o", "other"), "this one is of LORA")
+    assert not (place / "other").exists()
+
+
+def test_inspect_shows_a_table_a_picture_and_json(place):
+    ended = run("inspect", "north", "--png", "heads.png")
+    assert ended.code == 0 and ended.out.startswith("RAVAN: 4 targets") and "fingerprint" in ended.out
+    assert (place / "heads.png").read_bytes().startswith(b"\x89PNG")
+    report = json.loads(run("inspect", "north", "--json").out)
+    [target, *_] = report["targets"].values()
+    assert (report["peft_type"], report["base_model"], target["rank"]) == ("RAVAN", "base", 8)
+    norm = sum(value**2 for value in target["singular_values"]) ** 0.5
+    assert norm == pytest.approx(target["norm"]) and len(target["head_norms"]) == len(target["fingerprint"]) == 4
+
+
+def test_inspect_tells_what_it_cannot_read(place):
+    save_adapter(place / "svd", ravan_config(init_bases="weight_svd", save_projection=False), seed=1)
+    assert_refused(run("inspect", "svd"), "cannot be made again from it")
+    assert_refused(run("inspect", "north", "--png", "nowhere/heads.png"), "No such file or directory: ")
+
+
+def test_card_is_written_but_not_over_another(place):
+    save_adapter(place / "mine", ravan_config(), seed=1)
+    (place / "mine" / "README.md").write_text("my own words")
+    assert_refused(run("card", "mine"), "'mine/README.md' exists already")
+    assert (place / "mine" / "README.md").read_text() == "my own words"
+    assert run("card", "mine", "--overwrite").code == 0
+    assert "# Ravan adapter" in (place / "mine" / "README.md").read_text()
+    assert_refused(run("card", "base"), "has no adapter_config.json")
+
+
+def test_demo_says_what_it_needs(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    monkeypatch.delitem(sys.modules, "peft_ravan.examples.federated_digits", raising=False)
+    assert_refused(
+        run("demo"), "needs sklearn.datasets, which comes with an optional extra: pip install 'peft-ravan[demo]'"
+    )
+
+
+def test_demo_runs_the_example(monkeypatch, tmp_path):
+    from peft_ravan.examples import federated_digits
+
+    given = []
+    monkeypatch.setattr(federated_digits, "main", given.append)
+    assert run("demo", "--output-dir", tmp_path, "--seed", 3).code == 0
+    assert given == [["--output-dir", str(tmp_path), "--seed", "3"]]

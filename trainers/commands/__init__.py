@@ -1,0 +1,23 @@
+"""What the command line does, as functions: `peft_ravan_cli` has the names and options that are typed."""
+
+from .adapters import find_adapter, save_lora_twin, write_card
+from .merge_methods import describe_methods, parse_examples, parse_options
+from .merging import MergedAdapter, MergeRequest, merge_adapters
+from .run_arguments import RunArguments, parse_run
+from .training import train_run
+
+
+__all__ = [
+    "MergeRequest",
+    "MergedAdapter",
+    "RunArguments",
+    "describe_methods",
+    "find_adapter",
+    "merge_adapters",
+    "parse_examples",
+    "parse_options",
+    "parse_run",
+    "save_lora_twin",
+    "train_run",
+    "write_card",
+]

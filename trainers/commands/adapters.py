@@ -1,0 +1,158 @@
+"""Adapters in folders and on the Hub, and what is written beside them."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from peft import LoraConfig, PeftConfig
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+
+from peft_ravan import to_lora
+from peft_ravan.hub import make_model_card
+from peft_ravan.reading import read_adapter
+
+from ..checkpoints import atomic_folder
+
+
+CARD_NAME = "README.md"
+_ON_THE_HUB = re.compile(r"(?P<repo_id>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """
+    An adapter that was saved.
+
+    Args:
+        name (`str`): The folder or the name on the Hub, as it was given.
+        config ([`~peft.PeftConfig`]): Its configuration.
+        state (`Mapping[str, torch.Tensor]`): Its tensors by their checkpoint names.
+    """
+
+    name: str
+    config: PeftConfig
+    state: Mapping[str, torch.Tensor]
+
+    @classmethod
+    def read(cls, name: str) -> SavedAdapter:
+        """
+        Args:
+            name (`str`): A folder, or a name on the Hub, see [`find_adapter`].
+
+        Returns:
+            [`SavedAdapter`]: The adapter.
+
+        Raises:
+            FileNotFoundError: if there is no such adapter.
+            ValueError: if a file of it is damaged.
+        """
+        return cls(name, *read_adapter(find_adapter(name)))
+
+    @property
+    def short_name(self) -> str:
+        """The name for a card, which has no path of a machine in it."""
+        return self.name if _ON_THE_HUB.fullmatch(self.name) and not Path(self.name).exists() else Path(self.name).name
+
+
+def find_adapter(name: str | os.PathLike) -> Path:
+    """
+    Args:
+        name (`str` or `os.PathLike`): A folder, or `owner/name` or `owner/name@revision` on the Hub.
+
+    Returns:
+        `Path`: The folder. What is on the Hub is downloaded into its cache, the two files of an adapter only.
+
+    Raises:
+        FileNotFoundError: if there is no such folder, and nothing of that name can be had from the Hub.
+    """
+    folder = Path(name)
+    if folder.exists():
+        return folder
+    found = _ON_THE_HUB.fullmatch(str(name))
+    if found is None:
+        raise FileNotFoundError(f"There is no folder {str(name)!r}, and it is no name on the Hub, such as owner/name.")
+    files = [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME]
+    try:
+        return Path(snapshot_download(found["repo_id"], revision=found["revision"], allow_patterns=files))
+    # many kinds of them, depending on the connection, the account and the repository
+    except Exception as error:
+        raise FileNotFoundError(
+            f"There is no folder {str(name)!r}, and it could not be had from the Hub either: {error}"
+        ) from error
+
+
+def check_is_free(path: str | os.PathLike, overwrite: bool) -> None:
+    """
+    Args:
+        path (`str` or `os.PathLike`): The file or folder to write.
+        overwrite (`bool`): Whether it may be replaced.
+
+    Raises:
+        FileExistsError: if it exists and may not.
+    """
+    if Path(path).exists() and not overwrite:
+        raise FileExistsError(
+            f"{str(path)!r} exists already. Choose another place, or give --overwrite to replace it."
+        )
+
+
+def save_lora_twin(
+    name: str,
+    output_dir: str | os.PathLike,
+    rank: int | float | None = None,
+    *,
+    modules_to_save: bool = True,
+    overwrite: bool = False,
+) -> LoraConfig:
+    """
+    Save the LoRA twin of a Ravan adapter with a card, see [`to_lora`].
+
+    Args:
+        name (`str`): The folder of the adapter, or its name on the Hub.
+        output_dir (`str` or `os.PathLike`): The folder of the twin.
+        rank (`int` or `float`, *optional*): The rank, or the share of the energy.
+        modules_to_save (`bool`, *optional*, defaults to `True`): Whether to save what is trained besides.
+        overwrite (`bool`, *optional*, defaults to `False`): Whether to replace a folder that exists.
+
+    Returns:
+        [`~peft.LoraConfig`]: The configuration of the twin.
+
+    Raises:
+        FileExistsError: if the folder exists and may not be replaced.
+        FileNotFoundError: if there is no such adapter.
+        ValueError: as for [`to_lora`].
+    """
+    check_is_free(output_dir, overwrite)
+    folder = find_adapter(name)
+    with atomic_folder(output_dir) as aside:
+        config = to_lora(folder, aside, rank, include_modules_to_save=modules_to_save)
+        make_model_card(config).save(aside / CARD_NAME)
+    return config
+
+
+def write_card(folder: str | os.PathLike, *, overwrite: bool = False) -> Path:
+    """
+    Write the card of an adapter into its folder.
+
+    Args:
+        folder (`str` or `os.PathLike`): The folder.
+        overwrite (`bool`, *optional*, defaults to `False`): Whether to replace a card that is there.
+
+    Returns:
+        `Path`: The card.
+
+    Raises:
+        FileExistsError: if there is a card and it may not be replaced.
+        FileNotFoundError: if the folder has no adapter.
+    """
+    config, _ = read_adapter(folder)
+    path = Path(folder, CARD_NAME)
+    check_is_free(path, overwrite)
+    make_model_card(config).save(path)
+    return path

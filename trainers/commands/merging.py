@@ -1,0 +1,298 @@
+"""Merging adapters that were trained apart, by people who never ran a server."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig
+
+from peft_ravan import RavanConfig, bases_fingerprint, different_bases
+from peft_ravan.hub import FederationRecord, make_model_card
+from peft_ravan.merging import ClientUpdate, MergeMethod, MergeResult, get_merge_method, merge
+from peft_ravan.reading import write_adapter
+from peft_ravan.state import exchange_state, is_core
+
+from ..checkpoints import atomic_folder
+from .adapters import CARD_NAME, SavedAdapter, check_is_free
+
+
+# With these LoRA's update is zero before training, as it always is for Ravan unless `init_weights=False`.
+_ZERO_STARTS = (True, "gaussian", "orthogonal", "eva")
+# which matrix it is that starts at zero
+_ZERO_PARTS = (".lora_B.", ".lora_embedding_A")
+# by how much of the base model they adapt, tensors of the same names would mean other things
+_COMPARED_FIELDS = ("layer_replication",)
+
+
+@dataclass(frozen=True)
+class MergeRequest:
+    """
+    What to merge, and how.
+
+    Args:
+        adapters (`Sequence[str]`): Folders of adapters, or names on the Hub.
+        method (`str`, *optional*): The merge method. By default `"ravan"` for Ravan and `"fedavg"` for LoRA.
+        options (`Mapping[str, Any]`, *optional*): The options of the method.
+        num_examples (`Sequence[int]`, *optional*):
+            How many examples each adapter was trained on, in their order. By default all weigh the same.
+        start (`str`, *optional*):
+            The adapter that all of them were trained from, as it was saved before. Ravan's cores start at zero, and of
+            LoRA's matrices B, which is enough for most methods.
+        base_model (`str`, *optional*):
+            The name of the base model of all of them, where their configurations name it differently.
+    """
+
+    adapters: Sequence[str]
+    method: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    num_examples: Sequence[int] | None = None
+    start: str | None = None
+    base_model: str | None = None
+
+
+@dataclass(frozen=True)
+class MergedAdapter:
+    """
+    What a merge has made.
+
+    Args:
+        config ([`~peft.PeftConfig`]): The configuration of the merged adapter.
+        result ([`~peft_ravan.merging.MergeResult`]): Its state, and the diagnostics of the method.
+        notes (`Sequence[str]`): What was decided, for who has asked for the merge.
+    """
+
+    config: PeftConfig
+    result: MergeResult
+    notes: Sequence[str]
+
+
+def merge_adapters(request: MergeRequest, output_dir: str | os.PathLike, *, overwrite: bool = False) -> MergedAdapter:
+    """
+    Merge adapters of Ravan or LoRA, and save the merged one with a card. All is checked before anything is written.
+
+    Args:
+        request ([`MergeRequest`]): What to merge, and how.
+        output_dir (`str` or `os.PathLike`): The folder of the merged adapter.
+        overwrite (`bool`, *optional*, defaults to `False`): Whether to replace a folder that exists.
+
+    Returns:
+        [`MergedAdapter`]: What was saved.
+
+    Raises:
+        FileExistsError: if the folder exists and may not be replaced.
+        FileNotFoundError: if an adapter does not exist.
+        TypeError: if the method does not have an option.
+        ValueError: if the adapters do not belong together (another method, base model, bases, targets or shapes), are
+            broken, or cannot be merged so.
+
+    Example:
+
+        ```py
+        >>> from peft_ravan.trainers.commands import MergeRequest, merge_adapters
+
+        >>> merge_adapters(MergeRequest(["north", "south", "west"], "fedrpca"), "merged")
+        ```
+    """
+    check_is_free(output_dir, overwrite)
+    adapters = [SavedAdapter.read(name) for name in request.adapters]
+    check_same_kind(adapters)
+    base_model, revision = common_base_model(adapters, request.base_model)
+    check_same_bases(adapters)
+    num_examples = _num_examples(request, adapters)
+    method = get_merge_method(request.method or ("ravan" if _is_ravan(adapters[0]) else "fedavg"))
+    _check_makes_an_adapter(method)
+    # the one with the largest rank, to which those of others are filled up, or with the bases, if not all have them
+    reference = max(adapters, key=lambda adapter: sum(tensor.numel() for tensor in adapter.state.values()))
+    start = None if request.start is None else _read_start(request.start, reference)
+    options, notes = _options_for_start(method, request, reference)
+    result = merge(
+        zero_start(reference) if start is None else start.state,
+        [_update(adapter, number) for adapter, number in zip(adapters, num_examples, strict=True)],
+        method.name,
+        config=reference.config,
+        **options,
+    )
+    if result.base_deltas:
+        raise ValueError(
+            f"{method.pretty_name} changes weights of the base model, which an adapter cannot hold. Methods that are as "
+            "exact and make an adapter: 'flora' (of a larger rank), and 'flexlora' (of the same rank)."
+        )
+    config = copy.deepcopy(result.config or reference.config)
+    config.base_model_name_or_path, config.revision, config.inference_mode = base_model, revision, True
+    weights = "examples" if request.num_examples else "the same, since no --examples were given"
+    notes = [f"Merged {len(adapters)} adapters by {method.pretty_name}; weights: {weights}.", *notes]
+    merged = MergedAdapter(config, result, notes)
+    with atomic_folder(output_dir) as aside:
+        write_adapter(config, result.state, aside)
+        record = FederationRecord(len(adapters), _facts(adapters, request, method, options))
+        make_model_card(config, record).save(aside / CARD_NAME)
+    return merged
+
+
+def check_same_kind(adapters: Sequence[SavedAdapter]) -> None:
+    """
+    Args:
+        adapters (`Sequence[SavedAdapter]`): Adapters.
+
+    Raises:
+        ValueError: if they are not all of Ravan, or all of LoRA.
+    """
+    first = adapters[0]
+    for adapter in adapters:
+        if not isinstance(adapter.config, (RavanConfig, LoraConfig)):
+            raise ValueError(
+                f"{adapter.name!r} is an adapter of {adapter.config.peft_type.value}, but only those of Ravan and LoRA can "
+                "be merged here."
+            )
+        kinds = first.config.peft_type.value, adapter.config.peft_type.value
+        if kinds[0] != kinds[1]:
+            raise ValueError(
+                f"{first.name!r} is an adapter of {kinds[0]}, and {adapter.name!r} of {kinds[1]}: there is no mean of both. "
+                "`peft-ravan to-lora` makes LoRA adapters of those of Ravan."
+            )
+        for name in _COMPARED_FIELDS:
+            values = getattr(first.config, name), getattr(adapter.config, name)
+            if values[0] != values[1]:
+                raise ValueError(
+                    f"`{name}` is {values[0]!r} in {first.name!r} and {values[1]!r} in {adapter.name!r}: they do not adapt "
+                    "the same model."
+                )
+
+
+def common_base_model(adapters: Sequence[SavedAdapter], given: str | None) -> tuple[str | None, str | None]:
+    """
+    Args:
+        adapters (`Sequence[SavedAdapter]`): Adapters.
+        given (`str`, *optional*): The name of their base model, if they name it differently.
+
+    Returns:
+        `tuple[str | None, str | None]`: The name of their base model and its revision.
+
+    Raises:
+        ValueError: if they have different ones.
+    """
+    if given is not None:
+        return given, None
+    first = adapters[0]
+    for adapter in adapters:
+        names = first.config.base_model_name_or_path, adapter.config.base_model_name_or_path
+        revisions = first.config.revision or "main", adapter.config.revision or "main"
+        if names[0] != names[1] or revisions[0] != revisions[1]:
+            texts = [f"{name!r} (revision {rev})" for name, rev in zip(names, revisions, strict=True)]
+            raise ValueError(
+                f"The base model of {first.name!r} is {texts[0]}, that of {adapter.name!r} is {texts[1]}. Adapters of "
+                "different base models cannot be merged. If it is one model under two names, such as folders of two "
+                "machines, name it with --base-model."
+            )
+    return first.config.base_model_name_or_path, first.config.revision
+
+
+def check_same_bases(adapters: Sequence[SavedAdapter]) -> None:
+    """
+    Args:
+        adapters (`Sequence[SavedAdapter]`): Adapters, of Ravan or of LoRA, which has no bases.
+
+    Raises:
+        ValueError: if the bases of a target are others.
+    """
+    first, fingerprints = adapters[0], bases_fingerprint(adapters[0].state)
+    for adapter in adapters[1:]:
+        of_adapter = bases_fingerprint(adapter.state)
+        # other targets are told by the check of the tensors
+        different = [
+            name for name in different_bases(fingerprints, of_adapter) if name in fingerprints.keys() & of_adapter
+        ]
+        if different:
+            seeds = first.config.projection_seed, adapter.config.projection_seed
+            reason = f"; `projection_seed` is {seeds[0]} and {seeds[1]}" if seeds[0] != seeds[1] else ""
+            raise ValueError(
+                f"{adapter.name!r} was trained between other bases than {first.name!r} (at {different[0]!r}{reason}), so the "
+                "mean of their cores means nothing. Merge their LoRA twins instead: `peft-ravan to-lora`, and "
+                "`merge --method flexlora` or `flora`."
+            )
+
+
+def zero_start(adapter: SavedAdapter) -> dict[str, torch.Tensor]:
+    """
+    Args:
+        adapter ([`SavedAdapter`]): An adapter of Ravan or LoRA.
+
+    Returns:
+        `dict[str, torch.Tensor]`: A state of its names and shapes whose weight updates are zero. Where LoRA's other matrix
+        and the task head have started from is not known: they are those of the adapter.
+    """
+    return {
+        name: torch.zeros_like(tensor) if is_core(name) or any(part in name for part in _ZERO_PARTS) else tensor
+        for name, tensor in adapter.state.items()
+    }
+
+
+def _is_ravan(adapter: SavedAdapter) -> bool:
+    return isinstance(adapter.config, RavanConfig)
+
+
+def _update(adapter: SavedAdapter, num_examples: int) -> ClientUpdate:
+    config = None if _is_ravan(adapter) else adapter.config
+    return ClientUpdate(exchange_state(adapter.state), num_examples, adapter.name, config=config)
+
+
+def _num_examples(request: MergeRequest, adapters: Sequence[SavedAdapter]) -> Sequence[int]:
+    numbers = request.num_examples or [1] * len(adapters)
+    if len(numbers) != len(adapters):
+        raise ValueError(
+            f"There are {len(adapters)} adapters, but {len(numbers)} numbers of examples. Give one for each, in their order."
+        )
+    return numbers
+
+
+def _check_makes_an_adapter(method: MergeMethod) -> None:
+    if method.personal_parts:
+        raise ValueError(
+            f"With {method.pretty_name} a part of each adapter stays with its client, so there is no one adapter to save. "
+            "Use it in a federation, or merge with another method, such as 'fedavg'."
+        )
+
+
+def _read_start(name: str, reference: SavedAdapter) -> SavedAdapter:
+    start = SavedAdapter.read(name)
+    check_same_kind([reference, start])
+    check_same_bases([reference, start])
+    return start
+
+
+def _options_for_start(
+    method: MergeMethod, request: MergeRequest, reference: SavedAdapter
+) -> tuple[dict[str, Any], list[str]]:
+    """The options, and what to say of them, where a method compares the adapters with their start and that is not given."""
+    options, config = dict(request.options), reference.config
+    if request.start is not None or not method.from_start:
+        return options, []
+    if isinstance(config, RavanConfig):
+        if config.init_weights:
+            return options, []
+    elif config.init_lora_weights in _ZERO_STARTS and "lora" in method.options:
+        if options.setdefault("lora", "products") == "products":
+            return options, ["Of LoRA the products B A are merged (lora=products), which start at zero; A does not."]
+    raise ValueError(
+        f"{method.pretty_name} works on the differences from the adapter that all were trained from, which adapters do not "
+        "contain. Give its folder with --start, or use a method that does without, such as 'fedavg' or 'flexlora'."
+    )
+
+
+def _facts(
+    adapters: Sequence[SavedAdapter], request: MergeRequest, method: MergeMethod, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    names = [adapter.short_name for adapter in adapters]
+    numbers = request.num_examples
+    weights = [f"{name}: {number}" for name, number in zip(names, numbers, strict=True)] if numbers else ["the same"]
+    return {
+        "Merged from": ", ".join(names),
+        "Merge method": f"[{method.pretty_name}]({method.reference})",
+        "Merge options": {**method.options, **options} or "none",
+        "Examples": ", ".join(weights) if numbers else "not told, so all adapters weigh the same",
+    }

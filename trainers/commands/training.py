@@ -1,0 +1,98 @@
+"""Training as a file of arguments says."""
+
+from __future__ import annotations
+
+import numpy as np
+from peft import get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    EvalPrediction,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+
+from ..federated_trainer import FederatedTrainer
+from .run_arguments import RunArguments
+from .run_data import load_splits, tokenize_texts
+
+
+def train_run(run: RunArguments) -> FederatedTrainer:
+    """
+    Train an adapter, and save it with its card.
+
+    Args:
+        run ([`RunArguments`]): The model, the data and the arguments.
+
+    Returns:
+        [`FederatedTrainer`]: The trainer, after the training.
+
+    Raises:
+        FileNotFoundError: if a file of the data is missing.
+        OSError: if the model cannot be loaded.
+        ValueError: if the data, the model and the arguments do not fit together.
+    """
+    adapter = run.model.peft_config()
+    splits = load_splits(run.data, with_test=run.training.do_eval)
+    set_seed(run.training.seed)
+    trainer = _make_sft_trainer(run, splits, adapter) if run.text is None else _make_classifier(run, splits, adapter)
+    resume = run.training.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+    trainer.save_model()
+    if run.training.push_to_hub:
+        trainer.push_to_hub()
+    return trainer
+
+
+def _make_classifier(run: RunArguments, splits, adapter) -> FederatedTrainer:
+    tokenizer = _load_tokenizer(run)
+    tokenized, labels = tokenize_texts(splits, tokenizer, run.text)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        run.model.model_name_or_path,
+        revision=run.model.model_revision or "main",
+        num_labels=len(labels),
+        id2label=dict(enumerate(labels)),
+        label2id={name: number for number, name in enumerate(labels)},
+        ignore_mismatched_sizes=True,
+    )
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if run.training.partition_column == run.text.label_column:
+        run.training.partition_column = "labels"
+    return FederatedTrainer(
+        get_peft_model(model, adapter),
+        run.training,
+        train_dataset=tokenized["train"],
+        eval_dataset=tokenized.get("test"),
+        processing_class=tokenizer,
+        compute_metrics=_accuracy,
+    )
+
+
+def _make_sft_trainer(run: RunArguments, splits, adapter) -> FederatedTrainer:
+    from ..trl_trainers import FederatedSFTTrainer
+
+    # TRL would pass them on for a model that it loads itself, and complains where it does not
+    options = {"revision": run.model.model_revision or "main", **(run.training.model_init_kwargs or {})}
+    run.training.model_init_kwargs = None
+    return FederatedSFTTrainer(
+        AutoModelForCausalLM.from_pretrained(run.model.model_name_or_path, **options),
+        run.training,
+        train_dataset=splits["train"],
+        eval_dataset=splits.get("test"),
+        processing_class=_load_tokenizer(run),
+        peft_config=adapter,
+    )
+
+
+def _load_tokenizer(run: RunArguments) -> PreTrainedTokenizerBase:
+    tokenizer = AutoTokenizer.from_pretrained(
+        run.model.model_name_or_path, revision=run.model.model_revision or "main"
+    )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    return {"accuracy": float(np.mean(prediction.predictions.argmax(-1) == prediction.label_ids))}
