@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from .errors import DEBUG, CommandGroup
+from .errors import DEBUG, CommandGroup, hide_progress_bars
 
 
 app = typer.Typer(
@@ -86,6 +86,7 @@ def train(
     """
     from peft_ravan.trainers.commands import parse_run, train_run
 
+    hide_progress_bars()
     trainer = train_run(parse_run(config, ctx.args))
     typer.echo(trainer.history_table().to_string(float_format="{:.4g}".format, na_rep=""))
     typer.echo(f"The adapter, its card and rounds.jsonl are in {trainer.args.output_dir}.")

@@ -152,7 +152,7 @@ def parse_run(path: str | os.PathLike, overrides: Sequence[str] = ()) -> RunArgu
     """
     path = Path(path)
     values, arguments = _read_yaml(path), list(overrides)
-    if isinstance(values.get("adapter"), str):
+    if not isinstance(values.get("adapter") or {}, dict):
         raise ValueError(f"{path}: `adapter` must be a mapping, such as {{r: 16}}, got {values['adapter']!r}.")
     values["adapter"] = {**(values.get("adapter") or {}), **_pop_adapter_options(arguments)}
     first = _Parser((ModelArguments, DataArguments))

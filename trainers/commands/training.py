@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
-from peft import get_peft_model
+from datasets import DatasetDict
+from peft import PeftConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -45,12 +48,12 @@ def train_run(run: RunArguments) -> FederatedTrainer:
     return trainer
 
 
-def _make_classifier(run: RunArguments, splits, adapter) -> FederatedTrainer:
+def _make_classifier(run: RunArguments, splits: DatasetDict, adapter: PeftConfig) -> FederatedTrainer:
     tokenizer = _load_tokenizer(run)
     tokenized, labels = tokenize_texts(splits, tokenizer, run.text)
-    model = AutoModelForSequenceClassification.from_pretrained(
-        run.model.model_name_or_path,
-        revision=run.model.model_revision or "main",
+    model = _load(
+        AutoModelForSequenceClassification,
+        run,
         num_labels=len(labels),
         id2label=dict(enumerate(labels)),
         label2id={name: number for number, name in enumerate(labels)},
@@ -69,14 +72,13 @@ def _make_classifier(run: RunArguments, splits, adapter) -> FederatedTrainer:
     )
 
 
-def _make_sft_trainer(run: RunArguments, splits, adapter) -> FederatedTrainer:
+def _make_sft_trainer(run: RunArguments, splits: DatasetDict, adapter: PeftConfig) -> FederatedTrainer:
     from ..trl_trainers import FederatedSFTTrainer
 
     # TRL would pass them on for a model that it loads itself, and complains where it does not
-    options = {"revision": run.model.model_revision or "main", **(run.training.model_init_kwargs or {})}
-    run.training.model_init_kwargs = None
+    options, run.training.model_init_kwargs = run.training.model_init_kwargs or {}, None
     return FederatedSFTTrainer(
-        AutoModelForCausalLM.from_pretrained(run.model.model_name_or_path, **options),
+        _load(AutoModelForCausalLM, run, **options),
         run.training,
         train_dataset=splits["train"],
         eval_dataset=splits.get("test"),
@@ -85,10 +87,16 @@ def _make_sft_trainer(run: RunArguments, splits, adapter) -> FederatedTrainer:
     )
 
 
+def _load(auto_class: type, run: RunArguments, **options) -> Any:
+    name, revision = run.model.model_name_or_path, run.model.model_revision or "main"
+    try:
+        return auto_class.from_pretrained(name, **{"revision": revision, **options})
+    except OSError as error:
+        raise OSError(f"The model {name!r} could not be loaded: {error}") from error
+
+
 def _load_tokenizer(run: RunArguments) -> PreTrainedTokenizerBase:
-    tokenizer = AutoTokenizer.from_pretrained(
-        run.model.model_name_or_path, revision=run.model.model_revision or "main"
-    )
+    tokenizer = _load(AutoTokenizer, run)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -1,0 +1,196 @@
+"""`peft-ravan train`: the model, the data, the adapter and the arguments in one file, and on the line."""
+
+import json
+
+import datasets
+import pytest
+import torch
+import yaml
+from peft import PeftConfig, PeftModel, get_peft_model
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from peft_ravan.trainers import FederatedArguments, FederatedTrainer, read_history
+from peft_ravan.trainers.commands import parse_run, train_run
+
+from ..conftest import make_tokenizer, sentence, tiny_llama
+from .conftest import assert_refused, ravan_config, run
+
+
+RUN = {
+    "model_name_or_path": "base",
+    "data_files": "train.csv",
+    "test_files": ["test.csv"],
+    "adapter": {"r": 2, "num_heads": 4},
+    "num_clients": 3,
+    "num_rounds": 2,
+    "max_steps": 2,
+    "learning_rate": "1e-2",  # which is a string in YAML
+    "eval_strategy": "epoch",
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "use_cpu": True,
+    "output_dir": "out",
+}
+
+
+@pytest.fixture
+def folder(place):
+    rows = [
+        {"text": sentence(start), "label": "high" if start >= 30 else "low", "site": f"s{number % 2}"}
+        for number, start in enumerate(number * 7 % 60 for number in range(60))
+    ]
+    datasets.Dataset.from_list(rows[:40]).to_csv("train.csv")
+    datasets.Dataset.from_list(rows[40:]).to_csv("test.csv")
+    write()
+    return place
+
+
+def write(**changes):
+    values = {name: value for name, value in {**RUN, **changes}.items() if value is not ...}
+    with open("run.yaml", "w") as file:
+        yaml.safe_dump(values, file)
+
+
+def test_it_saves_the_adapter_of_the_trainer_it_says(folder):
+    ended = run("train", "run.yaml")
+    assert ended.code == 0, ended.err
+    assert "train_loss" in ended.out and "eval_accuracy" in ended.out
+    assert [record["round"] for record in read_history("out") if "clients" in record] == [1, 2]
+    assert "trained by 3 clients" in (folder / "out" / "README.md").read_text()
+    assert AutoTokenizer.from_pretrained("out").tokenize("w1 w2") == ["w1", "w2"]
+    assert train_by_hand(folder).keys() == adapter_state("out").keys()
+    for name, tensor in train_by_hand(folder).items():
+        torch.testing.assert_close(adapter_state("out")[name], tensor, rtol=0, atol=0, msg=name)
+
+
+def train_by_hand(folder):
+    tokenizer = AutoTokenizer.from_pretrained("base")
+    rows = datasets.load_dataset("csv", data_files=str(folder / "train.csv"), split="train")
+    rows = rows.map(lambda row: {**tokenizer(row["text"]), "labels": int(row["label"] == "low")})
+    torch.manual_seed(42)
+    model = get_peft_model(
+        AutoModelForSequenceClassification.from_pretrained("base", num_labels=2, ignore_mismatched_sizes=True),
+        ravan_config(),
+    )
+    args = FederatedArguments(
+        "by-hand",
+        num_clients=3,
+        num_rounds=2,
+        max_steps=2,
+        learning_rate=1e-2,
+        use_cpu=True,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    trainer = FederatedTrainer(
+        model, args, train_dataset=rows.remove_columns(["text", "label"]), processing_class=tokenizer
+    )
+    trainer.train()
+    trainer.save_model()
+    return adapter_state("by-hand")
+
+
+def adapter_state(name):
+    return {
+        key: value
+        for key, value in PeftModel.from_pretrained(
+            AutoModelForSequenceClassification.from_pretrained("base", num_labels=2, ignore_mismatched_sizes=True),
+            name,
+        )
+        .state_dict()
+        .items()
+        if "ravan" in key or "modules_to_save" in key
+    }
+
+
+def test_what_is_on_the_line_goes_first(folder):
+    parsed = parse_run(
+        "run.yaml", ["--num_rounds", "5", "--adapter.r", "3", "--adapter.peft_type=lora", "--text_column", "x"]
+    )
+    assert (parsed.training.num_rounds, parsed.training.num_clients) == (5, 3)
+    assert parsed.training.learning_rate == 0.01
+    assert parsed.text.text_column == "x"
+    write(adapter={"peft_type": "LORA", "lora_alpha": 6})
+    config = parse_run("run.yaml", ["--adapter.r", "3"]).model.peft_config()
+    assert (config.peft_type.value, config.r, config.lora_alpha, config.task_type) == ("LORA", 3, 6, "SEQ_CLS")
+
+
+def test_labels_keep_their_names_and_can_split_the_clients(folder):
+    write(partition="column", partition_column="label", num_clients=..., eval_strategy="no", num_rounds=1)
+    trainer = train_run(parse_run("run.yaml"))
+    assert trainer.model.config.id2label == {0: "high", 1: "low"}
+    assert len(trainer.clients) == 2
+    assert all(len(set(client["labels"])) == 1 for client in trainer.clients.values())
+    write(partition="column", partition_column="site", num_clients=..., eval_strategy="no", num_rounds=1)
+    assert set(train_run(parse_run("run.yaml")).clients) == {"s0", "s1"}
+
+
+def test_labels_that_are_numbers_are_in_the_order_of_numbers(folder):
+    rows = [{"text": sentence(label), "label": label} for label in [10, 2, 9, 1] * 3]
+    datasets.Dataset.from_list(rows).to_json("train.jsonl")
+    write(data_files="train.jsonl", test_files=..., eval_strategy="no", num_rounds=1)
+    trainer = train_run(parse_run("run.yaml"))
+    assert trainer.model.config.id2label == {0: "1", 1: "2", 2: "9", 3: "10"}
+    assert sorted(set(trainer.train_dataset["labels"])) == [0, 1, 2, 3]
+
+
+def test_sft_trains_a_language_model(folder):
+    pytest.importorskip("trl")
+    tiny_llama().save_pretrained("lm")
+    make_tokenizer().save_pretrained("lm")
+    datasets.Dataset.from_list([{"text": sentence(start)} for start in range(20)]).to_json("texts.jsonl")
+    write(
+        model_name_or_path="lm", task="sft", data_files="texts.jsonl", test_files=..., eval_strategy="no", bf16=False
+    )
+    ended = run("train", "run.yaml", "--max_length", "8", "--num_rounds", "1")
+    assert ended.code == 0, ended.err
+    assert PeftConfig.from_pretrained("out").task_type == "CAUSAL_LM"
+
+
+@pytest.mark.parametrize(
+    "changes, words, reason",
+    [
+        ({"num_round": 3}, [], "there is no argument `num_round`. Did you mean `num_rounds`?"),
+        ({}, ["--learning_rat", "1"], "There is no argument '--learning_rat'. Did you mean `learning_rate`?"),
+        ({"num_rounds": "many"}, [], "Argument --num_rounds/--num-rounds: invalid int value: 'many'"),
+        ({"num_rounds": 0}, [], "`num_rounds` must be 1 or more, got 0"),
+        ({"adapter": {"num_head": 3}}, [], "An adapter of RAVAN has no `num_head`. Did you mean `num_heads`?"),
+        ({"adapter": {"peft_type": "RAVEN"}}, [], "must be a method of PEFT. Did you mean `RAVAN`?"),
+        ({"adapter": 4}, [], "`adapter` must be a mapping"),
+        ({}, ["--adapter.r"], "--adapter.r has no value"),
+        ({"task": "regression"}, [], "`task` must be one of classification, sft, got 'regression'"),
+        ({"model_name_or_path": ...}, [], "The following arguments are required: --model_name_or_path"),
+        ({"output_dir": ...}, [], "`output_dir` is missing"),
+        ({"data_files": ...}, [], "either `dataset_name` or `data_files`"),
+        ({"data_files": "none.csv"}, [], "There is no file 'none.csv'"),
+        ({"data_files": "run.yaml"}, [], "got .csv, .yaml"),
+        ({"test_files": ...}, [], "The data has no split 'test', but 'train'. Give `test_files`"),
+        ({"text_column": "texts"}, [], "has no column 'texts'"),
+        ({"label_column": "text"}, [], "is not in the data to train on"),
+        ({"model_name_or_path": "nowhere"}, [], "The model 'nowhere' could not be loaded"),
+    ],
+)
+def test_what_cannot_be_is_told_in_one_line(folder, changes, words, reason):
+    write(**changes)
+    assert_refused(run("train", "run.yaml", *words), reason)
+    assert not (folder / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "text, reason", [("a: [1", "is no YAML"), ("- a", "must have lines of the form"), ("", "got NoneType")]
+)
+def test_a_file_that_is_no_run_is_told(place, text, reason):
+    (place / "run.yaml").write_text(text)
+    assert_refused(run("train", "run.yaml"), reason)
+    assert_refused(run("train", "none.yaml"), "No such file or directory: none.yaml")
+
+
+def test_a_checkpoint_is_resumed(folder):
+    write(save_strategy="epoch", eval_strategy="no")
+    assert run("train", "run.yaml", "--num_rounds", "1").code == 0
+    ended = run("train", "run.yaml", "--resume_from_checkpoint", "true")
+    assert ended.code == 0, ended.err
+    state = json.loads((folder / "out" / "checkpoint-2" / "trainer_state.json").read_text())
+    assert [record["round"] for record in state["log_history"] if "clients" in record] == [1, 2]
