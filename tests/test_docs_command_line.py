@@ -20,7 +20,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "command_line.md"
 TEXT = PAGE.read_text()
 
 
-def test_the_commands_run_in_order(place):  # noqa: F811
+def test_the_commands_run_in_order(place, hub):  # noqa: F811
     [config] = re.findall(r"```yaml\n(.*?)```", TEXT, flags=re.DOTALL)
     (place / "run.yaml").write_text(config)
     examples = datasets.Dataset.from_list([{"text": sentence(start), "label": start % 2} for start in range(60)])
@@ -33,6 +33,7 @@ def test_the_commands_run_in_order(place):  # noqa: F811
         ended = run(*words)
         assert (program, ended.code) == ("peft-ravan", 0), (line, ended)
     assert (place / "heads.png").exists() and (place / "run" / "rounds.jsonl").exists()
+    assert hub.private["clinics/merged"]
 
 
 def test_the_tables_have_every_command_and_argument():

@@ -28,6 +28,11 @@ Adapter = Annotated[
     str, typer.Argument(help="The folder of an adapter, or its name on the Hub (owner/name or owner/name@revision).")
 ]
 Folder = Annotated[Path, typer.Argument(help="The folder of an adapter.")]
+License = Annotated[str | None, typer.Option(help="The license, by its name on the Hub, such as apache-2.0.")]
+Datasets = Annotated[
+    list[str] | None,
+    typer.Option("--dataset", help="A data set on the Hub that it was trained on. Can be given again."),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there already.")]
 
 
@@ -192,9 +197,34 @@ def inspect(
     typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else str(report))
 
 
-@app.command(epilog="Example: peft-ravan card outputs/digits/adapter")
-def card(folder: Folder, overwrite: Overwrite = False) -> None:
-    """Write the model card of an adapter, README.md, into its folder."""
+@app.command(epilog="Example: peft-ravan card outputs/digits/adapter --license apache-2.0 --overwrite")
+def card(folder: Folder, license: License = None, dataset: Datasets = None, overwrite: Overwrite = False) -> None:
+    """
+    Write the model card of an adapter, README.md, into its folder.
+
+    From a card that is there, license, language, data sets and tags are taken over.
+    """
     from peft_ravan.trainers.commands import write_card
 
-    typer.echo(f"The card is {write_card(folder, overwrite=overwrite)}.")
+    path = write_card(folder, overwrite=overwrite, license=license, datasets=dataset)
+    typer.echo(f"The card is {path}.")
+
+
+@app.command(epilog="Example: peft-ravan push outputs/digits/adapter owner/digits --private --license apache-2.0")
+def push(
+    folder: Folder,
+    repo_id: Annotated[str, typer.Argument(help="The repository, such as owner/name. It is made if there is none.")],
+    private: Annotated[bool | None, typer.Option(help="Whether the repository is private, if it is made.")] = None,
+    revision: Annotated[str | None, typer.Option(help="The branch. By default main.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Make a pull request.")] = False,
+    lora_twin: Annotated[bool, typer.Option(help="Whether to upload the LoRA twin of a Ravan adapter, too.")] = True,
+    license: License = None,
+    dataset: Datasets = None,
+) -> None:
+    """Upload an adapter to the Hub, with its card, its record and its LoRA twin."""
+    from peft_ravan import push_to_hub
+
+    hide_progress_bars()
+    options = {"private": private, "revision": revision, "create_pr": create_pr, "lora_twin": lora_twin}
+    commit = push_to_hub(folder, repo_id, **options, license=license, datasets=dataset)
+    typer.echo(f"The adapter is at {commit.pr_url or commit.repo_url}.")

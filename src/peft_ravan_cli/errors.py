@@ -75,12 +75,14 @@ def quiet() -> Iterator[None]:
 
 
 def hide_progress_bars() -> None:
-    """Draw no bars of loading and tokenizing where stderr is a file or a pipe, in which they would be many lines."""
+    """Draw no bars of what is loaded, prepared or sent where stderr is a file or a pipe, in which they would be many lines."""
     if not sys.stderr.isatty():
         import datasets
+        import huggingface_hub.utils
         import transformers
 
         datasets.disable_progress_bars()
+        huggingface_hub.utils.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
 
 

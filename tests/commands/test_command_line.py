@@ -28,7 +28,7 @@ def process(*words, **kwargs):
 
 
 def test_there_are_these_commands():
-    assert COMMANDS == ["demo", "train", "merge", "to-lora", "inspect", "card"]
+    assert COMMANDS == ["demo", "train", "merge", "to-lora", "inspect", "card", "push"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -148,6 +148,39 @@ def test_card_is_written_but_not_over_another(place):
     assert run("card", "mine", "--overwrite").code == 0
     assert "# Ravan adapter" in (place / "mine" / "README.md").read_text()
     assert_refused(run("card", "base"), "has no adapter_config.json")
+
+
+def test_the_card_that_is_there_gives_its_license(place):
+    save_adapter(place / "mine", ravan_config(), seed=1)
+    assert run("card", "mine", "--overwrite", "--license", "mit", "--dataset", "clinc/clinc_oos").code == 0
+    assert run("card", "mine", "--overwrite").code == 0
+    card = (place / "mine" / "README.md").read_text()
+    assert "license: mit" in card and "- clinc/clinc_oos" in card
+    assert_refused(
+        run("card", "mine", "--overwrite", "--dataset", "../data"), "must be a name on the Hub, got '../data'"
+    )
+
+
+def test_from_the_hub_and_back(place, hub):
+    for site in SITES[:2]:
+        ended = run("push", site, f"clinic/{site}", "--private", "--license", "mit")
+        assert (ended.code, ended.err) == (0, "") and f"/clinic/{site}." in ended.out
+    assert hub.private["clinic/north"] and "lora/adapter_model.safetensors" in hub.files("clinic/north")
+    assert b"license: mit" in hub.files("clinic/north")["README.md"]
+    # the path of the base model was left out, since it is a folder
+    assert run("merge", "clinic/north", "clinic/south", "--base-model", "base", "-o", "from-the-hub").code == 0
+    assert run("merge", "north", "south", "-o", "from-here").code == 0
+    torch.testing.assert_close(logits(load("from-the-hub")), logits(load("from-here")))
+    assert run("push", "from-here", "clinic/both", "--no-lora-twin").code == 0
+    files = hub.files("clinic/both")
+    assert b"merged from 2 adapters" in files["README.md"] and "lora/adapter_model.safetensors" not in files
+
+
+def test_an_upload_that_is_interrupted_is_told(place, hub):
+    hub.breaks += ["POST /api/models/clinic/north/commit"] * 10
+    ended = run("push", "north", "clinic/north")
+    assert ended.code == 1 and ended.err.splitlines()[-1].startswith("Error: ")
+    assert "Traceback" not in ended.err
 
 
 def test_demo_says_what_it_needs(monkeypatch):

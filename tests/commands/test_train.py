@@ -57,7 +57,7 @@ def test_it_saves_the_adapter_of_the_trainer_it_says(folder):
     assert ended.code == 0, ended.err
     assert "train_loss" in ended.out and "eval_accuracy" in ended.out
     assert [record["round"] for record in read_history("out") if "clients" in record] == [1, 2]
-    assert "trained by 3 clients" in (folder / "out" / "README.md").read_text()
+    assert "by 3 clients in a federation" in (folder / "out" / "README.md").read_text()
     assert AutoTokenizer.from_pretrained("out").tokenize("w1 w2") == ["w1", "w2"]
     assert train_by_hand(folder).keys() == adapter_state("out").keys()
     for name, tensor in train_by_hand(folder).items():

@@ -13,14 +13,13 @@ from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
-from peft_ravan import to_lora
-from peft_ravan.hub import make_model_card
+from peft_ravan import card_of_folder, to_lora
+from peft_ravan.model_card import CARD_FILE
 from peft_ravan.reading import read_adapter
 
 from ..checkpoints import atomic_folder
 
 
-CARD_NAME = "README.md"
 _ON_THE_HUB = re.compile(r"(?P<repo_id>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 
 
@@ -132,17 +131,18 @@ def save_lora_twin(
     folder = find_adapter(name)
     with atomic_folder(output_dir) as aside:
         config = to_lora(folder, aside, rank, include_modules_to_save=modules_to_save)
-        make_model_card(config).save(aside / CARD_NAME)
+        card_of_folder(aside).save(aside / CARD_FILE)
     return config
 
 
-def write_card(folder: str | os.PathLike, *, overwrite: bool = False) -> Path:
+def write_card(folder: str | os.PathLike, *, overwrite: bool = False, **card_data) -> Path:
     """
     Write the card of an adapter into its folder.
 
     Args:
         folder (`str` or `os.PathLike`): The folder.
         overwrite (`bool`, *optional*, defaults to `False`): Whether to replace a card that is there.
+        **card_data: As for [`card_of_folder`].
 
     Returns:
         `Path`: The card.
@@ -150,9 +150,9 @@ def write_card(folder: str | os.PathLike, *, overwrite: bool = False) -> Path:
     Raises:
         FileExistsError: if there is a card and it may not be replaced.
         FileNotFoundError: if the folder has no adapter.
+        ValueError: as for [`card_of_folder`].
     """
-    config, _ = read_adapter(folder)
-    path = Path(folder, CARD_NAME)
+    card, path = card_of_folder(folder, **card_data), Path(folder, CARD_FILE)
     check_is_free(path, overwrite)
-    make_model_card(config).save(path)
+    card.save(path)
     return path

@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftConfig
 
-from peft_ravan import RavanConfig, bases_fingerprint, different_bases
-from peft_ravan.hub import FederationRecord, make_model_card
+from peft_ravan import RavanConfig, bases_fingerprint, card_of_folder, different_bases
+from peft_ravan.federation_record import FederationRecord
 from peft_ravan.merging import ClientUpdate, MergeMethod, MergeResult, get_merge_method, merge
+from peft_ravan.model_card import CARD_FILE
 from peft_ravan.reading import write_adapter
 from peft_ravan.state import exchange_state, is_core
 
 from ..checkpoints import atomic_folder
-from .adapters import CARD_NAME, SavedAdapter, check_is_free
+from .adapters import SavedAdapter, check_is_free
 
 
 # With these LoRA's update is zero before training, as it always is for Ravan unless `init_weights=False`.
@@ -129,8 +130,8 @@ def merge_adapters(request: MergeRequest, output_dir: str | os.PathLike, *, over
     merged = MergedAdapter(config, result, notes)
     with atomic_folder(output_dir) as aside:
         write_adapter(config, result.state, aside)
-        record = FederationRecord(len(adapters), _facts(adapters, request, method, options))
-        make_model_card(config, record).save(aside / CARD_NAME)
+        FederationRecord(len(adapters), _facts(adapters, request, method, options)).save_facts(aside)
+        card_of_folder(aside).save(aside / CARD_FILE)
     return merged
 
 

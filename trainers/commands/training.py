@@ -16,6 +16,8 @@ from transformers import (
     set_seed,
 )
 
+from peft_ravan.model_card import name_on_hub
+
 from ..federated_trainer import FederatedTrainer
 from .run_arguments import RunArguments
 from .run_data import load_splits, tokenize_texts
@@ -43,6 +45,9 @@ def train_run(run: RunArguments) -> FederatedTrainer:
     resume = run.training.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
     trainer.save_model()
+    dataset = name_on_hub(run.data.dataset_name)
+    if dataset is not None:
+        trainer.create_model_card(dataset_tags=dataset, dataset_args=run.data.dataset_config)
     if run.training.push_to_hub:
         trainer.push_to_hub()
     return trainer
