@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 TUNER_WING = sorted((ROOT / "src" / "peft_ravan").rglob("*.py"))
 TRAINER_WING = sorted((ROOT / "trainers").rglob("*.py"))
+COMMAND_LINE = sorted((ROOT / "src" / "peft_ravan_cli").rglob("*.py"))
 
 
 def imported_modules(path: Path, package: str) -> set[str]:
@@ -51,7 +52,14 @@ def test_the_trainer_wing_is_installed_as_a_subpackage():
     assert Path(peft_ravan.trainers.__file__).parent == ROOT / "trainers"
 
 
-@pytest.mark.parametrize("path", TUNER_WING + TRAINER_WING, ids=lambda path: str(path.relative_to(ROOT)))
+def test_only_the_main_module_imports_the_command_line():
+    importing = [path for path in TUNER_WING + TRAINER_WING if "peft_ravan_cli" in imported_modules(path, "")]
+    assert importing == [ROOT / "src" / "peft_ravan" / "__main__.py"]
+
+
+@pytest.mark.parametrize(
+    "path", TUNER_WING + TRAINER_WING + COMMAND_LINE, ids=lambda path: str(path.relative_to(ROOT))
+)
 def test_no_module_is_above_400_lines(path):
     assert len(path.read_text().splitlines()) <= 400
 

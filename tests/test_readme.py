@@ -5,9 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification
+from peft import get_peft_model
+from transformers import BertConfig, BertForSequenceClassification, ViTConfig, ViTForImageClassification
 
-from .conftest import NUM_LABELS, VOCAB_SIZE, classification_dataset
+from peft_ravan import RavanConfig
+
+from .commands.conftest import run as command
+from .conftest import NUM_LABELS, VOCAB_SIZE, classification_dataset, randomize_adapter
 
 
 README = Path(__file__).parent.parent / "README.md"
@@ -66,5 +70,31 @@ def test_federated_trainer(folder):
 
 
 def test_merging_without_a_trainer():
-    namespace = run(SNIPPETS[2])
+    [snippet] = [snippet for snippet in SNIPPETS if "import ClientUpdate" in snippet]
+    namespace = run(snippet)
     assert namespace["result"].diagnostics["method"] == "fedrpca"
+
+
+def test_from_the_demo_to_an_adapter_that_others_load(folder, hub):
+    base_dir = folder / "outputs" / "digits" / "base_model"
+    config = ViTConfig(
+        image_size=8, patch_size=4, num_channels=1, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=32, num_labels=10,
+    )  # fmt: skip
+    ViTForImageClassification(config).save_pretrained(base_dir)
+    base_model = ViTForImageClassification.from_pretrained(base_dir)
+    adapter = RavanConfig(r=4, num_heads=4, target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"])
+    model = get_peft_model(base_model, adapter).eval()
+    randomize_adapter(model, scale=0.1)
+    model.save_pretrained("outputs/digits/adapter")
+
+    commands = re.findall(r"^\.venv/bin/peft-ravan (.*)$", README.read_text(), flags=re.MULTILINE)
+    for line in commands:
+        assert command(*line.split()).code == 0
+    [snippet] = [snippet for snippet in SNIPPETS if "outputs/digits/lora" in snippet]
+    twin = run(snippet)["twin"].eval()
+    images = torch.randn(3, 1, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(twin(images).logits, model(images).logits)
+    assert (folder / "outputs" / "digits" / "heads.png").exists()
+    assert {"adapter_model.safetensors", "lora/adapter_model.safetensors"} <= hub.files("your-name/digits").keys()
