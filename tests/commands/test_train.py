@@ -127,6 +127,18 @@ def test_labels_keep_their_names_and_can_split_the_clients(folder):
     assert set(train_run(parse_run("run.yaml")).clients) == {"s0", "s1"}
 
 
+def test_a_data_set_is_read_from_a_folder_with_the_names_of_its_splits(folder):
+    (folder / "data").mkdir()
+    for split, name in (("train", "train"), ("test", "validation")):
+        (folder / "data" / f"{name}.csv").write_text((folder / f"{split}.csv").read_text())
+    write(data_files=..., test_files=..., dataset_name="./data", num_rounds=1)
+    ended = run("train", "run.yaml")
+    assert_refused(ended, "The data has no split 'test', but 'train', 'validation'. Give `dataset_train_split`")
+    ended = run("train", "run.yaml", "--dataset_test_split", "validation")
+    assert ended.code == 0 and "eval_accuracy" in ended.out, ended.err
+    assert "./data" not in (folder / "out" / "README.md").read_text()
+
+
 def test_labels_that_are_numbers_are_in_the_order_of_numbers(folder):
     rows = [{"text": sentence(label), "label": label} for label in [10, 2, 9, 1] * 3]
     datasets.Dataset.from_list(rows).to_json("train.jsonl")
