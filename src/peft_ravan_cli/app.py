@@ -93,8 +93,9 @@ def train(
 
     hide_progress_bars()
     trainer = train_run(parse_run(config, ctx.args))
-    typer.echo(trainer.history_table().to_string(float_format="{:.4g}".format, na_rep=""))
-    typer.echo(f"The adapter, its card and rounds.jsonl are in {trainer.args.output_dir}.")
+    if trainer.is_world_process_zero():
+        typer.echo(trainer.history_table().to_string(float_format="{:.4g}".format, na_rep=""))
+        typer.echo(f"The adapter, its card and rounds.jsonl are in {trainer.args.output_dir}.")
 
 
 def _list_methods(wanted: bool) -> None:

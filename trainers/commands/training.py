@@ -39,7 +39,8 @@ def train_run(run: RunArguments) -> FederatedTrainer:
         ValueError: if the data, the model and the arguments do not fit together.
     """
     adapter = run.model.peft_config()
-    splits = load_splits(run.data, with_test=run.training.do_eval)
+    with run.training.main_process_first(desc="loading the data"):
+        splits = load_splits(run.data, with_test=run.training.do_eval)
     set_seed(run.training.seed)
     trainer = _make_sft_trainer(run, splits, adapter) if run.text is None else _make_classifier(run, splits, adapter)
     resume = run.training.resume_from_checkpoint
@@ -55,7 +56,8 @@ def train_run(run: RunArguments) -> FederatedTrainer:
 
 def _make_classifier(run: RunArguments, splits: DatasetDict, adapter: PeftConfig) -> FederatedTrainer:
     tokenizer = _load_tokenizer(run)
-    tokenized, labels = tokenize_texts(splits, tokenizer, run.text)
+    with run.training.main_process_first(desc="tokenizing"):
+        tokenized, labels = tokenize_texts(splits, tokenizer, run.text)
     model = _load(
         AutoModelForSequenceClassification,
         run,
