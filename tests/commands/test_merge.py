@@ -120,6 +120,17 @@ def test_with_a_start_differences_are_taken_from_it(place):
     assert_close({name: merged[name] for name in lora_names}, expected)
 
 
+def test_ravan_takes_a_start_too_with_bases_or_without(place):
+    save_adapter(place / "start", ravan_config(save_projection=False), seed=8)
+    scale = ("--method", "task_arithmetic", "--option", "scale=2")
+    assert run("merge", *SITES, *scale, "--start", "start", "-o", "merged").code == 0
+    assert run("merge", *SITES, "-o", "mean").code == 0
+    start, averaged = weight_updates("start"), weight_updates("mean")
+    assert_close(weight_updates("merged"), {name: 2 * averaged[name] - start[name] for name in start})
+    save_adapter(place / "less", ravan_config(target_modules=["query"]), seed=8)
+    assert_refused(run("merge", *SITES, *scale, "--start", "less", "-o", "other"), "do not have the same tensors")
+
+
 def test_files_with_and_without_bases_are_merged(place):
     save_adapter(place / "small", ravan_config(save_projection=False), seed=5)
     assert run("merge", "small", "north", "-o", "merged").code == 0

@@ -16,7 +16,7 @@ from peft_ravan.federation_record import FederationRecord
 from peft_ravan.merging import ClientUpdate, MergeMethod, MergeResult, get_merge_method, merge
 from peft_ravan.model_card import CARD_FILE
 from peft_ravan.reading import write_adapter
-from peft_ravan.state import exchange_state, is_core
+from peft_ravan.state import exchange_state, is_core, is_scaling
 
 from ..checkpoints import atomic_folder
 from .adapters import SavedAdapter, check_is_free
@@ -64,11 +64,13 @@ class MergedAdapter:
     Args:
         config ([`~peft.PeftConfig`]): The configuration of the merged adapter.
         result ([`~peft_ravan.merging.MergeResult`]): Its state, and the diagnostics of the method.
+        facts (`Mapping[str, Any]`): What it was made of, for its card.
         notes (`Sequence[str]`): What was decided, for who has asked for the merge.
     """
 
     config: PeftConfig
     result: MergeResult
+    facts: Mapping[str, Any]
     notes: Sequence[str]
 
 
@@ -100,39 +102,37 @@ def merge_adapters(request: MergeRequest, output_dir: str | os.PathLike, *, over
         ```
     """
     check_is_free(output_dir, overwrite)
-    adapters = [SavedAdapter.read(name) for name in request.adapters]
+    merged = _merge(request, [SavedAdapter.read(name) for name in request.adapters])
+    with atomic_folder(output_dir) as aside:
+        write_adapter(merged.config, merged.result.state, aside)
+        FederationRecord(len(request.adapters), merged.facts).save_facts(aside)
+        card_of_folder(aside).save(aside / CARD_FILE)
+    return merged
+
+
+def _merge(request: MergeRequest, adapters: Sequence[SavedAdapter]) -> MergedAdapter:
     check_same_kind(adapters)
     base_model, revision = common_base_model(adapters, request.base_model)
     check_same_bases(adapters)
     num_examples = _num_examples(request, adapters)
     method = get_merge_method(request.method or ("ravan" if _is_ravan(adapters[0]) else "fedavg"))
-    _check_makes_an_adapter(method)
+    _check_makes_one(method)
     # the one with the largest rank, to which those of others are filled up, or with the bases, if not all have them
     reference = max(adapters, key=lambda adapter: sum(tensor.numel() for tensor in adapter.state.values()))
-    start = None if request.start is None else _read_start(request.start, reference)
     options, notes = _options_for_start(method, request, reference)
     result = merge(
-        zero_start(reference) if start is None else start.state,
+        zero_start(reference) if request.start is None else _read_start(request.start, reference),
         [_update(adapter, number) for adapter, number in zip(adapters, num_examples, strict=True)],
         method.name,
         config=reference.config,
         **options,
     )
-    if result.base_deltas:
-        raise ValueError(
-            f"{method.pretty_name} changes weights of the base model, which an adapter cannot hold. Methods that are as "
-            "exact and make an adapter: 'flora' (of a larger rank), and 'flexlora' (of the same rank)."
-        )
+    _check_is_an_adapter(method, result)
     config = copy.deepcopy(result.config or reference.config)
     config.base_model_name_or_path, config.revision, config.inference_mode = base_model, revision, True
     weights = "examples" if request.num_examples else "the same, since no --examples were given"
     notes = [f"Merged {len(adapters)} adapters by {method.pretty_name}; weights: {weights}.", *notes]
-    merged = MergedAdapter(config, result, notes)
-    with atomic_folder(output_dir) as aside:
-        write_adapter(config, result.state, aside)
-        FederationRecord(len(adapters), _facts(adapters, request, method, options)).save_facts(aside)
-        card_of_folder(aside).save(aside / CARD_FILE)
-    return merged
+    return MergedAdapter(config, result, _facts(adapters, request, method, options), notes)
 
 
 def check_same_kind(adapters: Sequence[SavedAdapter]) -> None:
@@ -251,7 +251,7 @@ def _num_examples(request: MergeRequest, adapters: Sequence[SavedAdapter]) -> Se
     return numbers
 
 
-def _check_makes_an_adapter(method: MergeMethod) -> None:
+def _check_makes_one(method: MergeMethod) -> None:
     if method.personal_parts:
         raise ValueError(
             f"With {method.pretty_name} a part of each adapter stays with its client, so there is no one adapter to save. "
@@ -259,11 +259,27 @@ def _check_makes_an_adapter(method: MergeMethod) -> None:
         )
 
 
-def _read_start(name: str, reference: SavedAdapter) -> SavedAdapter:
+def _check_is_an_adapter(method: MergeMethod, result: MergeResult) -> None:
+    if result.base_deltas:
+        raise ValueError(
+            f"{method.pretty_name} changes weights of the base model, which an adapter cannot hold. Methods that are as "
+            "exact and make an adapter: 'flora' (of a larger rank), and 'flexlora' (of the same rank)."
+        )
+
+
+def _read_start(name: str, reference: SavedAdapter) -> dict[str, torch.Tensor]:
     start = SavedAdapter.read(name)
     check_same_kind([reference, start])
     check_same_bases([reference, start])
-    return start
+    state = exchange_state(start.state)
+    different = sorted(state.keys() ^ exchange_state(reference.state).keys())
+    if different:
+        raise ValueError(
+            f"The start {name!r} and {reference.name!r} do not have the same tensors: only one of them has {different[0]!r}."
+        )
+    # the products of the start; the bases, which only one of both may have, are those of the reference
+    scalings = {name: torch.ones_like(tensor) for name, tensor in reference.state.items() if is_scaling(name)}
+    return {**reference.state, **state, **scalings}
 
 
 def _options_for_start(
