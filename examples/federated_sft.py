@@ -21,6 +21,9 @@ from peft_ravan import RavanConfig
 from peft_ravan.trainers import FederatedSFTConfig, FederatedSFTTrainer
 
 
+COLUMNS = ["clients", "train_loss", "eval_loss", "eval_clients_worst_decile_loss", "uploaded_MB", "seconds"]
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
@@ -81,9 +84,10 @@ def main() -> None:
     )
     trainer.train(resume_from_checkpoint=options.resume)
     trainer.save_model()
+    roles = trainer.evaluate_clients()
     if trainer.is_world_process_zero():
-        print(trainer.history_table().to_string())
-        print(trainer.last_client_metrics.sort_values("loss").to_string())
+        print(trainer.history_table().filter(COLUMNS).to_string())
+        print(roles[["examples", "loss", "mean_token_accuracy"]].sort_values("loss").to_string())
         trainer.plot_history(os.path.join(options.output_dir, "history.png"))
 
 

@@ -67,7 +67,8 @@ def main() -> None:
     print(trainer.partition_table().to_string())
     trainer.train()
     trainer.save_model()
-    print(trainer.history_table().to_string())
+    columns = ["clients", "train_loss", "eval_accuracy", "uploaded_MB", "seconds"]
+    print(trainer.history_table().filter(columns).to_string())
 
 
 if __name__ == "__main__":
