@@ -88,7 +88,7 @@ def main() -> None:
     if trainer.is_world_process_zero():
         print(trainer.history_table().filter(COLUMNS).to_string())
         print(roles[["examples", "loss", "mean_token_accuracy"]].sort_values("loss").to_string())
-        trainer.plot_history(os.path.join(options.output_dir, "history.png"))
+        trainer.plot_history(os.path.join(options.output_dir, "history.png"), metric="mean_token_accuracy")
 
 
 if __name__ == "__main__":
