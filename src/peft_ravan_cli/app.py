@@ -224,8 +224,10 @@ def push(
 ) -> None:
     """Upload an adapter to the Hub, with its card, its record and its LoRA twin."""
     from peft_ravan import push_to_hub
+    from peft_ravan.trainers.commands import draw_rounds
 
     hide_progress_bars()
+    draw_rounds(folder)
     options = {"private": private, "revision": revision, "create_pr": create_pr, "lora_twin": lora_twin}
     commit = push_to_hub(folder, repo_id, **options, license=license, datasets=dataset)
     typer.echo(f"The adapter is at {commit.pr_url or commit.repo_url}.")

@@ -3,9 +3,11 @@
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -174,6 +176,16 @@ def test_from_the_hub_and_back(place, hub):
     assert run("push", "from-here", "clinic/both", "--no-lora-twin").code == 0
     files = hub.files("clinic/both")
     assert b"merged from 2 adapters" in files["README.md"] and "lora/adapter_model.safetensors" not in files
+
+
+def test_a_picture_of_the_rounds_is_uploaded(place, hub):
+    shutil.copytree("north", "ours")
+    record = {"round": 1, "clients": ["ward 7"], "upload_bytes": 10, "download_bytes": 10, "train_loss": 1.0}
+    Path("ours", "rounds.jsonl").write_text(json.dumps({**record, "failed_clients": []}) + "\n")
+    assert run("push", "ours", "clinic/ours").code == 0
+    files = hub.files("clinic/ours")
+    assert files["rounds.png"].startswith(b"\x89PNG") and b"rounds.png" in files["README.md"]
+    assert b"ward 7" not in files["rounds.jsonl"]
 
 
 def test_an_upload_that_is_interrupted_is_told(place, hub):

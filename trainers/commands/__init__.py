@@ -1,6 +1,6 @@
 """What the command line does, as functions: `peft_ravan_cli` has the names and options that are typed."""
 
-from .adapters import find_adapter, save_lora_twin, write_card
+from .adapters import draw_rounds, find_adapter, save_lora_twin, write_card
 from .merge_methods import describe_methods, parse_examples, parse_options
 from .merging import MergedAdapter, MergeRequest, merge_adapters
 from .run_arguments import RunArguments, parse_run
@@ -12,6 +12,7 @@ __all__ = [
     "MergedAdapter",
     "RunArguments",
     "describe_methods",
+    "draw_rounds",
     "find_adapter",
     "merge_adapters",
     "parse_examples",
