@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from peft_ravan.federation_record import HISTORY_FILE, history_lines, public_history, write_history
+from peft_ravan.federation_record import HISTORY_FILE, history_lines, write_history
 
 from .callbacks import FederatedCallback
 from .client_metrics import TIMED
-from .history_plot import head_norms, plot_history
+from .history_plot import head_norms, plot_history, plot_public_history
 
 
 if TYPE_CHECKING:
@@ -103,27 +102,15 @@ class HistoryMixin:
         Returns:
             `matplotlib.figure.Figure`: The picture, see [`plot_history`].
         """
-        return self._draw_history(self.state.log_history, list(self.clients), path, metric)
+        clients = list(self.clients)
+        return plot_history(self.state.log_history, path, self._drawn_metric(metric), clients, head_norms(self.model))
 
     def _draw_public_history(self, path: str | os.PathLike) -> None:
-        """Draw what everybody may see, for the Hub; nothing without rounds or matplotlib."""
         Path(path).unlink(missing_ok=True)
-        history = public_history(self.state.log_history)
-        taking_part = [
-            c for r in history for c in (*r.get("clients", ()), *(f["client"] for f in r.get("failed_clients", ())))
-        ]
-        with contextlib.suppress(ImportError):
-            if history:
-                self._draw_history(history, list(dict.fromkeys(taking_part)), path)
+        plot_public_history(self.state.log_history, path, self._drawn_metric(), head_norms(self.model))
 
-    def _draw_history(
-        self,
-        history: Sequence[Mapping[str, Any]],
-        clients: Sequence[str],
-        path: str | os.PathLike | None,
-        metric: str | None = None,
-    ) -> Figure:
+    def _drawn_metric(self, metric: str | None = None) -> str | None:
         best = (self.args.metric_for_best_model or "loss").removeprefix("eval_")
         if metric is None and not best.endswith("loss") and not best.startswith("clients_"):
-            metric = best
-        return plot_history(history, path, metric, clients=clients, head_norms=head_norms(self.model))
+            return best
+        return metric

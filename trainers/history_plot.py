@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import pandas as pd
 from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
 
+from peft_ravan.federation_record import public_history
 from peft_ravan.plotting import MAX_NAMES, make_figure, name_ticks
 from peft_ravan.state import exchange_state, is_core
 
@@ -96,6 +98,30 @@ class Curves:
         values = pd.to_numeric(self.records[name], errors="coerce").to_numpy(dtype=float)
         there = np.isfinite(values)
         return over[there], values[there]
+
+
+def plot_public_history(
+    history: Sequence[Mapping[str, Any]],
+    path: str | os.PathLike,
+    metric: str | None = None,
+    head_norms: pd.DataFrame | None = None,
+) -> None:
+    """
+    Draw what everybody may see of a federation, for the Hub; nothing without rounds or matplotlib.
+
+    Args:
+        history (`Sequence[Mapping[str, Any]]`): The records, of which those of [`public_history`] are drawn.
+        path (`str` or `os.PathLike`): Where to save the picture.
+        metric (`str`, *optional*): As for [`plot_history`].
+        head_norms (`pandas.DataFrame`, *optional*): As for [`plot_history`].
+    """
+    history = public_history(history)
+    taking_part = [
+        c for r in history for c in (*r.get("clients", ()), *(f["client"] for f in r.get("failed_clients", ())))
+    ]
+    with contextlib.suppress(ImportError):
+        if history:
+            plot_history(history, path, metric, clients=list(dict.fromkeys(taking_part)), head_norms=head_norms)
 
 
 def plot_history(

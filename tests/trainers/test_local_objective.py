@@ -4,10 +4,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from peft_ravan.trainers import FederatedCallback
 from peft_ravan.trainers.local_objective import ControlVariates, GradientCorrection, control_change
 
 from .test_federated_trainer import adapter_state, assert_same, lora, make_trainer, ravan
+from .test_resuming import StopAfter
 
 
 class Quadratic(torch.nn.Module):
@@ -111,16 +111,11 @@ def test_scaffold_counts_what_it_sends_and_keeps_control_variates_by_client(tmp_
 
 
 def test_scaffold_resumed_is_scaffold_uninterrupted(tmp_path):
-    class Stop(FederatedCallback):
-        def on_save(self, args, state, control, **kwargs):
-            if state.global_step == 2:
-                raise KeyboardInterrupt
-
     options = {"scaffold": True, "proximal_mu": 0.1, "num_rounds": 3, "clients_per_round": 2, "save_strategy": "epoch"}
     whole = make_trainer(tmp_path / "whole", **options)
     whole.train()
     with pytest.raises(KeyboardInterrupt):
-        make_trainer(tmp_path / "resumed", callbacks=[Stop()], **options).train()
+        make_trainer(tmp_path / "resumed", callbacks=[StopAfter(2)], **options).train()
     resumed = make_trainer(tmp_path / "resumed", **options)
     resumed.train(resume_from_checkpoint=True)
     assert_same(adapter_state(whole), adapter_state(resumed))

@@ -8,6 +8,7 @@ from peft_ravan.trainers import FederatedCallback
 from peft_ravan.trainers.personal import ClientStore
 
 from .test_federated_trainer import adapter_state, assert_same, lora, make_trainer, ravan
+from .test_resuming import StopAfter
 
 
 class Recorder(FederatedCallback):
@@ -103,20 +104,12 @@ def test_a_resumed_run_finds_what_its_clients_had(tmp_path):
 
 
 def test_what_clients_kept_is_there_for_every_checkpoint_also_after_a_resumed_run(tmp_path):
-    class Stop(FederatedCallback):
-        def __init__(self, round_number):
-            self.round_number = round_number
-
-        def on_save(self, args, state, control, **kwargs):
-            if state.global_step == self.round_number:
-                raise KeyboardInterrupt
-
     options = {"local_parameters": "classifier", "num_rounds": 4, "save_strategy": "epoch", "max_steps": 1}
     whole = make_trainer(tmp_path / "whole", **options)
     whole.train()
     for round_number in (2, 3):
         with pytest.raises(KeyboardInterrupt):
-            make_trainer(tmp_path / "run", callbacks=[Stop(round_number)], **options).train(
+            make_trainer(tmp_path / "run", callbacks=[StopAfter(round_number)], **options).train(
                 resume_from_checkpoint=round_number == 3
             )
     for round_number in (2, 3):  # so that only the first checkpoint is left to go on from

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 from collections.abc import Mapping
@@ -15,12 +14,12 @@ from peft import LoraConfig, PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from peft_ravan import card_of_folder, to_lora
-from peft_ravan.federation_record import HISTORY_FILE, PLOT_FILE, public_history, read_history
+from peft_ravan.federation_record import HISTORY_FILE, PLOT_FILE, read_history
 from peft_ravan.model_card import CARD_FILE
 from peft_ravan.reading import read_adapter
 
 from ..checkpoints import atomic_folder
-from ..history_plot import plot_history
+from ..history_plot import plot_public_history
 
 
 _ON_THE_HUB = re.compile(r"(?P<repo_id>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
@@ -170,7 +169,5 @@ def draw_rounds(folder: str | os.PathLike) -> None:
         folder (`str` or `os.PathLike`): The folder of the adapter.
     """
     record, picture = Path(folder, HISTORY_FILE), Path(folder, PLOT_FILE)
-    history = public_history(read_history(record)) if record.is_file() and not picture.exists() else []
-    with contextlib.suppress(ImportError):
-        if any(entry.get("round") for entry in history):
-            plot_history(history, picture)
+    if record.is_file() and not picture.exists():
+        plot_public_history(read_history(record), picture)
