@@ -8,7 +8,8 @@ from typing import Any
 from transformers import SchedulerType, TrainingArguments
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 
-from peft_ravan.merging import SERVER_OPTIMIZERS, get_merge_method, get_server_optimizer
+from peft_ravan.merging import SERVER_OPTIMIZERS, UpdateLimits, get_merge_method, get_server_optimizer
+from peft_ravan.merging.limits import LARGE_UPDATES
 
 from .client_runners import PARALLEL_MODES
 from .head_selection import BUDGET_DISTRIBUTIONS, HEAD_ALLOCATIONS, HEAD_SELECTIONS, parse_client_budgets
@@ -67,6 +68,14 @@ class FederatedArgumentsMixin(PartitionerArgumentMixin):
             The server optimizer that takes a step towards what was merged: `"fedavgm"`, `"fedadam"` or `"fedyogi"`.
         server_optimizer_options (`dict[str, Any]`, *optional*):
             The options of the server optimizer, such as `{"learning_rate": 0.01}`. A string is read as JSON.
+        max_update_norm (`float` or `str`, *optional*):
+            The largest norm of what a client changes in a round, over all tensors together: a number, or a multiple of the
+            median over the clients of the round, such as `"3*median"`, for which all uploads of a round are kept until its
+            end. By default any. See [`~peft_ravan.merging.UpdateLimits`].
+        large_updates (`str`, *optional*, defaults to `"clip"`):
+            What happens to an update that goes further: `"clip"` scales it down, `"refuse"` leaves the client out.
+        max_examples (`int`, *optional*):
+            The largest number of examples that a client counts with in a mean. By default what it has.
         local_parameters (`list[str]` or `str`, *optional*):
             Regular expressions for the checkpoint names of what stays with its client and is neither uploaded nor merged,
             such as `["classifier"]` or `["lora_B"]`. Each client keeps its own between its rounds, in
@@ -164,6 +173,18 @@ class FederatedArgumentsMixin(PartitionerArgumentMixin):
     server_optimizer_options: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Options of the server optimizer, as JSON."}
     )
+    max_update_norm: float | str | None = field(
+        default=None,
+        metadata={
+            "help": "Largest norm of what a client changes: a number, or a multiple of the median as '3*median'."
+        },
+    )
+    large_updates: str = field(
+        default="clip", metadata={"help": f"What happens to a larger update: {', '.join(LARGE_UPDATES)}."}
+    )
+    max_examples: int | None = field(
+        default=None, metadata={"help": "Largest number of examples that a client counts with. By default any."}
+    )
     local_parameters: list[str] | str | None = field(
         default=None, metadata={"help": "Regular expressions for the names of what stays with its client."}
     )
@@ -240,6 +261,7 @@ class FederatedArgumentsMixin(PartitionerArgumentMixin):
         self._check_partition()
         check_participation_arguments(self)
         self._check_merge()
+        self.max_update_norm = self.update_limits.max_update_norm
         self._check_sharing()
         self._check_heads()
         self._check_local_training()
@@ -251,6 +273,11 @@ class FederatedArgumentsMixin(PartitionerArgumentMixin):
                 f"`lr_scheduler_type={self.lr_scheduler_type.value!r}` follows a metric, which is not supported over rounds. "
                 "Use a schedule of time, such as 'constant', 'linear' or 'cosine'."
             )
+
+    @property
+    def update_limits(self) -> UpdateLimits:
+        """What one client can do to a merge at most."""
+        return UpdateLimits(self.max_update_norm, self.large_updates, self.max_examples)
 
     def _check_partition(self) -> None:
         if self.partition not in PARTITIONS and not is_partitioner(self.partition):

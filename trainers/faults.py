@@ -118,4 +118,5 @@ def merge_of(this_round: Round, merge_updates: Callable[[], MergeResult]) -> Mer
         return None
     for dropped in result.diagnostics["dropped"]:
         this_round.fail(dropped["client"], dropped["reason"])
+    this_round.clipped = [clipped["client"] for clipped in result.diagnostics.get("clipped", ())]
     return result

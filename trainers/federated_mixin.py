@@ -315,6 +315,7 @@ class FederatedMixin(
                 self.merge_method,
                 config=self.model.active_peft_config,
                 on_bad_update="drop",
+                limits=args.update_limits if args.update_limits.is_set else None,
                 server_optimizer=args.server_optimizer,
                 server_options=args.server_optimizer_options,
                 server_state=run.server_state,

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,8 +14,8 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import TrainerControl, set_seed
 from transformers.trainer_utils import has_length
 
-from peft_ravan.merging import ClientUpdate, get_merge_method
-from peft_ravan.merging.checking import is_finite
+from peft_ravan.merging import ClientUpdate, UpdateError, get_merge_method, plain_update
+from peft_ravan.merging.entries import is_finite
 
 from .callbacks import LocalCallbackHandler
 from .client_budgets import choose_heads
@@ -94,7 +95,9 @@ class LocalTrainingMixin:
             control.add(result.control_change)
             this_round.upload_bytes += serialized_bytes(result.control_change)
             this_round.download_bytes += serialized_bytes(control.server)
-        this_round.add(result.update, result.train_loss, count_heads=self.client_budgets is not None)
+        counted = self.args.update_limits.counted(result.update.num_examples)
+        update = replace(result.update, num_examples=counted)
+        this_round.add(update, result.train_loss, count_heads=self.client_budgets is not None)
 
     @property
     def _is_keeper(self) -> bool:
@@ -105,9 +108,15 @@ class LocalTrainingMixin:
         return TimeoutCallback(self.args.client_timeout, self._runner.agree_on_time)
 
     def _before_upload(self, update: ClientUpdate, round_number: int, timeout: TimeoutCallback) -> ClientUpdate:
+        client = update.client_id
         if self.client_fault is not None:
-            update = self.client_fault(update.client_id, round_number, update) or update
+            given = self.client_fault(client, round_number, update)
+            update = update if given is None else given
         timeout.check()
+        # read here, where it costs no more than this client
+        update = plain_update(update, f"client {client!r}")
+        if update.client_id != client:
+            raise UpdateError(f"client {client!r}: its update has the name of {update.client_id!r}.")
         return update
 
     @property

@@ -45,6 +45,11 @@ def check_privacy_arguments(args: FederatedArguments) -> None:
             "`privacy` does not go with `scaffold`: clients upload control variates then, which are not clipped and get no "
             "noise. Use `proximal_mu` against clients that drift apart."
         )
+    if args.update_limits.is_set:
+        raise ValueError(
+            "`privacy` does not go with `max_update_norm` and `max_examples`: it clips every update to `clip_norm` and gives "
+            "all clients the same weight. Leave them out."
+        )
     if args.participation_weights == "examples":
         raise ValueError(
             "`privacy` does not go with `participation_weights='examples'`: who takes part would tell how much data clients "

@@ -12,6 +12,7 @@ import contextlib
 import copy
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,7 @@ from peft_ravan.gradient_bases import (
     sketch_state,
     sketches_from_state,
 )
-from peft_ravan.merging import ClientUpdate, merge
+from peft_ravan.merging import ClientUpdate, UpdateLimits, merge
 from peft_ravan.state import CORE_NAME, SCALING_NAME, is_basis, is_core
 
 from .client_runners import ClientResult, one_process
@@ -115,7 +116,9 @@ class RoundZeroMixin:
         receive = partial(self._receive, this_round, None)
         updates = updates_of(this_round, self._runner.run(this_round.clients, partial(self._upload, work)), receive)
         result = self._merge_updates(
-            this_round, updates, lambda updates: merge(like, updates, "fedavg", on_bad_update="drop")
+            this_round,
+            updates,
+            lambda updates: merge(like, updates, "fedavg", on_bad_update="drop", limits=self._limits_of_round_zero()),
         )
         needed = min(self.args.min_successful_clients, len(this_round.clients))
         if len(this_round.num_examples) < max(1, needed):
@@ -125,6 +128,11 @@ class RoundZeroMixin:
                 "`initialize_bases_from_gradient`."
             ) from this_round.first_error
         return result.state
+
+    def _limits_of_round_zero(self) -> UpdateLimits:
+        limits = self.args.update_limits
+        # a number is of changes of the adapter, and means nothing for a gradient; a multiple of the median does
+        return limits if limits.needs_all_updates else replace(limits, max_update_norm=None)
 
     def _upload(self, work: BasesWork, client: str) -> ClientResult:
         timeout = self._timeout()

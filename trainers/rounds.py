@@ -129,6 +129,7 @@ class Round:
         num_examples (`dict[str, int]`): The examples of the clients that have uploaded.
         train_losses (`dict[str, float]`): Their mean local training losses.
         heads_trained (`dict[str, int]`): How many heads they trained, if not all.
+        clipped (`list[str]`): The clients whose updates were scaled down to `max_update_norm`.
         failures (`dict[str, str]`): The clients that failed, and why, in this and earlier attempts at the round.
         first_error (`Exception`, *optional*): The error of the first of them.
         attempts (`int`): How often the round was tried, this time included.
@@ -142,6 +143,7 @@ class Round:
     num_examples: dict[str, int] = field(default_factory=dict)
     train_losses: dict[str, float] = field(default_factory=dict)
     heads_trained: dict[str, int] = field(default_factory=dict)
+    clipped: list[str] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)
     first_error: Exception | None = None
     attempts: int = 1
@@ -159,7 +161,9 @@ class Round:
         self.num_examples[update.client_id] = update.num_examples
         self.train_losses[update.client_id] = train_loss
         if count_heads:
-            self.heads_trained[update.client_id] = sum(len(t) for name, t in update.state.items() if is_core(name))
+            self.heads_trained[update.client_id] = sum(
+                len(t) for name, t in update.state.items() if is_core(name) and t.dim()
+            )
         self.upload_bytes += serialized_bytes(update.state)
 
     def fail(self, client: str, reason: str, error: Exception | None = None) -> None:
@@ -218,6 +222,8 @@ class Round:
         }
         if self.heads_trained:
             record["heads_trained"] = list(self.heads_trained.values())
+        if self.clipped:
+            record["clipped_clients"] = self.clipped
         if not total:
             return record
         weighted = sum(self.train_losses[client] * n for client, n in self.num_examples.items())

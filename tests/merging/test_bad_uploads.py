@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from peft_ravan.merging import ClientUpdate, UpdateError, merge
+from peft_ravan.merging import MERGE_METHODS, ClientUpdate, UpdateError, merge
 
 from .reference import CASES, CORES, TASK_HEAD, assert_same, effect_of, every_case, merge_faithfully, random_round
 
@@ -78,15 +78,12 @@ BAD_MASKS = {
     "too-long": (lambda h: torch.ones(h + 1, dtype=torch.bool), "trained_heads must be a bool tensor of shape"),
     "too-short": (lambda h: torch.ones(0, dtype=torch.bool), "trained_heads must be a bool tensor of shape"),
     "matrix": (lambda h: torch.ones(h, 1, dtype=torch.bool), "trained_heads must be a bool tensor of shape"),
-    "list": (lambda h: [True] * h, "trained_heads must be a bool tensor of shape"),
+    "list": (lambda h: [True] * h, "trained_heads must be a bool tensor, got list"),
     "fewer-than-uploaded": (
         lambda h: torch.zeros(h, dtype=torch.bool),
         "must have shape|only some heads were trained",
     ),
 }
-
-
-OVERFLOWING = {"task_arithmetic": {"scale": 5.0}}
 
 
 def assert_refused_or_dropped(method: str, adapter: str, spoil: Callable[[ClientUpdate], ClientUpdate], message: str):
@@ -185,19 +182,69 @@ def test_a_sum_that_overflows_is_no_bad_upload():
     )
 
 
-@pytest.mark.parametrize("method", ["fedavg", "ravan", "fedrpca", "ties", "task_arithmetic"])
-def test_finite_uploads_that_overflow_do_not_come_out_as_infinite_weights(method):
-    updates = [ClientUpdate({"w.lora_A.weight": torch.tensor([[x]])}, 1) for x in (3e38, -3e38, 3e38)]
-    with pytest.raises(ValueError, match="NaN or infinite"):
-        merge({"w.lora_A.weight": torch.tensor([[-3e38]])}, updates, method, **OVERFLOWING.get(method, {}))
+@pytest.mark.parametrize("value", [3e38, -3e38, 1e20])
+@every_case
+def test_entries_so_large_that_products_overflow_are_refused_or_dropped(method, adapter, value):
+    global_state, updates = random_round(method, adapter, dtype=torch.float32)
+    name = list(updates[INDEX].state)[-1]
+    bad = with_tensor(updates[INDEX], name, with_entries(value)(updates[INDEX].state[name]))
+    round_ = [*updates[:INDEX], bad, *updates[INDEX + 1 :]]
+    with pytest.raises(UpdateError, match=f"client '{BAD}', tensor '{name}': has entries of .*, above 2e.16"):
+        merge_faithfully(method, global_state, round_)
+    result = merge_faithfully(method, global_state, round_, on_bad_update="drop")
+    assert [dropped["client"] for dropped in result.diagnostics["dropped"]] == [BAD]
 
 
-def test_a_factor_that_overflows_in_half_precision_is_told():
-    state = {"m.lora_A.weight": torch.full((1, 4), 200.0).half(), "m.lora_B.weight": torch.full((4, 1), 200.0).half()}
+def test_the_largest_entries_that_are_taken_do_not_overflow():
+    """No method makes infinite entries of clients that all go to the limit, in directions of their own."""
+    for method, adapter in CASES:
+        global_state, updates = random_round(method, adapter, dtype=torch.float32)
+        large = [
+            replace(
+                update,
+                state={
+                    name: tensor
+                    if MERGE_METHODS[method].frozen_parts and ".lora_A." in name
+                    else tensor.sign() * 1.8e16
+                    for name, tensor in update.state.items()
+                },
+            )
+            for update in updates
+        ]
+        merge_faithfully(method, global_state, large)
+
+
+def test_an_update_that_overflows_in_half_precision_is_told_by_client():
+    """A and B are in the range of half precision, and the one factor that gets the whole norm is not."""
+    large = {"m.lora_A.weight": torch.full((1, 4), 200.0).half(), "m.lora_B.weight": torch.full((4, 1), 200.0).half()}
+    start = {name: torch.zeros_like(tensor) for name, tensor in large.items()}
+    small = {name: tensor / 200 for name, tensor in large.items()}
+    updates = [ClientUpdate(small, 1, "small"), ClientUpdate(large, 9, "large")]
+    with pytest.raises(UpdateError, match="client 'large': the merge with it has entries that are NaN or infinite"):
+        merge(start, updates, "flexlora")
+    result = merge(start, updates, "flexlora", on_bad_update="drop")
+    assert [dropped["client"] for dropped in result.diagnostics["dropped"]] == ["large"]
+    assert (result.diagnostics["num_clients"], result.diagnostics["num_examples"]) == (1, 1)
+    expected = merge(start, updates[:1], "flexlora")
+    assert all(torch.equal(result.state[name], tensor) for name, tensor in expected.state.items())
+    with pytest.raises(UpdateError, match="at least one client update, got none"):
+        merge(start, updates[1:], "flexlora", on_bad_update="drop")
+
+
+def test_a_global_state_that_is_broken_is_not_blamed_on_clients():
+    updates = [ClientUpdate({"w": torch.ones(2)}, 1, "good")]
     with pytest.raises(
-        ValueError, match="Tensor 'm.lora_B.weight': the merge has made entries that are NaN or infinite"
-    ):
-        merge(state, [ClientUpdate(state, 1)], "flexlora")
+        ValueError, match="Tensor 'w': the global state has entries that are NaN or infinite"
+    ) as caught:
+        merge({"w": torch.tensor([1.0, torch.inf])}, updates, "fedavg", on_bad_update="drop")
+    assert not isinstance(caught.value, UpdateError)
+
+
+def test_a_factor_of_the_method_that_overflows_is_told():
+    state = {"m.lora_A.weight": torch.full((1, 4), 60000.0).half()}
+    start = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+    with pytest.raises(ValueError, match="Tensor 'm.lora_A.weight': the merge has made entries that are NaN or infi"):
+        merge(start, [ClientUpdate(state, 1)], "task_arithmetic", scale=5.0)
 
 
 def test_there_are_two_ways_to_treat_bad_uploads():

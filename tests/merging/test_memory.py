@@ -39,8 +39,8 @@ class Alive:
         self.now -= 1
 
 
-class LazyState(Mapping):
-    """Tensors that are read when they are asked for, as from a file."""
+class LazyState(SafetensorsState):
+    """Tensors that are read when they are asked for, as from a file. Other mappings are read once and whole."""
 
     def __init__(self, state: Mapping[str, torch.Tensor], alive: Alive):
         self.state, self.alive = state, alive

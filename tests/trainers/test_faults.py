@@ -1,13 +1,15 @@
 """A client that fails costs its own contribution, not the round; too many of them cost an attempt, then the run."""
 
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 
-from peft_ravan.merging import merge
+from peft_ravan.merging import ClientUpdate, merge
 from peft_ravan.trainers import FederatedCallback, RoundFailedError
 
+from ..merging.malformed import every_kind
 from .test_federated_trainer import adapter_state, assert_same, lora, make_trainer, ravan
 
 
@@ -142,6 +144,25 @@ def test_a_client_is_timed_out_between_its_steps(tmp_path):
     assert steps[:3] == [0, 1, 0]  # it did not go on after its second step
 
 
+def test_malformed_uploads_cost_only_their_client(tmp_path):
+    """Another kind in each round; `tests/merging` has all of them."""
+    names = ClientUpdate(adapter_state(make_trainer(tmp_path)), 1)
+    kinds = list(every_kind(names))[::4]
+
+    def client_fault(client, round_number, update):
+        return kinds[round_number - 1](update) if client == "client_1" else None
+
+    trainer = make_trainer(
+        tmp_path, client_fault=client_fault, num_rounds=len(kinds), num_clients=2, max_steps=1, max_round_attempts=1
+    )
+    trainer.train()
+    history = trainer.state.log_history
+    assert len(history) == len(kinds) > 90
+    assert all("client_0" in record["clients"] for record in history)
+    assert all(torch.isfinite(tensor).all() for tensor in adapter_state(trainer).values())
+    assert sum(bool(record["failed_clients"]) for record in history) > 0.8 * len(kinds)
+
+
 def test_a_fault_does_not_change_what_other_clients_do(tmp_path):
     """The seeds of a client do not depend on who failed before it."""
     runs = []
@@ -157,3 +178,21 @@ def test_a_fault_does_not_change_what_other_clients_do(tmp_path):
         runs.append(losses)
     for client in ("client_1", "client_2", "client_3"):
         assert_same(runs[0][client], runs[1][client])
+
+
+def test_what_one_client_can_do_is_limited(tmp_path):
+    def client_fault(client, round_number, update):
+        if client == "client_1":
+            state = {name: 1000 * tensor for name, tensor in update.state.items()}
+            return replace(update, state=state, num_examples=10**12)
+
+    limits = {"max_update_norm": "2*median", "max_examples": 60}
+    trainer = make_trainer(tmp_path, client_fault=client_fault, num_rounds=2, max_steps=1, **limits)
+    start = adapter_state(trainer)
+    trainer.train()
+    for record in trainer.state.log_history:
+        assert record["clipped_clients"] == ["client_1"] and not record["failed_clients"]
+        assert record["num_examples"] == 4 * 60  # each has 60, and one of them claims more
+    # three clients moved by about 0.1 each, the fourth by a thousand times as much
+    moved = [adapter_state(trainer)[name] - tensor for name, tensor in start.items()]
+    assert torch.cat([change.flatten() for change in moved]).norm() < 1

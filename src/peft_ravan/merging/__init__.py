@@ -6,7 +6,7 @@ Merging what clients upload: pure functions that know nothing of rounds, files o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,10 +14,14 @@ from peft import PeftConfig
 
 from ..state import checkpoint_state, exchange_state
 from .base_deltas import BaseDelta, add_base_deltas
-from .checking import UpdateChecker, check_merged, is_finite
+from .changes import clip_change
+from .checking import UpdateChecker
+from .entries import check_global, check_merged, is_finite_state
+from .limits import UpdateLimits
 from .lora import lora_state_for_client, lora_targets
 from .method import MergeMethod, ServerOptimizer
-from .privacy import GaussianMechanism, clip_change, merge_privately
+from .plain import plain_update
+from .privacy import GaussianMechanism, merge_privately
 from .registry import MERGE_METHODS, SERVER_OPTIMIZERS, get_merge_method, get_server_optimizer, methods_table
 from .robust_pca import RobustPCAInfo, robust_pca
 from .safetensors_state import SafetensorsState
@@ -38,6 +42,7 @@ __all__ = [
     "ServerOptimizer",
     "UpdateChecker",
     "UpdateError",
+    "UpdateLimits",
     "add_base_deltas",
     "clip_change",
     "get_merge_method",
@@ -45,6 +50,7 @@ __all__ = [
     "lora_state_for_client",
     "merge",
     "methods_table",
+    "plain_update",
     "robust_pca",
 ]
 
@@ -56,6 +62,7 @@ def merge(
     *,
     config: PeftConfig | None = None,
     on_bad_update: str = "raise",
+    limits: UpdateLimits | None = None,
     server_optimizer: str | None = None,
     server_options: Mapping[str, Any] | None = None,
     server_state: Mapping[str, torch.Tensor] | None = None,
@@ -79,6 +86,9 @@ def merge(
         on_bad_update (`str`, *optional*, defaults to `"raise"`):
             What happens to an update that does not fit: `"raise"`, or `"drop"` to merge the others and say so in the
             diagnostics.
+        limits ([`UpdateLimits`], *optional*):
+            What one client can do at most: the norm of its change, and the examples that it counts with. By default
+            anything finite.
         server_optimizer (`str`, *optional*):
             The name of a server optimizer, one of `SERVER_OPTIMIZERS`, which takes a step towards the merged state.
         server_options (`Mapping[str, Any]`, *optional*):
@@ -97,12 +107,12 @@ def merge(
         `global_state` nor the updates are changed.
 
     Raises:
-        UpdateError: if an update does not fit the global state: tensors that are missing or not expected, other shapes
-            or dtypes, NaN or infinite entries, heads that the method cannot leave out, no examples, a client that is
-            there twice; or if no update is left. Nothing is merged then.
+        UpdateError: if an update does not fit the global state: tensors that are missing, not expected or not dense, other
+            shapes or dtypes, entries that are NaN, infinite or so large that products overflow, heads that the method
+            cannot leave out, no examples, a client that is there twice; or if no update is left. Nothing is merged then.
         TypeError: if the method does not have one of the options.
         ValueError: if the method does not exist, does not suit the adapter or the mechanism, or an option is out of range;
-            or if the new state would have NaN or infinite entries.
+            or if the global state has NaN or infinite entries, or the new one would have them.
 
     Example:
 
@@ -131,11 +141,14 @@ def merge(
     options.update({name: value for name, value in context.items() if merge_method.takes(name)})
 
     products = exchange_state(global_state)
+    check_global(products)
     with torch.no_grad():
+        checker = UpdateChecker(
+            products, merge_method, on_bad_update, config, limits, may_be_empty=mechanism is not None
+        )
         if mechanism is None:
-            result, checker = _merge_checked(merge_method, products, updates, config, on_bad_update, options)
+            result = _merge_checked(merge_method, products, updates, checker, options)
         else:
-            checker = UpdateChecker(products, merge_method, on_bad_update, config, may_be_empty=True)
             result = merge_privately(merge_method, products, checker.passing(updates), mechanism, options)
         state, new_server_state = result.state, dict(result.server_state)
         if optimizer is not None:
@@ -153,9 +166,10 @@ def merge(
     diagnostics = {
         "method": method,
         **({} if optimizer is None else {"server_optimizer": server_optimizer}),
-        "num_clients": checker.num_clients,
-        "num_examples": checker.num_examples,
+        "num_clients": len(checker.accepted),
+        "num_examples": sum(num_examples for _, num_examples in checker.accepted),
         "dropped": checker.dropped,
+        **({} if limits is None else {"clipped": checker.clipped}),
         **result.diagnostics,
     }
     return MergeResult(
@@ -167,17 +181,15 @@ def _merge_checked(
     method: MergeMethod,
     global_state: Mapping[str, torch.Tensor],
     updates: Iterable[ClientUpdate],
-    config: PeftConfig | None,
-    on_bad_update: str,
+    checker: UpdateChecker,
     options: Mapping[str, Any],
-) -> tuple[MergeResult, UpdateChecker]:
-    if method.streaming and isinstance(updates, Sequence):
-        # A look at every entry takes as long as a mean. NaN and infinity do not get lost in a mean, so a look at the
-        # mean is enough, unless it has them: then it is worth the time to find out who sent them.
-        checker = UpdateChecker(global_state, method, on_bad_update, config, check_entries=False)
-        result = method.function(global_state, checker.passing(updates), **options)
-        if all(map(is_finite, result.state.values())):
-            return result, checker
-    checker = UpdateChecker(global_state, method, on_bad_update, config)
+) -> MergeResult:
     passing = checker.passing(updates)
-    return method.function(global_state, passing if method.streaming else list(passing), **options), checker
+    if method.streaming:
+        return method.function(global_state, passing, **options)
+    kept = list(passing)
+    result = method.function(global_state, kept, **options)
+    while not is_finite_state(result.state):
+        kept = checker.without_the_largest(kept)
+        result = method.function(global_state, kept, **options)
+    return result

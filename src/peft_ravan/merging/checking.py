@@ -3,32 +3,38 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from peft import LoraConfig, PeftConfig
 
 from ..state import is_basis, is_core, is_scaling
+from .changes import change_norm
+from .entries import check_entries
+from .limits import UpdateLimits
 from .lora import A_PARTS, is_lora_matrix, lora_scaling, lora_targets
 from .method import MergeMethod
+from .plain import MAX_NAME_LENGTH, plain_update
 from .updates import ClientUpdate, UpdateError
 
 
 class UpdateChecker:
     """
-    Lets those updates pass that fit the global state.
+    Lets those updates pass that fit the global state, each as a plain one that was read once.
 
     Args:
         global_state (`Mapping[str, torch.Tensor]`): The state the clients started from.
         method ([`MergeMethod`]): The merge method, which says what may differ from client to client.
         on_bad_update (`str`, *optional*, defaults to `"raise"`): `"raise"`, or `"drop"` to go on without the client.
         config ([`~peft.PeftConfig`], *optional*): The configuration of the global adapter.
-        check_entries (`bool`, *optional*, defaults to `True`): Whether to look for NaN and infinite entries.
+        limits ([`UpdateLimits`], *optional*): What one client can do at most.
         may_be_empty (`bool`, *optional*, defaults to `False`): Whether there may be no update, or none that fits.
 
     **Attributes**:
         - **dropped** (`list[dict[str, str]]`) -- `client` and `reason` of the updates that were dropped.
-        - **num_clients**, **num_examples** (`int`) -- What has passed.
+        - **clipped** (`list[dict[str, Any]]`) -- `client` and `norm` of the updates that were scaled down to the limit.
+        - **accepted** (`list[tuple[str, int]]`) -- The clients that have passed, and how many examples they count with.
 
     Raises:
         ValueError: if `on_bad_update` is neither.
@@ -40,7 +46,7 @@ class UpdateChecker:
         method: MergeMethod,
         on_bad_update: str = "raise",
         config: PeftConfig | None = None,
-        check_entries: bool = True,
+        limits: UpdateLimits | None = None,
         may_be_empty: bool = False,
     ):
         if on_bad_update not in ("raise", "drop"):
@@ -49,12 +55,12 @@ class UpdateChecker:
         self.method = method
         self.on_bad_update = on_bad_update
         self.config = config
-        self._lora_targets = lora_targets(global_state)
-        self.check_entries = check_entries
+        self.limits = limits or UpdateLimits()
         self.may_be_empty = may_be_empty
         self.dropped: list[dict[str, str]] = []
-        self.num_clients = self.num_examples = 0
-        self._seen: set[str] = set()
+        self.clipped: list[dict[str, str | float]] = []
+        self.accepted: list[tuple[str, int]] = []
+        self._lora_targets = lora_targets(global_state)
         self._form = _form(global_state)
 
     def passing(self, updates: Iterable[ClientUpdate]) -> Iterator[ClientUpdate]:
@@ -63,37 +69,95 @@ class UpdateChecker:
             updates (`Iterable[ClientUpdate]`): What the clients uploaded.
 
         Yields:
-            [`ClientUpdate`]: The updates that fit.
+            [`ClientUpdate`]: The updates that fit, read once and within the limits.
 
         Raises:
             UpdateError: at an update that does not fit, or if none is left at the end.
         """
-        for index, update in enumerate(updates):
-            client = f"client {update.client_id!r}" if update.client_id else f"client number {index} (without a name)"
-            try:
-                self._check(update, client)
-            except UpdateError as error:
-                if self.on_bad_update == "raise":
-                    raise
-                self.dropped.append({"client": update.client_id or str(index), "reason": str(error)})
-                continue
-            self.num_clients += 1
-            self.num_examples += update.num_examples
-            self._seen.add(update.client_id)
+        checked = self._fitting(updates)
+        if self.limits.needs_all_updates:
+            checked = self._within_the_median(list(checked))
+        for index, update in checked:
+            self.accepted.append((_name(update, index), update.num_examples))
             yield update
-        if not (self.num_clients or self.may_be_empty):
+        self._check_not_empty()
+
+    def without_the_largest(self, updates: Sequence[ClientUpdate]) -> list[ClientUpdate]:
+        """
+        Refuse the one of the updates that have passed which goes furthest: the merge with it is not finite.
+
+        Args:
+            updates (`Sequence[ClientUpdate]`): Updates that have passed.
+
+        Returns:
+            `list[ClientUpdate]`: The others.
+
+        Raises:
+            UpdateError: if updates are not dropped, or none is left.
+        """
+        norms = [change_norm(update, self.global_state) for update in updates]
+        largest = norms.index(max(norms))
+        name, _ = self.accepted[largest]
+        error = UpdateError(
+            f"client {name!r}: the merge with it has entries that are NaN or infinite, and of all updates its change is the "
+            f"largest (norm {norms[largest]:.3g}). Set `max_update_norm`, or merge in a dtype with a larger range."
+        )
+        self._refuse(name, error)
+        del self.accepted[largest]
+        self._check_not_empty()
+        return [update for index, update in enumerate(updates) if index != largest]
+
+    def _fitting(self, updates: Iterable[ClientUpdate]) -> Iterator[tuple[int, ClientUpdate]]:
+        seen: set[str] = set()
+        for index, arrived in enumerate(updates):
+            client = _label(arrived, index)
+            try:
+                update = plain_update(arrived, client)
+                if update.client_id in seen:
+                    raise UpdateError(
+                        f"{client}: there are two updates of this client, which would count twice. Keep one."
+                    )
+                self._check(update, client)
+                update = replace(update, num_examples=self.limits.counted(update.num_examples))
+                if not self.limits.needs_all_updates:
+                    update = self._within(update, client, self.limits.largest_norm())
+            except UpdateError as error:
+                self._refuse(_name(arrived, index), error)
+                continue
+            seen |= {update.client_id} - {""}
+            del arrived
+            yield index, update
+
+    def _within_the_median(self, checked: Sequence[tuple[int, ClientUpdate]]) -> Iterator[tuple[int, ClientUpdate]]:
+        largest = self.limits.largest_norm(change_norm(update, self.global_state) for _, update in checked)
+        for index, update in checked:
+            try:
+                within = self._within(update, _label(update, index), largest)
+            except UpdateError as error:
+                self._refuse(_name(update, index), error)
+                continue
+            yield index, within
+
+    def _within(self, update: ClientUpdate, client: str, largest: float) -> ClientUpdate:
+        if self.limits.max_update_norm is None:
+            return update
+        norm = change_norm(update, self.global_state)
+        within = self.limits.applied(update, norm, largest, self.global_state, client)
+        if within is not update:
+            self.clipped.append({"client": update.client_id, "norm": norm})
+        return within
+
+    def _refuse(self, name: str, error: UpdateError) -> None:
+        if self.on_bad_update == "raise":
+            raise error
+        self.dropped.append({"client": name, "reason": str(error)})
+
+    def _check_not_empty(self) -> None:
+        if not (self.accepted or self.may_be_empty):
             reasons = "".join(f" {entry['reason']}" for entry in self.dropped)
             raise UpdateError(f"A merge needs at least one client update, got none.{reasons}")
 
     def _check(self, update: ClientUpdate, client: str) -> None:
-        if update.client_id and update.client_id in self._seen:
-            raise UpdateError(f"{client}: there are two updates of this client, which would count twice. Keep one.")
-        num_examples = update.num_examples
-        if isinstance(num_examples, bool) or not isinstance(num_examples, int) or num_examples < 1:
-            raise UpdateError(
-                f"{client}: num_examples must be an integer of 1 or more, since it weighs the mean, got {num_examples!r}. "
-                "Leave out clients that did not train."
-            )
         # most updates have the form of the global state, which is seen at a glance
         special = update.trained_heads or update.config or self.method.frozen_parts or self.method.personal_parts
         if special or _form(update.state) != self._form:
@@ -102,9 +166,7 @@ class UpdateChecker:
                 self._check_tensor(name, update, client)
             self._check_ranks(update, client)
             self._check_scalings(update, client)
-        if self.check_entries:
-            for name, tensor in update.state.items():
-                _check_entries(name, tensor, client)
+        check_entries(update.state, client)
 
     def _check_names(self, update: ClientUpdate, client: str) -> None:
         method = self.method
@@ -136,9 +198,6 @@ class UpdateChecker:
 
     def _check_tensor(self, name: str, update: ClientUpdate, client: str) -> None:
         tensor, global_tensor = update.state[name], self.global_state[name]
-        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
-            found = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-            raise UpdateError(f"{client}, tensor {name!r}: must be a floating point tensor, got {found}.")
         if tensor.dtype != global_tensor.dtype:
             raise UpdateError(
                 f"{client}, tensor {name!r}: must be {global_tensor.dtype} as in the global state, got {tensor.dtype}. "
@@ -166,12 +225,10 @@ class UpdateChecker:
         mask = (update.trained_heads or {}).get(name)
         if mask is None:
             return shape
-        is_tensor = isinstance(mask, torch.Tensor)
-        if not is_tensor or mask.dtype != torch.bool or mask.shape != (shape[0],):
-            found = f"{mask.dtype} of shape {tuple(mask.shape)}" if is_tensor else type(mask).__name__
+        if mask.dtype != torch.bool or mask.shape != (shape[0],):
             raise UpdateError(
                 f"{client}, tensor {name!r}: trained_heads must be a bool tensor of shape ({shape[0]},), one entry a head, "
-                f"got {found}."
+                f"got {mask.dtype} of shape {tuple(mask.shape)}."
             )
         if not self.method.different_heads and not mask.all():
             raise UpdateError(
@@ -203,10 +260,6 @@ class UpdateChecker:
         own_config = self.config if update.config is None else update.config
         if own_config is None or not self._lora_targets:
             return
-        if update.config is not None and not isinstance(update.config, LoraConfig):
-            raise UpdateError(
-                f"{client}: its config must be a LoraConfig, since the adapter is LoRA, got {type(update.config).__name__}."
-            )
         if not isinstance(self.config, LoraConfig):
             if update.config is not None and not self.method.different_ranks:
                 raise UpdateError(
@@ -230,46 +283,27 @@ class UpdateChecker:
                 )
 
 
-def _form(state: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.Size | None, torch.dtype | None]]:
-    return {name: (getattr(tensor, "shape", None), getattr(tensor, "dtype", None)) for name, tensor in state.items()}
+def _client_name(update: ClientUpdate) -> str:
+    try:
+        name = update.client_id
+    except Exception:  # what is no update may raise anything
+        return ""
+    return str(name)[:MAX_NAME_LENGTH] if isinstance(name, str) else ""
 
 
-def _check_entries(name: str, tensor: torch.Tensor, client: str) -> None:
-    if not is_finite(tensor):
-        bad = int((~torch.isfinite(tensor)).sum())
-        raise UpdateError(
-            f"{client}, tensor {name!r}: {bad} of {tensor.numel()} entries are NaN or infinite. The client's training "
-            "diverged: lower its learning rate, or leave the client out."
-        )
+def _label(update: ClientUpdate, index: int) -> str:
+    """Who it is from, for messages."""
+    name = _client_name(update)
+    return f"client {name!r}" if name else f"client number {index} (without a name)"
 
 
-def check_merged(state: Mapping[str, torch.Tensor]) -> None:
-    """
-    Args:
-        state (`Mapping[str, torch.Tensor]`): A new state.
-
-    Raises:
-        ValueError: if an entry is NaN or infinite, as finite uploads can make it where numbers overflow.
-    """
-    for name, tensor in state.items():
-        if not is_finite(tensor):
-            raise ValueError(
-                f"Tensor {name!r}: the merge has made entries that are NaN or infinite, although all uploads are finite. "
-                "Either the global state has such entries, or uploads are so large that they overflow: leave them out, or "
-                "merge in a dtype with a larger range."
-            )
+def _name(update: ClientUpdate, index: int) -> str:
+    """Who it is from, for diagnostics."""
+    return _client_name(update) or str(index)
 
 
-def is_finite(tensor: torch.Tensor) -> bool:
-    """
-    Args:
-        tensor (`torch.Tensor`): A floating point tensor.
-
-    Returns:
-        `bool`: Whether no entry is NaN or infinite.
-    """
-    # one sum is several times cheaper than a look at every entry, and NaN and infinity do not get lost in it
-    return math.isfinite(tensor.sum()) or bool(torch.isfinite(tensor).all())
+def _form(state: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in state.items()}
 
 
 def _has_part(name: str, parts: tuple[str, ...]) -> bool:

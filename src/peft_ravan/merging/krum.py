@@ -15,7 +15,7 @@ from peft import LoraConfig
 from .distances import squared_distances
 from .method import MergeMethod
 from .truncation import mean_of_products
-from .updates import ClientUpdate, MergeResult
+from .updates import ClientUpdate, MergeResult, UpdateError
 
 
 def krum_scores(
@@ -36,13 +36,17 @@ def krum_scores(
         `[C]`, and f.
 
     Raises:
-        ValueError: if C is less than 2 f + 3. One client alone is accepted.
+        UpdateError: if C is less than 2 f + 3. One client alone is accepted.
+        ValueError: if f is negative.
     """
     num_clients = len(updates)
     if num_bad_clients is None:
         num_bad_clients = max(0, (num_clients - 3) // 2)
-    if num_bad_clients < 0 or (num_clients < 2 * num_bad_clients + 3 and num_clients > 1):
-        raise ValueError(
+    if num_bad_clients < 0:
+        raise ValueError(f"Krum withstands 0 bad clients or more, got `num_bad_clients` = {num_bad_clients!r}.")
+    if 1 < num_clients < 2 * num_bad_clients + 3:
+        # none of the clients is to blame, but with others the round may succeed
+        raise UpdateError(
             f"Krum needs 2 f + 3 clients or more to withstand f = `num_bad_clients` of them, got {num_clients} clients and "
             f"f = {num_bad_clients}."
         )
@@ -108,7 +112,7 @@ def krum(
         the `chosen` client and the `scores` of all.
 
     Raises:
-        ValueError: if there are less than 2 f + 3 clients.
+        UpdateError: if there are fewer than 2 f + 3 clients.
     """
     scores, _ = krum_scores(global_state, updates, config, num_bad_clients)
     return merge_chosen(global_state, updates, config, scores, num_chosen=1)

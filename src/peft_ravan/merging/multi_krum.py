@@ -43,7 +43,8 @@ def multi_krum(
         [`MergeResult`]: The mean state of the chosen. The diagnostics have the `chosen` clients and the `scores` of all.
 
     Raises:
-        ValueError: if there are less than 2 f + 3 clients, or `num_chosen` is not from 1 to C.
+        UpdateError: if there are fewer than 2 f + 3 clients.
+        ValueError: if `num_chosen` is not from 1 to C.
     """
     if num_chosen is not None and not 1 <= num_chosen <= len(updates):
         raise ValueError(f"multi_krum: `num_chosen` must be from 1 to {len(updates)} clients, got {num_chosen!r}.")

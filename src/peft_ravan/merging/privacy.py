@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .changes import clip_change, working_dtype
 from .method import MergeMethod
 from .registry import MERGE_METHODS
 from .updates import ClientUpdate, MergeResult
@@ -79,49 +80,6 @@ def check_clipping(clip_norm: float, noise_multiplier: float) -> None:
         )
 
 
-def clip_change(
-    update: ClientUpdate, global_state: Mapping[str, torch.Tensor], clip_norm: float
-) -> tuple[dict[str, torch.Tensor], float]:
-    """
-    What a client has changed, scaled down to a norm.
-
-    Args:
-        update ([`ClientUpdate`]): What the client uploaded. A head that it has not trained is not changed.
-        global_state (`Mapping[str, torch.Tensor]`): The state the client started from.
-        clip_norm (`float`): The largest L2 norm, over all tensors together.
-
-    Returns:
-        `tuple[dict[str, torch.Tensor], float]`: The difference to the global state, by the names of the upload, with all
-        heads and in at least float32; and the norm that it had before.
-    """
-    norm = math.hypot(*(torch.linalg.vector_norm(change).item() for _, change in _changes(update, global_state)))
-    scale = min(1.0, clip_norm / norm) if norm else 1.0
-    clipped = {}
-    for name, change in _changes(update, global_state):
-        # even float64 has no number for an infinite norm, so that nothing of the change can be kept
-        change = change.mul_(scale) if math.isfinite(norm) else torch.zeros_like(change)
-        clipped[name] = change.to(_working_dtype(global_state[name]))
-    return clipped, norm
-
-
-def _changes(update: ClientUpdate, global_state: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The differences in float64, in which finite float32 uploads have a finite norm, one tensor after the other."""
-    for name, tensor in update.state.items():
-        start = global_state[name]
-        mask = (update.trained_heads or {}).get(name)
-        if mask is None:
-            yield name, tensor.to(start.device, torch.float64) - start.double()
-            continue
-        change = torch.zeros(start.shape, dtype=torch.float64, device=start.device)
-        mask = mask.to(start.device)
-        change[mask] = tensor.to(change) - start[mask].double()
-        yield name, change
-
-
-def _working_dtype(tensor: torch.Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
-
-
 def gaussian_noise(
     shapes: Mapping[str, torch.Size], std: float, seed: int | Sequence[int] | None = None
 ) -> Iterator[tuple[str, torch.Tensor]]:
@@ -167,7 +125,7 @@ def merge_privately(
     check_plain_mean(method)
     # a mean of changes: rounding is relative to the change then, and not to a weight that may be much larger
     nothing = {
-        name: torch.zeros(tensor.shape, dtype=_working_dtype(tensor), device=tensor.device)
+        name: torch.zeros(tensor.shape, dtype=working_dtype(tensor), device=tensor.device)
         for name, tensor in global_state.items()
     }
     norms: list[float] = []
