@@ -54,11 +54,44 @@ def test_the_merge_is_mean_l_plus_beta_times_mean_s(n, num_clients, beta):
     M = planted(n, num_clients)
     L, S = pursue_principal_components(M, max(n, num_clients) ** -0.5)
     global_state, updates, weights = round_of(M)
-    merged = merge(global_state, updates, "fedrpca", beta=beta).state[A] - global_state[A]
+    merged = merge(global_state, updates, "fedrpca", beta=beta, sparse_limit=None).state[A] - global_state[A]
     expected = (L @ weights + beta * (S @ weights))[:, None]
     # beta = 1 is the mean and does not depend on the solver
     tolerance = 1e-9 if beta == 1.0 else 1e-2
     assert (merged - expected).norm() <= tolerance * expected.norm()
+
+
+@pytest.mark.parametrize("limit", [0.5, 1.0, 3.0])
+def test_sparse_parts_are_amplified_up_to_a_multiple_of_the_median_one(limit):
+    M = planted(300, 20)
+    M[7, 0] += 200.0  # a spike that one client adds
+    _, S = pursue_principal_components(M, max(M.shape) ** -0.5)
+    norms = [column.norm().item() for column in S.T]
+    largest = limit * sorted(norms)[9]  # the lower of the two in the middle
+    within = torch.tensor([min(1.0, largest / norm) for norm in norms], dtype=torch.float64)
+    global_state, updates, weights = round_of(M)
+    result = merge(global_state, updates, "fedrpca", beta=3.0, sparse_limit=limit)
+    expected = (M @ weights + 2 * (S @ (within * weights)))[:, None]
+    assert (result.state[A] - global_state[A] - expected).norm() <= 1e-2 * expected.norm()
+    figures = result.diagnostics["matrices"][A]
+    assert figures["num_limited"] == sum(norm > largest for norm in norms) >= 1
+
+
+@pytest.mark.parametrize("spike", [1.0, 3.0, 10.0, 100.0])
+def test_one_client_gains_no_more_by_the_amplification_than_a_multiple_of_the_median(spike):
+    """What a client adds to its own update moves the merge by its share and, amplified, by 3 times the median at most."""
+    M = planted(300, 20)
+    M[:, 0] = M[:, 1]
+    attacked = M.clone()
+    attacked[[5, 17, 33, 60], 0] += spike
+    states = []
+    for columns in (M, attacked):
+        global_state, updates, weights = round_of(columns)
+        states.append(merge(global_state, updates, "fedrpca", beta=5.0).state[A])
+    _, S = pursue_principal_components(attacked, max(M.shape) ** -0.5)
+    median = sorted(column.norm().item() for column in S.T)[9]
+    moved, share = (states[1] - states[0]).norm(), weights[0] * 2 * spike
+    assert moved <= 1.05 * (share + 4 * weights[0] * 2 * 3 * median)
 
 
 @pytest.mark.parametrize("lambda_", [0.05, 0.1, 0.5])
@@ -129,7 +162,7 @@ def test_products_are_decomposed_as_differences_of_weights():
     generator = seeded()
     global_state, updates = lora_state(generator), [client(lora_state(generator), i + 1, i) for i in range(4)]
     weights = torch.tensor(weights_of(updates), dtype=torch.float64)
-    result = merge(global_state, updates, "fedrpca", lora="products", beta=2.0)
+    result = merge(global_state, updates, "fedrpca", lora="products", beta=2.0, sparse_limit=None)
     for module in LORA_SHAPES:
         start = weight_of(global_state, module, CONFIG) / 2  # alpha / r = 2
         M = torch.stack([(weight_of(u.state, module, CONFIG) / 2 - start).flatten() for u in updates], dim=1)

@@ -39,6 +39,7 @@ class _Options:
     tol: float | None
     max_iter: int
     lora: str
+    sparse_limit: float | None
 
     def __post_init__(self):
         is_number = isinstance(self.beta, (int, float)) and not isinstance(self.beta, bool)
@@ -46,7 +47,7 @@ class _Options:
             raise ValueError(f"fedrpca: `beta` must be a number of 0 or more, or 'adaptive', got {self.beta!r}.")
         if not self.beta_max >= 1:
             raise ValueError(f"fedrpca: `beta_max` must be 1 or more, got {self.beta_max!r}.")
-        for name in ("lambda_", "tol", "max_iter"):
+        for name in ("lambda_", "tol", "max_iter", "sparse_limit"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"fedrpca: `{name}` must be above 0, got {value!r}.")
@@ -86,6 +87,8 @@ def _merge_batch(batch: Sequence[Matrix], options: _Options) -> Iterator[tuple[t
     for index, matrix in enumerate(batch):
         weights = matrix.weights.to(M)
         mean_S = S[index] @ weights  # [n]
+        within = _shares_within_the_median(S[index], options.sparse_limit)  # [C]
+        amplified = S[index] @ (within * weights)  # [n]
         norm_M = (M[index] @ weights).norm().item()
         sparse_share = mean_S.norm().item() / norm_M if norm_M > 0 else 0.0
         converged = info.converged[index].item()
@@ -93,11 +96,12 @@ def _merge_batch(batch: Sequence[Matrix], options: _Options) -> Iterator[tuple[t
         mean = matrix.mean()
         # mean(L) + beta * mean(S), written with L = M - S so that beta = 1 is FedAvg to the last bit
         yield (
-            mean + (beta - 1) * mean_S.reshape(mean.shape).to(mean),
+            mean + (beta - 1) * amplified.reshape(mean.shape).to(mean),
             {
                 "beta": beta,
                 "num_clients": num_clients,
                 "sparse_share": sparse_share,
+                "num_limited": int((within < 1).sum()),
                 "sparsity": info.sparsity[index].item(),
                 "rank": info.rank[index].item(),
                 "iterations": info.iterations[index].item(),
@@ -105,6 +109,15 @@ def _merge_batch(batch: Sequence[Matrix], options: _Options) -> Iterator[tuple[t
                 "converged": converged,
             },
         )
+
+
+def _shares_within_the_median(S: torch.Tensor, limit: float | None) -> torch.Tensor:
+    """How much of each client's sparse part in `[n, C]` stays below a multiple of the median norm, `[C]`."""
+    norms = torch.linalg.vector_norm(S, dim=0)  # [C]
+    if limit is None:
+        return torch.ones_like(norms)
+    largest = limit * norms.median()  # the lower of two in the middle
+    return torch.where(norms > largest, largest / norms, 1.0)
 
 
 def fedrpca(
@@ -117,6 +130,7 @@ def fedrpca(
     tol: float | None = None,
     max_iter: int = 500,
     lora: str = "factors",
+    sparse_limit: float | None = 3.0,
 ) -> MergeResult:
     """
     Merge by robust PCA.
@@ -143,17 +157,21 @@ def fedrpca(
             What is decomposed of a LoRA adapter: `"factors"`, A and B each on its own as in the paper, or `"products"`,
             the products B A. These are whole `d_out x d_in` matrices, C of them for one module at a time, and what
             comes out is cut to the rank of the adapter.
+        sparse_limit (`float`, *optional*, defaults to 3.0):
+            How large a client's sparse part may be when it is amplified, as a multiple of the median over the clients.
+            What is larger is scaled down, so that no client can use the amplification for itself. The plain mean has all
+            of it. `None` is without a limit, as in the paper.
 
     Returns:
         [`MergeResult`]: The new state. The task head and biases are averaged. The diagnostics have under `matrices`, for
         each matrix (a head of a core is `name[i]`, a product the name of its module), the figures of its decomposition:
-        `beta`, `sparse_share` (E), `sparsity` (the share of entries of S that are not 0), `rank` (of L), `iterations`,
+        `beta`, `sparse_share` (E), `num_limited` (the clients whose sparse part is above `sparse_limit`), `sparsity` (the share of entries of S that are not 0), `rank` (of L), `iterations`,
         `residual`, `converged`, and for a product `kept_energy`, the share of its squared norm that the cut has kept.
 
     Raises:
         ValueError: if an option is out of range.
     """
-    options = _Options(beta, beta_max, lambda_, tol, max_iter, lora)
+    options = _Options(beta, beta_max, lambda_, tol, max_iter, lora, sparse_limit)
     products = lora == "products"
     selected = [name for name in global_state if is_adapter_matrix(name) and not (products and is_lora_matrix(name))]
     state = mean_state(global_state, updates, leave_out=tuple(filter(is_adapter_matrix, global_state)))
