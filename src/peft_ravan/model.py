@@ -24,6 +24,7 @@ from .bases import BASES, BasesShape, check_bases_fit
 from .config import RavanConfig
 from .layer import Conv2d, Embedding, Linear, RavanLayer
 from .param_wrapper import ParamWrapper
+from .patterns import check_patterns
 from .saved_bases import SavedBases
 from .trained_heads import ModelTrainedHeads
 from .weighted_adapter import (
@@ -49,6 +50,16 @@ TRANSFORMERS_MODELS_TO_RAVAN_TARGET_MODULES_MAPPING = {
 def _base_layer_of(target: nn.Module) -> nn.Module:
     """The layer of the base model that a target is, or wraps."""
     return target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+
+
+def _modules_to_match(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that patterns are matched against, by name: not those that adapters have put into their layers."""
+    adapted = None
+    for name, module in model.named_modules():
+        if not name or (adapted is not None and name.startswith(adapted)):
+            continue
+        adapted = f"{name}." if isinstance(module, BaseTunerLayer) else None
+        yield name, module
 
 
 def _layer_class(target: nn.Module, target_name: str) -> type[RavanLayer]:
@@ -140,6 +151,7 @@ class RavanModel(ModelTrainedHeads, SavedBases, BaseTuner):
         Raise a ValueError if there is something wrong with the config or if it conflicts with existing adapters.
         """
         super()._check_new_adapter_config(config)
+        check_patterns(config, [name for name, _ in _modules_to_match(self.model)])
 
         # whether buffers are persistent is a property of the container that all adapters of a layer share
         values = {existing.save_projection for existing in self.peft_config.values()}
@@ -180,7 +192,7 @@ class RavanModel(ModelTrainedHeads, SavedBases, BaseTuner):
                 raise ValueError("Please specify `target_modules` in `peft_config`")
         config = _maybe_include_all_linear_layers(config, model)
         sizes = {}
-        for name, module in model.named_modules():
+        for name, module in _modules_to_match(model):
             if cls._check_target_module_exists(config, name):
                 sizes[name] = _layer_class(module, name).bases_size(_base_layer_of(module))
         return sizes
