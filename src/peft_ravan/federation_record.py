@@ -76,7 +76,7 @@ class FederationRecord:
             folder (`str` or `os.PathLike`): The folder of the adapter.
         """
         facts = {name: getattr(self, name) for name in ("num_clients", "facts", "versions", "best_round")}
-        _replace_file(Path(folder, FACTS_FILE), json.dumps(_json_safe(facts), indent=2, default=str) + "\n")
+        replace_file(Path(folder, FACTS_FILE), json.dumps(_json_safe(facts), indent=2, default=str) + "\n")
 
 
 def current_versions() -> dict[str, str]:
@@ -157,10 +157,17 @@ def write_history(path: str | os.PathLike, records: Iterable[Mapping[str, Any]])
         path (`str` or `os.PathLike`): The file. One that exists is replaced.
         records (`Iterable[Mapping[str, Any]]`): The records.
     """
-    _replace_file(Path(path), history_lines(records))
+    replace_file(Path(path), history_lines(records))
 
 
-def _replace_file(path: Path, text: str) -> None:
+def replace_file(path: Path, text: str) -> None:
+    """
+    Write a file aside and put it in its place, so that there is never half of it. A link is replaced, and not followed.
+
+    Args:
+        path (`Path`): The file.
+        text (`str`): What is written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.incomplete")
     aside.write_text(text, encoding="utf-8")

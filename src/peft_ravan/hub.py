@@ -14,28 +14,21 @@ from pathlib import Path
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftConfig
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME
 from torch import nn
 
+from .adapter_files import ADAPTER_FILES, CARD_FILE, PROCESSING_FILES, RECORD_FILES, TWIN_FILES, TWIN_FOLDER
 from .config import RavanConfig
 from .conversion import to_lora
 from .federation_record import FACTS_FILE, HISTORY_FILE, PLOT_FILE, public_history, read_history, write_history
-from .model_card import CARD_FILE, TWIN_FOLDER, card_of_folder, name_on_hub
+from .model_card import card_of_folder, name_on_hub
 from .reading import checked_folder
 
 
-# what is shared of a folder: never checkpoints, optimizers, states of clients, pickled arguments
-_ADAPTER_FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)
-_RECORD_FILES = (FACTS_FILE, PLOT_FILE)
-# as tokenizers and processors of transformers save themselves
-_PROCESSING_FILES = (
-    "tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
-    "merges.txt", "spiece.model", "sentencepiece*.model", "*.spm", "chat_template.*", "additional_chat_templates/*.jinja",
-    "preprocessor_config.json", "processor_config.json", "*_preprocessor_config.json",
-)  # fmt: skip
-_TWIN_FILES = tuple(f"{TWIN_FOLDER}/{name}" for name in _ADAPTER_FILES)
+# what is shared of a folder: never checkpoints, optimizers, states of clients, pickled arguments; of the history, less
+_SHARED_FILES = (*ADAPTER_FILES, FACTS_FILE, PLOT_FILE, CARD_FILE, *PROCESSING_FILES)
 # of an earlier upload, what would belong to another adapter if this one does not have it
-_REPLACED_FILES = (*_RECORD_FILES, HISTORY_FILE, *_TWIN_FILES)
+_REPLACED_FILES = (*RECORD_FILES, *TWIN_FILES)
 
 _background = ThreadPoolExecutor(max_workers=1)  # one, so that commits come in the order in which they were asked for
 
@@ -192,8 +185,7 @@ def push_folder(
 
 
 def _stage_files(folder: Path, stage: Path) -> None:
-    shared = (*_ADAPTER_FILES, *_RECORD_FILES, CARD_FILE, *_PROCESSING_FILES)
-    for path in (path for pattern in shared for path in folder.glob(pattern) if path.is_file()):
+    for path in (path for pattern in _SHARED_FILES for path in folder.glob(pattern) if path.is_file()):
         copy = stage / path.relative_to(folder)
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, copy)

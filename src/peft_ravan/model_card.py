@@ -19,12 +19,11 @@ from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 
+from .adapter_files import CARD_FILE, TWIN_FOLDER
 from .federation_record import HISTORY_FILE, PLOT_FILE, FederationRecord, current_versions
 from .reading import checked_folder
 
 
-CARD_FILE = "README.md"
-TWIN_FOLDER = "lora"
 TEMPLATE_PATH = Path(__file__).parent / "model_card_template.md"
 # by the task type of the configuration: the class of transformers that loads the base model, and the task on the Hub
 AUTO_CLASSES = {
