@@ -121,7 +121,8 @@ def push_to_hub(
 
     Raises:
         FileNotFoundError: if the folder lacks a file of an adapter.
-        ValueError: if the model has no such adapter, or `card_data` do not suit the Hub.
+        ValueError: if the model has no such adapter, if a file of the folder is damaged or a link that leads outside of it,
+            or if `card_data` do not suit the Hub.
         UploadError: if the upload was interrupted.
         HfHubHTTPError: if the Hub refuses it.
 
@@ -186,11 +187,26 @@ def push_folder(
 
 def _stage_files(folder: Path, stage: Path) -> None:
     for path in (path for pattern in _SHARED_FILES for path in folder.glob(pattern) if path.is_file()):
+        _check_is_inside(path, folder)
         copy = stage / path.relative_to(folder)
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, copy)
     if (folder / HISTORY_FILE).is_file():
+        _check_is_inside(folder / HISTORY_FILE, folder)
         write_history(stage / HISTORY_FILE, public_history(read_history(folder)))
+
+
+def _check_is_inside(path: Path, folder: Path) -> None:
+    """A folder may come from somebody else, and a link in it lead to a file that is nobody's business."""
+    target, folder = path.resolve(), folder.resolve()
+    # the cache of the Hub keeps the contents of all snapshots of a repository beside them, and links to them
+    blobs = [root.parent / "blobs" for root in (folder, *folder.parents) if root.name == "snapshots"]
+    blobs = [place for place in blobs if place.parent.name.startswith("models--") and place.resolve() == place]
+    if not any(target.is_relative_to(place) for place in (folder, *blobs)):
+        raise ValueError(
+            f"{str(path)!r} is a link to {str(target)!r}, outside of the folder, and is not uploaded. Put a copy in the place "
+            "of the link, or remove it."
+        )
 
 
 def _stage_twin(twin_of: nn.Module | str | os.PathLike, adapter_name: str, stage: Path) -> None:
