@@ -26,15 +26,16 @@ def register_profiles() -> None:
     settings.load_profile("default")
 
 
-def examples(number: int) -> settings:
+def examples(number: int, **options) -> settings:
     """
     Args:
         number (`int`): How many examples a property is tested with by default.
+        **options: Other settings of hypothesis.
 
     Returns:
         `hypothesis.settings`: As a decorator it has the property tested with so many, or with more in `make test-deep`.
     """
-    return settings(max_examples=number * _factor())
+    return settings(max_examples=number * _factor(), **options)
 
 
 def num_uploads() -> int:

@@ -181,9 +181,7 @@ def _check_target(target: RavanTarget) -> None:
             "or a padding mode, and groups it in another way. Merge the adapter into its base model instead, with "
             "`merge_and_unload`."
         )
-    for name in ("core", "scaling"):
-        if not torch.isfinite(getattr(target, name)).all():
-            raise ValueError(f"The {name} of {target.name!r} has entries that are not finite: the adapter is broken.")
+    target.check_finite()
 
 
 def _factors(target: RavanTarget, rank: int | float | None) -> LoraFactors:

@@ -20,9 +20,17 @@ from torch import nn
 from .adapter_files import ADAPTER_FILES, CARD_FILE, PROCESSING_FILES, RECORD_FILES, TWIN_FILES, TWIN_FOLDER
 from .config import RavanConfig
 from .conversion import to_lora
-from .federation_record import FACTS_FILE, HISTORY_FILE, PLOT_FILE, public_history, read_history, write_history
-from .model_card import card_of_folder, name_on_hub
-from .reading import checked_folder
+from .federation_record import (
+    FACTS_FILE,
+    HISTORY_FILE,
+    PLOT_FILE,
+    FederationRecord,
+    public_history,
+    read_history,
+    write_history,
+)
+from .model_card import card_of_folder, kept_metadata, name_on_hub
+from .reading import checked_folder, read_config
 
 
 # what is shared of a folder: never checkpoints, optimizers, states of clients, pickled arguments; of the history, less
@@ -169,6 +177,9 @@ def push_folder(
         [`~huggingface_hub.CommitInfo`]: The commit, or a future of it.
     """
     folder = checked_folder(folder)
+    # all is checked where it is, so that errors name the files of the folder and not copies of them
+    _shared_files(folder)
+    read_config(folder), FederationRecord.from_folder(folder), kept_metadata(folder / CARD_FILE)
     stage = tempfile.TemporaryDirectory(prefix="peft-ravan-")
     try:
         _stage_files(folder, Path(stage.name))
@@ -185,15 +196,22 @@ def push_folder(
     return _background.submit(_upload, stage, destination)
 
 
-def _stage_files(folder: Path, stage: Path) -> None:
-    for path in (path for pattern in _SHARED_FILES for path in folder.glob(pattern) if path.is_file()):
+def _shared_files(folder: Path) -> list[Path]:
+    """What of a folder is shared; the history is shared in part."""
+    files = [path for pattern in (*_SHARED_FILES, HISTORY_FILE) for path in folder.glob(pattern) if path.is_file()]
+    for path in files:
         _check_is_inside(path, folder)
+    return files
+
+
+def _stage_files(folder: Path, stage: Path) -> None:
+    for path in _shared_files(folder):
         copy = stage / path.relative_to(folder)
         copy.parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, copy)
-    if (folder / HISTORY_FILE).is_file():
-        _check_is_inside(folder / HISTORY_FILE, folder)
-        write_history(stage / HISTORY_FILE, public_history(read_history(folder)))
+        if path.name == HISTORY_FILE:
+            write_history(copy, public_history(read_history(path)))
+        else:
+            shutil.copyfile(path, copy)
 
 
 def _check_is_inside(path: Path, folder: Path) -> None:
