@@ -88,7 +88,8 @@ class RavanConfig(PeftConfig):
             own, as for LoRA.
 
     Raises:
-        ValueError: if a field has a value outside its range, or if fields exclude each other.
+        TypeError: if `target_parameters` is a string, which `target_modules` may be.
+        ValueError: if a field has a value of another type or outside its range, or if fields exclude each other.
     """
 
     r: int = field(default=16, metadata={"help": "Rank of one head."})
@@ -203,6 +204,8 @@ class RavanConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = ensure_peft_type()
         self._check_numbers()
+        if isinstance(self.target_parameters, str):
+            raise TypeError("`target_parameters` must be a list of strings or None.")
         check_field_types(self)
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)

@@ -19,6 +19,7 @@ GROUPS = {
     "custom models": ["custom_models"],
     "decoder models": ["decoder_models"],
     "other models": ["encoder_decoder_models", "feature_extraction_models", "seq_classifier"],
+    "initialization and parameters": ["initialization", "other", "target_parameters"],
     "functions": ["config", "helpers", "lora_conversion", "low_level_api", "quantization"],
 }
 OPTIONS = ["-c", os.devnull, "--rootdir=.", "-p", "peft_suite.plugin", "-p", "no:cacheprovider", "--disable-warnings"]

@@ -2,11 +2,14 @@
 
 import json
 import time
+import warnings
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import FalconMambaConfig, FalconMambaForCausalLM
 
 from peft_ravan import RavanConfig, patterns
 from peft_ravan.bases import MAX_EXCESS, BasesShape, check_bases_fit
@@ -128,3 +131,90 @@ def test_parameters_are_checked_too():
     config = RavanConfig(target_parameters=["experts.weight"], r=10**9, init_bases="normal")
     with pytest.raises(ValueError, match="at most 16 times that"):
         get_peft_model(Model(), config)
+
+
+# ---- What PEFT tests with the names of LoRA's tensors -----------------------------------
+
+
+def test_a_missing_tensor_is_told_when_an_adapter_is_loaded(tmp_path):
+    get_peft_model(tiny_llama(), RavanConfig(**SMALL)).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    state = load_file(path)
+    missing = next(name for name in state if name.endswith("v_proj.ravan_H"))
+    save_file({name: tensor for name, tensor in state.items() if name != missing}, path)
+    with pytest.warns(UserWarning, match=f"Found missing adapter keys .*{missing}"):
+        PeftModel.from_pretrained(tiny_llama(), tmp_path)
+
+
+@pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
+def test_what_is_trained_can_be_left_on_the_meta_device(task_type):
+    config = RavanConfig(target_modules="all-linear", task_type=task_type, **SMALL)
+    model = get_peft_model(tiny_llama(), config, low_cpu_mem_usage=True)
+    tensors = [tensor for name, tensor in model.named_parameters() if ".ravan_" in name]
+    assert tensors and {tensor.device.type for tensor in tensors} == {"meta"}
+
+
+def test_a_parameter_that_is_the_weight_of_a_layer_is_adapted_as_the_layer():
+    layers = get_peft_model(tiny_llama(), RavanConfig(target_modules=["gate_proj"], **SMALL)).eval()
+    parameters = RavanConfig(target_modules=[], target_parameters=["gate_proj.weight"], **SMALL)
+    parameters = get_peft_model(tiny_llama(), parameters).eval()
+    tokens = torch.arange(10).view(2, 5)
+    base = layers(tokens).logits
+    pairs = list(zip(adapted_layers(layers), adapted_layers(parameters), strict=True))
+    for layer, parameter in pairs:
+        nn.init.normal_(layer.ravan_H["default"])
+        for name in ("ravan_A", "ravan_B", "ravan_H"):
+            getattr(parameter, name)["default"].data.copy_(getattr(layer, name)["default"])
+    assert len(pairs) == 2 and not torch.allclose(layers(tokens).logits, base, atol=1e-3)
+    torch.testing.assert_close(parameters(tokens).logits, layers(tokens).logits, atol=1e-5, rtol=1e-5)
+
+
+def adapted_layers(model):
+    return [module for module in model.modules() if isinstance(module, RavanLayer)]
+
+
+def test_a_parameter_that_is_parametrized_is_refused():
+    model = TwoLayers()
+    nn.utils.parametrizations.weight_norm(model.l1)
+    with pytest.raises(ValueError, match="'weight' of .*Linear is parametrized, which Ravan does not support"):
+        get_peft_model(model, RavanConfig(target_parameters=["l1.weight"], **SMALL))
+
+
+# ---- Mistakes ------------------------------------------------------------------------------
+
+
+def test_weights_that_kernels_read_by_themselves_are_refused():
+    config = FalconMambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, state_size=4)
+    model = FalconMambaForCausalLM(config)
+    with pytest.raises(ValueError, match="'backbone.layers.0.mixer.out_proj' is incompatible with Mamba-based models"):
+        get_peft_model(model, RavanConfig(target_modules=["in_proj", "out_proj"], **SMALL))
+    assert not adapted_layers(model)
+    assert adapted_layers(get_peft_model(model, RavanConfig(target_modules=["in_proj"], **SMALL)))
+
+
+def test_patterns_that_match_no_target_are_told():
+    fields = {"target_modules": ["q_proj"], "r": 2, "num_heads": 2}
+    with pytest.warns(RuntimeWarning, match=r"heads_pattern keys did not match any targeted module .*: \['k_proj'\]"):
+        get_peft_model(tiny_llama(), RavanConfig(heads_pattern={"k_proj": 3, r"0\.self_attn\.q_proj": 1}, **fields))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        get_peft_model(tiny_llama(), RavanConfig(heads_pattern={"q_proj": 3}, **fields))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": 5}, {"target_modules": ["q_proj", 5]}, {"modules_to_save": "classifier"}, {"rank_pattern": ["q"]},
+        {"save_projection": "no"}, {"layer_replication": [5]}, {"trainable_token_indices": ["a"]}, {"projection_seed": "x"},
+        {"init_bases": None}, {"ravan_dropout": "0.1"}, {"fan_in_fan_out": 1}, {"bias": None}, {"heads_pattern": {"q": "2"}},
+    ],
+)  # fmt: skip
+def test_fields_of_another_type_are_refused(fields):
+    [name] = fields
+    with pytest.raises(ValueError, match=rf"`{name}.*` must be .*, got "):
+        RavanConfig(**fields)
+
+
+def test_a_string_of_parameters_is_refused_as_by_lora():
+    with pytest.raises(TypeError, match="`target_parameters` must be a list of strings or None."):
+        RavanConfig(target_parameters="linear.weight")
