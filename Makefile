@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-deep lint format clean
 
 # the demo needs less than the tests, and should start soon
 $(VENV)/.demo $(VENV)/.dev: $(VENV)/.%: pyproject.toml constraints.txt
@@ -16,6 +16,9 @@ demo: $(VENV)/.demo  ## set up, and run the federation of examples/federated_dig
 
 test: lint  ## set up, and run the checks and all tests
 	$(BIN)/python -m pytest --numprocesses 2
+
+test-deep: lint  ## the same with other random examples each time, and 50 times as many
+	$(BIN)/python -m pytest --numprocesses 2 --hypothesis-profile deep
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

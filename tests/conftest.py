@@ -20,9 +20,14 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    set_seed,
 )
 
 from .hub_server import hub  # noqa: F401, a fixture
+from .properties import num_uploads, register_profiles
+
+
+register_profiles()
 
 
 NUM_LABELS = 4
@@ -31,8 +36,14 @@ VOCAB_SIZE = 64
 
 @pytest.fixture(autouse=True)
 def _seed():
-    torch.manual_seed(0)
+    set_seed(0)
     torch.set_num_threads(1)  # the suite runs in two processes on two cores
+
+
+@pytest.fixture(scope="session")
+def fuzz_examples() -> int:
+    """How many malformed uploads to make."""
+    return num_uploads()
 
 
 def tiny_bert() -> BertForSequenceClassification:

@@ -8,10 +8,9 @@ import torch
 from peft import get_peft_model
 
 from peft_ravan import RavanConfig, to_lora
+from peft_ravan.adapter_files import ADAPTER_FILES, CARD_FILE, TWIN_FOLDER
 from peft_ravan.federation_record import FACTS_FILE, HISTORY_FILE, PLOT_FILE
 from peft_ravan.fingerprint import TOLERANCE
-from peft_ravan.hub import _ADAPTER_FILES
-from peft_ravan.model_card import CARD_FILE, TWIN_FOLDER
 
 from .conftest import randomize_adapter
 from .markdown import dead_links, rows, run_blocks, section
@@ -51,7 +50,7 @@ def test_the_code_runs_in_order(tmp_path, monkeypatch, capsys, hub):
 
 def test_the_table_of_files_has_those_that_a_federation_uploads():
     files = {name for row in rows(section(TEXT, "On the Hub")) for name in re.findall(r"`([\w.]+|lora/)`", row[0])}
-    assert files == {*_ADAPTER_FILES, CARD_FILE, f"{TWIN_FOLDER}/", FACTS_FILE, HISTORY_FILE, PLOT_FILE}
+    assert files == {*ADAPTER_FILES, CARD_FILE, f"{TWIN_FOLDER}/", FACTS_FILE, HISTORY_FILE, PLOT_FILE}
 
 
 def test_the_table_of_arguments_has_every_argument_and_its_default():

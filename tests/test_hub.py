@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load
@@ -387,3 +387,63 @@ def test_the_card_of_another_method_needs_no_package(hub, tmp_path):
     text = card_of(hub).text
     assert "This is a LORA adapter for [PEFT]" in text and "import peft_ravan" not in text and "KeyError" not in text
     assert not [name for name in hub.files(REPO) if name.startswith("lora/")]
+
+
+# ---- Links -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """The folder of an adapter, and a file beside it that is nobody's business."""
+    ravan_model().save_pretrained(tmp_path / "adapter")
+    (tmp_path / "secret").write_text('{"token": "hf_1234"}')
+    return tmp_path / "adapter"
+
+
+@pytest.mark.parametrize(
+    "name", ["README.md", "tokenizer.json", "federation.json", "rounds.jsonl", "rounds.png", "vocab.txt"]
+)
+@pytest.mark.parametrize("target", ["../secret", "/etc/hostname", "links/secret"])
+def test_a_link_that_leads_outside_is_refused(hub, saved, name, target):
+    (saved / "links").symlink_to("..")
+    (saved / name).unlink(missing_ok=True)
+    (saved / name).symlink_to(target)
+    with pytest.raises(ValueError, match=f"{name}' is a link to '.*', outside of the folder, and is not uploaded"):
+        push_to_hub(saved, REPO)
+    assert not hub.repos
+
+
+def test_a_folder_that_is_a_link_is_not_followed_either(hub, saved):
+    (saved.parent / "templates").mkdir()
+    (saved.parent / "templates" / "a.jinja").write_text("secret")
+    (saved / "additional_chat_templates").symlink_to("../templates")
+    with pytest.raises(ValueError, match="a.jinja' is a link to"):
+        push_to_hub(saved, REPO)
+
+
+def test_links_that_lead_nowhere_or_stay_inside_do_not_matter(hub, saved):
+    (saved / "vocab.json").symlink_to("nowhere")
+    (saved / "vocab.txt").symlink_to("vocab.real")
+    (saved / "vocab.real").write_text("inside")
+    (saved / "secret.txt").symlink_to("../secret")  # which would not be shared anyway
+    (saved.parent / "link").symlink_to("adapter")
+    push_to_hub(saved.parent / "link", REPO)
+    assert hub.files(REPO)["vocab.txt"] == b"inside" and "vocab.json" not in hub.files(REPO)
+
+
+def test_a_snapshot_in_the_cache_of_the_hub_can_be_pushed_on(hub, saved, tmp_path):
+    push_to_hub(saved, REPO)
+    snapshot = Path(snapshot_download(REPO, cache_dir=tmp_path / "cache"))
+    weights = snapshot / "adapter_model.safetensors"
+    assert weights.is_symlink() and not weights.resolve().is_relative_to(snapshot)
+    push_to_hub(snapshot, "tester/again")
+    assert hub.files("tester/again")["adapter_model.safetensors"] == weights.read_bytes()
+    # but what looks like a cache does not let other files in
+    (snapshot / "vocab.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(ValueError, match="vocab.txt' is a link"):
+        push_to_hub(snapshot, "tester/again")
+    (snapshot / "vocab.txt").unlink()
+    (snapshot / "vocab.txt").symlink_to("../../blobs/secret")
+    (snapshot.parents[1] / "blobs" / "secret").symlink_to(tmp_path / "secret")
+    with pytest.raises(ValueError, match="vocab.txt' is a link"):
+        push_to_hub(snapshot, "tester/again")

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from transformers.trainer_utils import has_length
 
 from .columns import find_label_column, read_labels
+from .data_checks import check_client_names
 from .partition import ClientParts, partition_indices
 from .preparation import given_clients
 from .rounds import derive_seed
@@ -66,7 +67,8 @@ def make_client_eval_datasets(
 
 
 def _given(datasets: Mapping[str, Dataset], clients: Mapping[str, Dataset]) -> dict[str, Dataset]:
-    given = {str(name): dataset for name, dataset in datasets.items()}
+    check_client_names(datasets, "client_eval_dataset")
+    given = dict(datasets)
     unknown = [name for name in given if name not in clients]
     if unknown:
         raise ValueError(

@@ -5,7 +5,9 @@ one after the other by all processes together. A round asks for their results an
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import os
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -281,7 +283,20 @@ def make_runner(parallel: str) -> ClientRunner:
             "processes without it, as `accelerate launch --multi_gpu` does."
         )
     _forget_numbers_of_cpus()
+    _leave_the_group_at_exit()
     return ProcessRunner() if parallel == "clients" else DataParallelRunner()
+
+
+@functools.cache  # once is enough
+def _leave_the_group_at_exit() -> None:
+    # A thread of gloo that is still letting go of the tensors of the last exchange when the interpreter ends would abort a
+    # process that has done all its work ("terminate called without an active exception"). To leave the group waits for its
+    # threads, unless a wrapped model holds on to it. NCCL ends by itself; to leave it after an error might wait for others.
+    def leave() -> None:
+        if torch.distributed.is_initialized() and torch.distributed.get_backend() == torch.distributed.Backend.GLOO:
+            torch.distributed.destroy_process_group()
+
+    atexit.register(leave)
 
 
 def _check_alone() -> None:

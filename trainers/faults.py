@@ -33,6 +33,29 @@ class RoundFailedError(RuntimeError):
     """Too few clients of a round succeeded, in all its attempts."""
 
 
+# errors that come back whoever trains, unless the data of some clients differs from that of others
+_MISTAKES = {"AttributeError", "IndexError", "KeyError", "NotImplementedError", "TypeError", "ValueError"}
+
+
+def common_mistake(this_round: Round, num_clients: int) -> str | None:
+    """
+    Tell a mistake in the data, the model or the arguments from faults of clients, which others may not have.
+
+    Args:
+        this_round ([`Round`]): A round that has failed, in a run in which no client has succeeded yet.
+        num_clients (`int`): How many clients there are.
+
+    Returns:
+        `str`: What all have failed with, if all clients that have tried, two at least if there are as many, had an error of
+        the same kind, of those that do not pass.
+    """
+    failures = list(this_round.failures.values())
+    kinds = {reason.partition(":")[0] for reason in failures}
+    if this_round.num_examples or len(failures) < min(2, num_clients) or len(kinds) != 1 or not kinds <= _MISTAKES:
+        return None
+    return failures[0]
+
+
 class TimeoutCallback(TrainerCallback):
     """
     Ends the local training of a client that takes too long. It looks at the clock after every step: a step that hangs is

@@ -28,7 +28,8 @@ from .client_budgets import resolve_client_budgets
 from .client_evaluation import ClientEvaluationMixin
 from .client_runners import make_runner
 from .clients import LiveAdapter, freeze, frozen_heap
-from .faults import ClientFault, RoundFailedError, merge_of, updates_of
+from .data_checks import check_labels
+from .faults import ClientFault, RoundFailedError, common_mistake, merge_of, updates_of
 from .history import HistoryFileCallback, HistoryMixin
 from .local_objective import ControlVariates
 from .local_training import LocalTrainingMixin
@@ -102,6 +103,7 @@ class FederatedMixin(
             adapter = self._live_adapter()  # raises if the model cannot be trained this way
             self.clients = self._prepared(clients)
             self.client_budgets = resolve_client_budgets(self)
+            check_labels(self, given)
             check_participation(self._client_sizes(), args, availability)
             self.privacy = resolve_privacy(self, adapter, availability)
         self.availability = availability
@@ -281,6 +283,7 @@ class FederatedMixin(
             result = self._merge(run, this_round) if this_round.clients else None
             if len(this_round.num_examples) >= needed:
                 return this_round, result
+            self._check_for_a_mistake(this_round)
             if this_round.attempts == self.args.max_round_attempts:
                 raise RoundFailedError(
                     f"Round {number}: fewer than {needed} clients (`min_successful_clients`) succeeded in each of "
@@ -293,6 +296,17 @@ class FederatedMixin(
                 others if enough else sizes, self.args, number, self.availability, attempt=this_round.attempts
             )
             this_round = this_round.again(clients)
+
+    def _check_for_a_mistake(self, this_round: Round) -> None:
+        if any(record.get("clients") for record in self.state.log_history):
+            return  # what works for some is no mistake of all
+        mistake = common_mistake(this_round, len(self.clients))
+        if mistake is not None:
+            raise RoundFailedError(
+                f"Round {this_round.number}: all {len(this_round.failures)} clients that have tried failed with the same "
+                f"error, as others would, so the round is not repeated. Look into the data, the model and the arguments. "
+                f"{mistake}"
+            ) from this_round.first_error
 
     def _merge(self, run: Run, this_round: Round) -> MergeResult | None:
         args = self.args

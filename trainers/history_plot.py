@@ -13,7 +13,7 @@ import pandas as pd
 from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
 
-from peft_ravan.federation_record import public_history
+from peft_ravan.federation_record import as_number, public_history
 from peft_ravan.plotting import MAX_NAMES, make_figure, name_ticks
 from peft_ravan.state import exchange_state, is_core
 
@@ -95,7 +95,8 @@ class Curves:
         """The points of one entry of the records, without rounds that do not have it."""
         if name not in self.records:
             return np.empty(0), np.empty(0)
-        values = pd.to_numeric(self.records[name], errors="coerce").to_numpy(dtype=float)
+        # a record from a file may have anything there
+        values = np.array([as_number(value) for value in self.records[name]], dtype=float)
         there = np.isfinite(values)
         return over[there], values[there]
 
@@ -228,7 +229,7 @@ def _draw_loss(axes: Axes, curves: Curves, over: np.ndarray) -> None:
 def _participation(history: Sequence[Mapping[str, Any]], clients: Sequence[str] | None) -> pd.DataFrame:
     """Who took part: a row for each client, a column for each round."""
     records = {record["round"]: record for record in history if "clients" in record}
-    failed = {number: [f["client"] for f in record["failed_clients"]] for number, record in records.items()}
+    failed = {number: [f["client"] for f in record.get("failed_clients", ())] for number, record in records.items()}
     if clients is None:
         clients = sorted({c for n, record in records.items() for c in (*record["clients"], *failed[n])})
     positions = {client: position for position, client in enumerate(clients)}
@@ -272,7 +273,7 @@ def _draw_participation(axes: Axes, participation: pd.DataFrame) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     name_ticks(axes.yaxis, participation.index)
     if max(participation.shape) <= MAX_NAMES:  # else lines would hide the cells
-        axes.set_xticks(np.arange(first, last) + 0.5, minor=True)
+        axes.set_xticks(np.linspace(first - 0.5, last + 0.5, len(participation.columns) + 1)[1:-1], minor=True)
         axes.set_yticks(np.arange(rows - 1) + 0.5, minor=True)
         axes.grid(which="minor", color="white", linewidth=1)
         axes.tick_params(which="minor", length=0)

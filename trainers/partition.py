@@ -17,6 +17,7 @@ from torch.utils.data import Dataset, Subset
 from transformers.trainer_utils import has_length
 
 from .columns import LABEL_COLUMNS, find_label_column, label_names, read_column, read_labels
+from .data_checks import check_client_names, check_train_dataset
 from .partitioner import load_partitions
 from .rounds import derive_seed
 
@@ -109,11 +110,13 @@ def make_clients(train_dataset: Dataset | Mapping[str, Dataset], args: Federated
         `Mapping[str, Dataset]`: Client names to data sets, none of them empty.
 
     Raises:
-        ValueError: if a client has no data, if the data cannot be split that way, or if there are fewer clients than
-            `clients_per_round`.
+        ValueError: if a client has no data or no name, if it is not said which client has which data set, if the data
+            cannot be split that way, or if there are fewer clients than `clients_per_round`.
     """
+    check_train_dataset(train_dataset)
     if isinstance(train_dataset, Mapping):
-        clients = {str(name): dataset for name, dataset in train_dataset.items()}
+        check_client_names(train_dataset)
+        clients = dict(train_dataset)
         _check_not_empty(clients)
     elif not has_length(train_dataset):
         raise ValueError(
@@ -250,7 +253,14 @@ def _shards_by_label(sizes: np.ndarray, num_clients: int, k: int) -> np.ndarray:
 
 def _by_column(dataset: Dataset, column: str) -> dict[str, np.ndarray]:
     names = dict(enumerate(label_names(dataset, column)))
-    clients = np.asarray([str(names.get(value, value)) for value in read_column(dataset, column)])
+    values = read_column(dataset, column)
+    missing = sum(value is None or str(value).strip() in ("", "nan") for value in values)
+    if missing:
+        raise ValueError(
+            f"`partition='column'` needs the name of a client for every example, but {missing} of {len(values)} have none in "
+            f"{column!r}. Give them one, or leave them out."
+        )
+    clients = np.asarray([str(names.get(value, value)) for value in values])
     return {str(client): np.flatnonzero(clients == client) for client in np.unique(clients)}
 
 

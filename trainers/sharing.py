@@ -10,9 +10,10 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
+from peft_ravan.adapter_files import CARD_FILE
 from peft_ravan.federation_record import HISTORY_FILE, PLOT_FILE, write_history
 from peft_ravan.hub import Destination, push_folder
-from peft_ravan.model_card import CARD_FILE, make_model_card
+from peft_ravan.model_card import make_model_card
 
 from .reporting import federation_record
 

@@ -18,6 +18,11 @@ import torch
 from .linalg import truncated_svd
 
 
+# How often h*r may exceed the larger side of a target. Beyond that side more heads add no rank; adapters whose heads were
+# stacked (`add_weighted_adapter` with "cat") have more all the same, and a number from a stranger's file may be anything.
+MAX_EXCESS = 16
+
+
 @dataclass(frozen=True)
 class BasesShape:
     """
@@ -164,10 +169,17 @@ def check_bases_fit(init_bases: str, shape: BasesShape, target_name: str) -> Non
         target_name (`str`): The name of the target, for the message.
 
     Raises:
-        ValueError: if `init_bases` is unknown, or if such bases cannot be made in this shape.
+        ValueError: if `init_bases` is unknown, if such bases cannot be made in this shape, or if they are senselessly large.
     """
     check_bases_name(init_bases)
     sizes = f"d_in = {shape.d_in} and d_out = {shape.d_out}"
+    longer_side = max(shape.d_in, shape.d_out)
+    if shape.r > longer_side or shape.total_rank > MAX_EXCESS * longer_side:
+        raise ValueError(
+            f"r must be at most max(d_in, d_out), and num_heads * r at most {MAX_EXCESS} times that, but for the target "
+            f"{target_name!r} num_heads * r = {shape.num_heads} * {shape.r} = {shape.total_rank}, {sizes}. The rank of an "
+            "update is never above the smaller of both. Use a smaller `r` or `num_heads`."
+        )
     way_out = "Use a smaller `r` or `num_heads`, or `init_bases='normal'`."
     kind = BASES[init_bases]
     if kind.orthonormal_heads == "all" and shape.total_rank > min(shape.d_in, shape.d_out):
@@ -206,7 +218,7 @@ def make_bases(
         `tuple[torch.Tensor, torch.Tensor]`: A `[h*r, d_in]` and B `[d_out, h*r]`, in float32 on the CPU.
 
     Raises:
-        ValueError: if `init_bases` is unknown, or does not fit into the target.
+        ValueError: if `init_bases` is unknown, or does not fit into the target. Nothing has been allocated then.
     """
     check_bases_fit(init_bases, shape, target_name)
     kind = BASES["gram_schmidt"] if BASES[init_bases].from_matrix and matrix is None else BASES[init_bases]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from peft.config import PeftConfig
@@ -9,6 +10,7 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from .bases import BASES, check_bases_name
+from .field_types import check_field_types
 from .registration import ensure_peft_type
 
 
@@ -86,7 +88,8 @@ class RavanConfig(PeftConfig):
             own, as for LoRA.
 
     Raises:
-        ValueError: if a field has a value outside its range, or if fields exclude each other.
+        TypeError: if `target_parameters` is a string, which `target_modules` may be.
+        ValueError: if a field has a value of another type or outside its range, or if fields exclude each other.
     """
 
     r: int = field(default=16, metadata={"help": "Rank of one head."})
@@ -200,6 +203,10 @@ class RavanConfig(PeftConfig):
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = ensure_peft_type()
+        self._check_numbers()
+        if isinstance(self.target_parameters, str):
+            raise TypeError("`target_parameters` must be a list of strings or None.")
+        check_field_types(self)
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, (list, tuple)):
@@ -208,17 +215,22 @@ class RavanConfig(PeftConfig):
             # filled in by the model, and never saved
             self.modules_to_tie = None
             self.target_modules_to_tie = None
-        self._check_numbers()
+        self._check_values()
         self._check_layers()
         self._check_target_parameters()
 
     def _check_numbers(self) -> None:
         sizes = {"r": self.r, "num_heads": self.num_heads}
         for name in ("rank_pattern", "heads_pattern"):
-            sizes |= {f"{name}[{key!r}]": value for key, value in (getattr(self, name) or {}).items()}
+            pattern = getattr(self, name) or {}
+            if not isinstance(pattern, Mapping):
+                raise ValueError(f"`{name}` must be names or patterns to integers, got {pattern!r:.80}.")
+            sizes |= {f"{name}[{key!r}]": value for key, value in pattern.items()}
         for name, value in sizes.items():
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"`{name}` must be an integer of 1 or more, got {value!r}.")
+
+    def _check_values(self) -> None:
         if not 0.0 <= self.ravan_dropout < 1.0:
             raise ValueError(f"`ravan_dropout` must be at least 0 and below 1, got {self.ravan_dropout!r}.")
         if self.bias not in ("none", "all", "ravan_only"):

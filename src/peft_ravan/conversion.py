@@ -90,8 +90,8 @@ def to_lora(
         [`~peft.LoraConfig`]: The configuration that was saved.
 
     Raises:
-        ValueError: if the adapter is not one of Ravan, if `rank` is out of its range, or if a target cannot be expressed
-            by LoRA. Nothing has been written then.
+        ValueError: if the adapter is not one of Ravan, if `rank` is out of its range, if a target cannot be expressed by
+            LoRA, or if `output_dir` is the folder of the adapter. Nothing has been written then.
 
     Example:
 
@@ -101,6 +101,11 @@ def to_lora(
         >>> to_lora("ravan-adapter", "lora-adapter")
         ```
     """
+    if not isinstance(model_or_folder, nn.Module) and os.path.exists(output_dir):
+        if os.path.exists(model_or_folder) and os.path.samefile(model_or_folder, output_dir):
+            raise ValueError(
+                f"{str(output_dir)!r} is the folder of the adapter itself. Save its LoRA twin in another one."
+            )
     config, state = lora_twin(
         model_or_folder,
         rank,
@@ -176,9 +181,7 @@ def _check_target(target: RavanTarget) -> None:
             "or a padding mode, and groups it in another way. Merge the adapter into its base model instead, with "
             "`merge_and_unload`."
         )
-    for name in ("core", "scaling"):
-        if not torch.isfinite(getattr(target, name)).all():
-            raise ValueError(f"The {name} of {target.name!r} has entries that are not finite: the adapter is broken.")
+    target.check_finite()
 
 
 def _factors(target: RavanTarget, rank: int | float | None) -> LoraFactors:

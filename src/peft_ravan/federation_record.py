@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ FACTS_FILE = "federation.json"
 HISTORY_FILE = "rounds.jsonl"
 PLOT_FILE = "rounds.png"
 VERSIONED_PACKAGES = ("peft-ravan", "peft", "transformers", "accelerate", "datasets", "torch")
+# what records and facts may be, where a file says them; other entries of a record may be anything, as metrics are
+_MAX_ROUND, _MAX_COUNT = 2**31, 2**63
 # of a run with differential privacy: what is measured on the clients' data without noise, or tells who took part
 _NOT_PROTECTED = ("clients", "failed_clients", "num_examples", "heads_trained", "train_loss", "attempts")
 
@@ -57,13 +59,16 @@ class FederationRecord:
 
         Returns:
             [`FederationRecord`]: What its `federation.json` and `rounds.jsonl` say, or `None` if it has neither.
+
+        Raises:
+            ValueError: if one of the files is not what such a file is. The message names it.
         """
         folder = Path(folder)
         facts, history = {"num_clients": None}, []
         if not any((folder / name).is_file() for name in (FACTS_FILE, HISTORY_FILE)):
             return None
         if (folder / FACTS_FILE).is_file():
-            facts = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
+            facts = _read_facts(folder / FACTS_FILE)
         if (folder / HISTORY_FILE).is_file():
             history = public_history(read_history(folder))
         return cls(history=history, **facts)
@@ -76,7 +81,7 @@ class FederationRecord:
             folder (`str` or `os.PathLike`): The folder of the adapter.
         """
         facts = {name: getattr(self, name) for name in ("num_clients", "facts", "versions", "best_round")}
-        _replace_file(Path(folder, FACTS_FILE), json.dumps(_json_safe(facts), indent=2, default=str) + "\n")
+        replace_file(Path(folder, FACTS_FILE), json.dumps(_json_safe(facts), indent=2, default=str) + "\n")
 
 
 def current_versions() -> dict[str, str]:
@@ -157,10 +162,17 @@ def write_history(path: str | os.PathLike, records: Iterable[Mapping[str, Any]])
         path (`str` or `os.PathLike`): The file. One that exists is replaced.
         records (`Iterable[Mapping[str, Any]]`): The records.
     """
-    _replace_file(Path(path), history_lines(records))
+    replace_file(Path(path), history_lines(records))
 
 
-def _replace_file(path: Path, text: str) -> None:
+def replace_file(path: Path, text: str) -> None:
+    """
+    Write a file aside and put it in its place, so that there is never half of it. A link is replaced, and not followed.
+
+    Args:
+        path (`Path`): The file.
+        text (`str`): What is written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.incomplete")
     aside.write_text(text, encoding="utf-8")
@@ -176,7 +188,97 @@ def read_history(path: str | os.PathLike) -> list[dict[str, Any]]:
 
     Returns:
         `list[dict[str, Any]]`: The records, as in `trainer.state.log_history`.
+
+    Raises:
+        ValueError: if a line is no record. The message names the file and the line.
     """
     path = Path(path)
-    text = (path / HISTORY_FILE if path.is_dir() else path).read_text(encoding="utf-8")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    path = path / HISTORY_FILE if path.is_dir() else path
+    text = _read_text(path)
+    lines = text[: text.rfind("\n") + 1].splitlines()
+    return [_parse_record(f"{path}, line {number}", line) for number, line in enumerate(lines, start=1)]
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8: {error}") from error
+
+
+def _parse_object(source: str, text: str) -> dict[str, Any]:
+    """A JSON object, or an error that names where it comes from."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{source} is no JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{source} must be a JSON object, got {type(value).__name__}.")
+    return value
+
+
+def _read_facts(path: Path) -> dict[str, Any]:
+    """The fields of a [`FederationRecord`] that the file has. What it does not know is left to later versions."""
+    given = _parse_object(str(path), _read_text(path))
+    _check(str(path), "num_clients", given.get("num_clients"), "a number of clients or null", _is_count, None)
+    _check(str(path), "best_round", given.get("best_round"), "the number of a round or null", _is_round, None)
+    for name in ("facts", "versions"):
+        _check(str(path), name, given.get(name, {}), "an object", lambda value: isinstance(value, dict))
+    known = ("num_clients", "facts", "versions", "best_round")
+    return {"num_clients": None, **{name: given[name] for name in known if name in given}}
+
+
+def _parse_record(source: str, text: str) -> dict[str, Any]:
+    record = _parse_object(source, text)
+    for name, is_valid, what in (
+        ("round", _is_round, "the number of a round"),
+        ("clients", _are_names, "a list of names"),
+        ("failed_clients", _are_failures, 'a list of objects with the name of a "client"'),
+        ("num_clients", _is_count, "a number of clients"),
+        ("num_examples", _is_count, "a number of examples"),
+        ("upload_bytes", _is_count, "a number of bytes"),
+        ("download_bytes", _is_count, "a number of bytes"),
+    ):
+        if "round" in record and name in record:
+            _check(source, name, record[name], what, is_valid)
+    return record
+
+
+def _check(source: str, name: str, value: Any, what: str, is_valid: Callable[[Any], bool], *also: Any) -> None:
+    if not is_valid(value) and not any(value is other for other in also):
+        shown = repr(value)
+        raise ValueError(
+            f"{source}: `{name}` must be {what}, got {shown if len(shown) <= 80 else shown[:77] + '...'}."
+        )
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MAX_COUNT
+
+
+def _is_round(value: Any) -> bool:
+    return _is_count(value) and value < _MAX_ROUND
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _are_failures(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(f, dict) and isinstance(f.get("client"), str) for f in value)
+
+
+def as_number(value: Any) -> float | None:
+    """
+    Args:
+        value (`Any`): An entry of a record, which may come from a file.
+
+    Returns:
+        `float`: Its value, if it is a number that can be written with decimals.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return None

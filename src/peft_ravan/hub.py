@@ -14,28 +14,29 @@ from pathlib import Path
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftConfig
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME
 from torch import nn
 
+from .adapter_files import ADAPTER_FILES, CARD_FILE, PROCESSING_FILES, RECORD_FILES, TWIN_FILES, TWIN_FOLDER
 from .config import RavanConfig
 from .conversion import to_lora
-from .federation_record import FACTS_FILE, HISTORY_FILE, PLOT_FILE, public_history, read_history, write_history
-from .model_card import CARD_FILE, TWIN_FOLDER, card_of_folder, name_on_hub
-from .reading import checked_folder
+from .federation_record import (
+    FACTS_FILE,
+    HISTORY_FILE,
+    PLOT_FILE,
+    FederationRecord,
+    public_history,
+    read_history,
+    write_history,
+)
+from .model_card import card_of_folder, kept_metadata, name_on_hub
+from .reading import checked_folder, read_config
 
 
-# what is shared of a folder: never checkpoints, optimizers, states of clients, pickled arguments
-_ADAPTER_FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)
-_RECORD_FILES = (FACTS_FILE, PLOT_FILE)
-# as tokenizers and processors of transformers save themselves
-_PROCESSING_FILES = (
-    "tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
-    "merges.txt", "spiece.model", "sentencepiece*.model", "*.spm", "chat_template.*", "additional_chat_templates/*.jinja",
-    "preprocessor_config.json", "processor_config.json", "*_preprocessor_config.json",
-)  # fmt: skip
-_TWIN_FILES = tuple(f"{TWIN_FOLDER}/{name}" for name in _ADAPTER_FILES)
+# what is shared of a folder: never checkpoints, optimizers, states of clients, pickled arguments; of the history, less
+_SHARED_FILES = (*ADAPTER_FILES, FACTS_FILE, PLOT_FILE, CARD_FILE, *PROCESSING_FILES)
 # of an earlier upload, what would belong to another adapter if this one does not have it
-_REPLACED_FILES = (*_RECORD_FILES, HISTORY_FILE, *_TWIN_FILES)
+_REPLACED_FILES = (*RECORD_FILES, *TWIN_FILES)
 
 _background = ThreadPoolExecutor(max_workers=1)  # one, so that commits come in the order in which they were asked for
 
@@ -128,7 +129,8 @@ def push_to_hub(
 
     Raises:
         FileNotFoundError: if the folder lacks a file of an adapter.
-        ValueError: if the model has no such adapter, or `card_data` do not suit the Hub.
+        ValueError: if the model has no such adapter, if a file of the folder is damaged or a link that leads outside of it,
+            or if `card_data` do not suit the Hub.
         UploadError: if the upload was interrupted.
         HfHubHTTPError: if the Hub refuses it.
 
@@ -175,6 +177,9 @@ def push_folder(
         [`~huggingface_hub.CommitInfo`]: The commit, or a future of it.
     """
     folder = checked_folder(folder)
+    # all is checked where it is, so that errors name the files of the folder and not copies of them
+    _shared_files(folder)
+    read_config(folder), FederationRecord.from_folder(folder), kept_metadata(folder / CARD_FILE)
     stage = tempfile.TemporaryDirectory(prefix="peft-ravan-")
     try:
         _stage_files(folder, Path(stage.name))
@@ -191,14 +196,35 @@ def push_folder(
     return _background.submit(_upload, stage, destination)
 
 
+def _shared_files(folder: Path) -> list[Path]:
+    """What of a folder is shared; the history is shared in part."""
+    files = [path for pattern in (*_SHARED_FILES, HISTORY_FILE) for path in folder.glob(pattern) if path.is_file()]
+    for path in files:
+        _check_is_inside(path, folder)
+    return files
+
+
 def _stage_files(folder: Path, stage: Path) -> None:
-    shared = (*_ADAPTER_FILES, *_RECORD_FILES, CARD_FILE, *_PROCESSING_FILES)
-    for path in (path for pattern in shared for path in folder.glob(pattern) if path.is_file()):
+    for path in _shared_files(folder):
         copy = stage / path.relative_to(folder)
         copy.parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, copy)
-    if (folder / HISTORY_FILE).is_file():
-        write_history(stage / HISTORY_FILE, public_history(read_history(folder)))
+        if path.name == HISTORY_FILE:
+            write_history(copy, public_history(read_history(path)))
+        else:
+            shutil.copyfile(path, copy)
+
+
+def _check_is_inside(path: Path, folder: Path) -> None:
+    """A folder may come from somebody else, and a link in it lead to a file that is nobody's business."""
+    target, folder = path.resolve(), folder.resolve()
+    # the cache of the Hub keeps the contents of all snapshots of a repository beside them, and links to them
+    blobs = [root.parent / "blobs" for root in (folder, *folder.parents) if root.name == "snapshots"]
+    blobs = [place for place in blobs if place.parent.name.startswith("models--") and place.resolve() == place]
+    if not any(target.is_relative_to(place) for place in (folder, *blobs)):
+        raise ValueError(
+            f"{str(path)!r} is a link to {str(target)!r}, outside of the folder, and is not uploaded. Put a copy in the place "
+            "of the link, or remove it."
+        )
 
 
 def _stage_twin(twin_of: nn.Module | str | os.PathLike, adapter_name: str, stage: Path) -> None:

@@ -17,7 +17,7 @@ from .config import RavanConfig
 from .linalg import svd_of_heads, svd_of_product
 from .merging.lora import lora_scaling, product_targets
 from .plotting import make_figure, name_ticks
-from .reading import RavanTarget, read_adapter, read_targets
+from .reading import RavanTarget, check_finite, read_adapter, read_targets
 from .saved_bases import PEFT_PREFIX
 
 
@@ -194,7 +194,7 @@ def inspect_adapter(model_or_folder: nn.Module | str | os.PathLike, adapter_name
 
     Raises:
         FileNotFoundError: if the folder lacks a file of an adapter.
-        ValueError: if the adapter has another method, if its updates are not those of its matrices alone (DoRA), or if
+        ValueError: if a file is damaged, if the adapter has another method or entries that are not finite, if its updates are not those of its matrices alone (DoRA), or if
             bases that are not in the file cannot be made again from it.
 
     Example:
@@ -230,6 +230,7 @@ def _sizes_of_targets(state: Mapping[str, torch.Tensor]) -> dict[str, int]:
 
 
 def _inspect_ravan(target: RavanTarget, num_bytes: int) -> TargetReport:
+    target.check_finite()
     (basis_A, basis_B), products = target.bases(), target.products()
     singular_values = [svd_of_heads(basis_A, basis_B, of_expert)[1] for of_expert in products]
     # the norm of B P A is that of R_B P R_A^T, with the triangles of the QR decompositions of B and A^T
@@ -257,6 +258,7 @@ def _inspect_lora(config: LoraConfig, state: Mapping[str, torch.Tensor]) -> dict
     reports = {}
     for target in product_targets(state, config):
         B, A = target.factors(state)
+        check_finite(torch.cat([A.flatten(), B.flatten()]), f"The A or B of {target.module!r}")
         scaling = lora_scaling(config, target.module, len(A))
         _, singular_values, _, _ = svd_of_product(B, A, rank=len(A))
         name = target.module.removeprefix(PEFT_PREFIX)

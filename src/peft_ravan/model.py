@@ -10,21 +10,21 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import (
     BaseTuner,
-    BaseTunerLayer,
     _maybe_include_all_linear_layers,
     replicate_layers,
 )
-from peft.utils import AuxiliaryTrainingWrapper, get_quantization_kwargs, resolve_quantization_backend
+from peft.utils import AuxiliaryTrainingWrapper, get_quantization_kwargs
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from .bases import BASES, BasesShape, check_bases_fit
 from .config import RavanConfig
-from .layer import Conv2d, Embedding, Linear, RavanLayer
+from .layer import Linear, RavanLayer
 from .param_wrapper import ParamWrapper
+from .patterns import check_patterns
 from .saved_bases import SavedBases
+from .targets import base_layer_of, check_is_called, layer_class, modules_to_match, warn_of_unmatched_heads
 from .trained_heads import ModelTrainedHeads
 from .weighted_adapter import (
     ON_SHARED_BASES,
@@ -44,37 +44,6 @@ TRANSFORMERS_MODELS_TO_RAVAN_TARGET_MODULES_MAPPING = {
     "distilbert": ["q_lin", "v_lin"],
     "vit": ["query", "value"],
 }
-
-
-def _base_layer_of(target: nn.Module) -> nn.Module:
-    """The layer of the base model that a target is, or wraps."""
-    return target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-
-
-def _layer_class(target: nn.Module, target_name: str) -> type[RavanLayer]:
-    """The kind of Ravan layer for a target, which may be adapted already."""
-    base_layer = _base_layer_of(target)
-    if isinstance(base_layer, NonDynamicallyQuantizableLinear):
-        raise TypeError(
-            f"Target module {target_name!r} is the output projection of an `nn.MultiheadAttention`, which reads its weight "
-            "without calling it: an adapter would have no effect. Leave it out with `exclude_modules`."
-        )
-    if isinstance(base_layer, nn.Embedding):
-        return Embedding
-    if isinstance(base_layer, nn.Conv2d):
-        return Conv2d
-    # a quantised linear layer is an nn.Linear for some libraries, and a class of its own for others
-    if isinstance(base_layer, (nn.Linear, Conv1D)):
-        return Linear
-    quantization_backend = resolve_quantization_backend(base_layer)
-    if quantization_backend is not None and quantization_backend.layer_type == "linear":
-        return Linear
-    raise TypeError(
-        f"Target module {target_name!r} is a {type(base_layer).__name__}, which Ravan does not support. Supported are "
-        "`torch.nn.Linear` (optionally quantized), `torch.nn.Embedding`, `torch.nn.Conv2d` and "
-        "`transformers.pytorch_utils.Conv1D`. Name other modules in `target_modules`, or leave this one out with "
-        "`exclude_modules`."
-    )
 
 
 def _pass_adapter_names(
@@ -140,6 +109,7 @@ class RavanModel(ModelTrainedHeads, SavedBases, BaseTuner):
         Raise a ValueError if there is something wrong with the config or if it conflicts with existing adapters.
         """
         super()._check_new_adapter_config(config)
+        check_patterns(config, [name for name, _ in modules_to_match(self.model)])
 
         # whether buffers are persistent is a property of the container that all adapters of a layer share
         values = {existing.save_projection for existing in self.peft_config.values()}
@@ -154,7 +124,7 @@ class RavanModel(ModelTrainedHeads, SavedBases, BaseTuner):
         parameters = {tuple(sorted(existing.target_parameters or ())) for existing in self.peft_config.values()} - {()}
         if len(parameters) > 1:
             raise ValueError(
-                "All adapters of a model must have the same `target_parameters`, or none, but got "
+                "With `target_parameters` all adapters must target the same set of parameters, or none, but got "
                 f"{' and '.join(str(list(names)) for names in sorted(parameters))}."
             )
 
@@ -172,7 +142,8 @@ class RavanModel(ModelTrainedHeads, SavedBases, BaseTuner):
 
         Raises:
             TypeError: if a target is of a kind that Ravan does not support.
-            ValueError: if no targets are named, and the architecture has no default.
+            ValueError: if no targets are named, and the architecture has no default, or if a target is one whose weight the
+                model reads without calling it.
         """
         if config.target_modules is None:
             config.target_modules = cls.target_module_mapping.get(cls.get_model_config(model)["model_type"])
@@ -180,9 +151,10 @@ class RavanModel(ModelTrainedHeads, SavedBases, BaseTuner):
                 raise ValueError("Please specify `target_modules` in `peft_config`")
         config = _maybe_include_all_linear_layers(config, model)
         sizes = {}
-        for name, module in model.named_modules():
+        for name, module in modules_to_match(model):
             if cls._check_target_module_exists(config, name):
-                sizes[name] = _layer_class(module, name).bases_size(_base_layer_of(module))
+                check_is_called(model, name)
+                sizes[name] = layer_class(module, name).bases_size(base_layer_of(module))
         return sizes
 
     def _prepare_adapter_config(self, peft_config: RavanConfig, model_config: dict) -> RavanConfig:
@@ -193,9 +165,11 @@ class RavanModel(ModelTrainedHeads, SavedBases, BaseTuner):
 
     def _prepare_model(self, peft_config: RavanConfig, model: nn.Module) -> None:
         # Every target is checked before the first one is replaced: an error must not leave a half adapted model.
-        for name, size in self.target_sizes(model, peft_config).items():
+        sizes = self.target_sizes(model, peft_config)
+        for name, size in sizes.items():
             r, num_heads = peft_config.size_of(name)
             check_bases_fit(peft_config.init_bases, BasesShape(*size, num_heads, r), name)
+        warn_of_unmatched_heads(peft_config, sizes)
         if peft_config.layer_replication:
             replicate_layers(model, peft_config.layer_replication)
 
@@ -233,11 +207,11 @@ class RavanModel(ModelTrainedHeads, SavedBases, BaseTuner):
     def _create_new_module(
         ravan_config: RavanConfig, adapter_name: str, target: nn.Module, current_key: str, **kwargs
     ) -> RavanLayer:
-        layer_class = _layer_class(target, current_key)
-        if layer_class is not Linear:
-            return layer_class(target, adapter_name, current_key, ravan_config, **kwargs)
+        kind = layer_class(target, current_key)
+        if kind is not Linear:
+            return kind(target, adapter_name, current_key, ravan_config, **kwargs)
         # derived from the layer, not from the config: one model may have both kinds
-        is_conv1d = isinstance(_base_layer_of(target), Conv1D)
+        is_conv1d = isinstance(base_layer_of(target), Conv1D)
         if ravan_config.fan_in_fan_out and not is_conv1d:
             warnings.warn(
                 "fan_in_fan_out is set to True but the target module is `torch.nn.Linear`. "

@@ -17,14 +17,14 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
-from .federation_record import HISTORY_FILE, PLOT_FILE, FederationRecord, current_versions
-from .reading import checked_folder
+from .adapter_files import CARD_FILE, TWIN_FOLDER
+from .federation_record import HISTORY_FILE, PLOT_FILE, FederationRecord, as_number, current_versions
+from .markdown_text import plain_text, table_cell
+from .reading import checked_folder, read_config
 
 
-CARD_FILE = "README.md"
-TWIN_FOLDER = "lora"
 TEMPLATE_PATH = Path(__file__).parent / "model_card_template.md"
 # by the task type of the configuration: the class of transformers that loads the base model, and the task on the Hub
 AUTO_CLASSES = {
@@ -93,7 +93,7 @@ def make_model_card(
     return ModelCard.from_template(
         facts.metadata(),
         template_path=str(TEMPLATE_PATH),
-        title=_plain(facts.title),
+        title=plain_text(facts.title),
         method=facts.method,
         base_model=facts.base_model,
         has_local_base_model=facts.has_local_base_model,
@@ -104,17 +104,20 @@ def make_model_card(
         twin_folder=TWIN_FOLDER if facts.has(f"{TWIN_FOLDER}/{CONFIG_NAME}") else None,
         is_federated=federation is not None,
         num_clients=federation.num_clients if federation else None,
-        facts={name: _cell(value) for name, value in federation.facts.items()} if federation else {},
+        is_merged=federation is not None and "Merged from" in federation.facts,
+        facts={table_cell(name): table_cell(value) for name, value in federation.facts.items()} if federation else {},
         adapter_round=federation.adapter_round if federation else None,
         evaluated_round=facts.evaluation[0],
-        metrics={_cell(name): f"{value:.4f}" for name, value in facts.evaluation[1].items()},
+        metrics={table_cell(name): f"{value:.4f}" for name, value in facts.evaluation[1].items()},
         has_results_in_metadata=bool(facts.eval_results()),
         rounds=rounds,
         plot=PLOT_FILE if facts.has(PLOT_FILE) else None,
         history_file=HISTORY_FILE if facts.has(HISTORY_FILE) else None,
         adapter_config=_config_json(config, facts.base_model),
         checksums=facts.checksums(),
-        versions=(federation.versions if federation else None) or None,
+        versions={table_cell(name): table_cell(value) for name, value in federation.versions.items()}
+        if federation
+        else None,
         versions_now=current_versions(),
     )
 
@@ -138,16 +141,16 @@ def card_of_folder(
 
     Raises:
         FileNotFoundError: if the folder lacks a file of an adapter.
-        ValueError: as for [`make_model_card`].
+        ValueError: as for [`make_model_card`], or if a file is not what it should be; the message names it.
     """
     folder = checked_folder(folder)
     return make_model_card(
-        PeftConfig.from_pretrained(str(folder)),
+        read_config(folder),
         FederationRecord.from_folder(folder),
         auto_class,
         folder=folder,
         repo_id=repo_id,
-        **{**_kept_metadata(folder / CARD_FILE), **_without_none(card_data)},
+        **{**kept_metadata(folder / CARD_FILE), **_without_none(card_data)},
     )
 
 
@@ -159,7 +162,7 @@ def name_on_hub(name: str | None) -> str | None:
     Returns:
         `str`: The name, if it is one on the Hub and not a folder on this machine.
     """
-    if not name or os.path.exists(name):
+    if not isinstance(name, str) or not name or os.path.exists(name):
         return None
     try:
         validate_repo_id(name)
@@ -218,9 +221,10 @@ class _CardFacts:
     def evaluation(self) -> tuple[int | None, dict[str, float]]:
         """The last evaluation up to the round that the adapter comes from: its round, and its metrics."""
         for record in reversed(self.federation.history if self.federation else ()):
-            names = [name for name in _metrics_of([record]) if isinstance(record[name], (int, float))]
-            if names and record["round"] <= self.federation.adapter_round:
-                return record["round"], {name.removeprefix("eval_"): record[name] for name in names}
+            values = {name.removeprefix("eval_"): as_number(record[name]) for name in _metrics_of([record])}
+            values = {name: value for name, value in values.items() if value is not None}
+            if values and record["round"] <= self.federation.adapter_round:
+                return record["round"], values
         return None, {}
 
     def has(self, name: str) -> bool:
@@ -273,23 +277,47 @@ class _CardFacts:
         """How many labels the saved task head has, without which the base model would get another one."""
         if self.config.task_type not in ("SEQ_CLS", "TOKEN_CLS") or not self.has(SAFETENSORS_WEIGHTS_NAME):
             return None
-        with safe_open(self.folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as file:
-            heads = [name for name in file.keys() if _HEADS_WITH_LABELS.search(name)]  # noqa: SIM118, it is no dict
-            return file.get_slice(heads[0]).get_shape()[0] if len(heads) == 1 else None
+        path = self.folder / SAFETENSORS_WEIGHTS_NAME
+        try:
+            with safe_open(path, framework="pt") as file:
+                heads = [name for name in file.keys() if _HEADS_WITH_LABELS.search(name)]  # noqa: SIM118, it is no dict
+                shapes = [file.get_slice(name).get_shape() for name in heads]
+        except SafetensorError as error:
+            raise ValueError(f"{path} is cut off, or is not a safetensors file: {error}") from error
+        return shapes[0][0] if len(shapes) == 1 and shapes[0] else None
 
 
 def _auto_class(config: PeftConfig) -> str:
     mapping = config.auto_mapping or {}
     if config.task_type in AUTO_CLASSES or not str(mapping.get("parent_library")).startswith("transformers."):
         return AUTO_CLASSES.get(config.task_type, "AutoModel")
-    return mapping["base_model_class"]
+    name = mapping.get("base_model_class")
+    # it goes into code that people copy
+    return name if isinstance(name, str) and name.isidentifier() else "AutoModel"
 
 
-def _kept_metadata(path: Path) -> dict[str, Any]:
+def kept_metadata(path: Path) -> dict[str, Any]:
+    """
+    Args:
+        path (`Path`): A card, which need not be there.
+
+    Returns:
+        `dict[str, Any]`: What a card that is made anew takes over of its metadata.
+
+    Raises:
+        ValueError: if it has no metadata that can be read, or they are not what the Hub takes. The message names the file.
+    """
     if not path.is_file():
         return {}
-    data = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
-    kept = {key: data[key] for key in _KEPT_METADATA if data.get(key)}
+    try:
+        data = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
+    # YAML can fail in many ways, and the metadata are the arguments of a class
+    except Exception as error:
+        raise ValueError(f"The metadata of {path} cannot be read: {error}") from error
+    kept = {key: data[key] for key in _KEPT_METADATA if data.get(key) is not None}
+    for key, value in kept.items():
+        if not isinstance(value, str) and not (isinstance(value, list) and all(isinstance(v, str) for v in value)):
+            raise ValueError(f"The metadata of {path}: `{key}` must be a text or a list of texts, got {value!r:.80}.")
     # PEFT's cards repeat the base model there, and its path if it is a folder
     kept["tags"] = [tag for tag in _listed(kept.get("tags")) if not tag.startswith("base_model:")]
     kept["datasets"] = [name for name in _listed(kept.get("datasets")) if name_on_hub(name)]
@@ -310,7 +338,7 @@ def _config_json(config: PeftConfig, base_model: str | None) -> str:
 
 
 def _json_default(value: Any) -> Any:
-    return sorted(value) if isinstance(value, (set, frozenset)) else str(value)
+    return sorted(value, key=str) if isinstance(value, (set, frozenset)) else str(value)
 
 
 def _listed(value: Any) -> list[str]:
@@ -319,16 +347,6 @@ def _listed(value: Any) -> list[str]:
 
 def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None}
-
-
-def _plain(text: str) -> str:
-    """A user's text on one line, without a meaning to Markdown."""
-    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", " ".join(text.split()))
-
-
-def _cell(value: Any) -> str:
-    """A fact in a table: links stay, but it cannot leave its cell."""
-    return " ".join(str(value).split()).replace("|", r"\|").replace("<", "&lt;")
 
 
 def _metrics_of(records: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -353,9 +371,9 @@ def _rounds_table(history: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None
             record["round"],
             len(record["clients"]) if "clients" in record else record.get("num_clients", ""),
             # a round in which nobody took part has no loss
-            *(f"{record[key]:.4f}" if isinstance(record.get(key), (int, float)) else "" for key in measured),
+            *("" if value is None else f"{value:.4f}" for value in (as_number(record.get(key)) for key in measured)),
             f"{record['upload_bytes'] / 1e6:.3f}" if "upload_bytes" in record else "",
         ]
         for record in records
     ]
-    return {"columns": ["round", "clients", *map(_cell, measured), "upload (MB)"], "rows": rows}
+    return {"columns": ["round", "clients", *map(table_cell, measured), "upload (MB)"], "rows": rows}

@@ -58,6 +58,11 @@ class ParamWrapper(RavanLayer):
         return self.get_param().dim() == 3 and getattr(self.get_base_layer(), "is_transposed", False)
 
     def _layer_features(self) -> tuple[int, int]:
+        if self.parameter_name not in self.get_base_layer()._parameters:
+            raise ValueError(
+                f"{self.parameter_name!r} of {type(self.get_base_layer()).__name__} is parametrized, which Ravan does not "
+                "support. Remove it with `torch.nn.utils.parametrize.remove_parametrizations` first."
+            )
         parameter = self.get_param()
         if parameter.dim() not in (2, 3):
             raise ValueError(

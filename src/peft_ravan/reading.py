@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
 import torch
-from peft import PeftConfig, get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftType, get_peft_model_state_dict
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -17,10 +18,19 @@ from torch import nn
 
 from .bases import BASES, BasesShape, make_bases
 from .config import RavanConfig
+from .field_types import check_field_types
 from .fingerprint import TOLERANCE, fingerprint_distance, fingerprints_of_state, make_fingerprint
 from .functional import scaled_cores
+from .patterns import check_patterns
 from .saved_bases import LAYER_KINDS, PEFT_PREFIX, adapter_layers, layer_record
+from .saved_state import check_memory, check_saved_lora_state, check_saved_state
 from .state import BASES_NAMES, CORE_NAME, FINGERPRINT_NAME, LAYER_NAME, SCALING_NAME, is_core
+
+
+_READ_FIELDS = (
+    "task_type", "auto_mapping", "base_model_name_or_path", "revision", "r", "lora_alpha", "use_rslora", "use_dora",
+    "rank_pattern", "alpha_pattern", "target_modules", "target_parameters", "modules_to_save", "layer_replication",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -61,6 +71,14 @@ class RavanTarget:
         """The fingerprint of the bases, `[h, 8]`."""
         return make_fingerprint(self.basis_A, self.basis_B, self.num_heads)
 
+    def check_finite(self) -> None:
+        """
+        Raises:
+            ValueError: if an entry is NaN or infinite.
+        """
+        for name in ("core", "scaling", "basis_A", "basis_B"):
+            check_finite(getattr(self, name), f"The {name} of {self.name!r}")
+
     def products(self) -> torch.Tensor:
         """s_i * H_i of all experts in float32 or more, `[E, h, r, r]`; one expert if the target is a layer."""
         core = self.core.to(torch.promote_types(self.core.dtype, torch.float32))
@@ -70,6 +88,19 @@ class RavanTarget:
         """A `[h*r, d_in]` and B `[d_out, h*r]` in float32 or more."""
         dtype = torch.promote_types(self.core.dtype, torch.float32)
         return self.basis_A.to(dtype), self.basis_B.to(dtype)
+
+
+def check_finite(tensor: torch.Tensor, what: str) -> None:
+    """
+    Args:
+        tensor (`torch.Tensor`): A tensor of an adapter.
+        what (`str`): What it is, as the begin of a sentence.
+
+    Raises:
+        ValueError: if an entry is NaN or infinite.
+    """
+    if not torch.isfinite(tensor).all():
+        raise ValueError(f"{what} has entries that are not finite: the adapter is broken.")
 
 
 def read_adapter(
@@ -93,7 +124,24 @@ def read_adapter(
     if isinstance(model_or_folder, nn.Module):
         return _read_model(model_or_folder, adapter_name)
     folder = checked_folder(model_or_folder)
-    return _read_config(folder), _read_tensors(folder)
+    config, state = read_config(folder), _read_tensors(folder)
+    with _naming(folder / CONFIG_NAME):
+        check_patterns(config, {name.removeprefix(PEFT_PREFIX).rpartition(".")[0] for name in state})
+    with _naming(folder / SAFETENSORS_WEIGHTS_NAME):
+        if isinstance(config, RavanConfig):
+            check_saved_state(state)
+        elif isinstance(config, LoraConfig):
+            check_saved_lora_state(state)
+    return config, state
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Say in which file it is that something is wrong."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def checked_folder(folder: str | os.PathLike) -> Path:
@@ -117,13 +165,39 @@ def checked_folder(folder: str | os.PathLike) -> Path:
     return folder
 
 
-def _read_config(folder: Path) -> PeftConfig:
+def read_config(folder: str | os.PathLike) -> PeftConfig:
+    """
+    Args:
+        folder (`str` or `os.PathLike`): The folder of a saved adapter.
+
+    Returns:
+        `PeftConfig`: Its configuration.
+
+    Raises:
+        ValueError: if it is none, or of a method that PEFT does not have. The message names the file.
+    """
+    path = Path(folder, CONFIG_NAME)
     try:
-        return PeftConfig.from_pretrained(str(folder))
+        config = PeftConfig.from_pretrained(str(folder))
     except KeyError as error:
-        raise ValueError(f"{folder / CONFIG_NAME} is of the method {error}, which PEFT does not have.") from error
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{folder / CONFIG_NAME} is no configuration of an adapter: {error}") from error
+        raise ValueError(f"{path} is of the method {error}, which PEFT does not have.") from error
+    # the configurations of PEFT's methods check what they are given each in its own way, or not at all
+    except Exception as error:
+        raise ValueError(f"{path} is no configuration of an adapter: {error}") from error
+    if not isinstance(config.peft_type, PeftType):
+        raise ValueError(f"{path} does not name a method of PEFT as its `peft_type`, got {config.peft_type!r}.")
+    with _naming(path):
+        # Ravan's configuration has checked itself; of those of others, what is read here
+        check_field_types(config, _READ_FIELDS)
+        for name in ("rank_pattern", "alpha_pattern"):
+            _check_numbers(name, getattr(config, name, None) or {})
+    return config
+
+
+def _check_numbers(name: str, pattern: Mapping[str, object]) -> None:
+    for key, value in pattern.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(f"`{name}` must have numbers, got {value!r:.80} for {key!r:.80}.")
 
 
 def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -217,6 +291,7 @@ def _bases_made_again(
         )
     r, num_heads = state[f"{target}.{CORE_NAME}"].shape[-1], len(fingerprint)
     shape = BasesShape(d_in=prod(sizes[1:]), d_out=sizes[0], num_heads=num_heads, r=r)
+    check_memory(shape, name)
     bases = make_bases(config.init_bases, shape, config.projection_seed, name)
     distance = fingerprint_distance(make_fingerprint(*bases, num_heads), fingerprint)
     if distance > TOLERANCE:

@@ -33,7 +33,7 @@ Datasets = Annotated[
     list[str] | None,
     typer.Option("--dataset", help="A data set on the Hub that it was trained on. Can be given again."),
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there already.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result.")]
 
 
 def main() -> None:
@@ -83,6 +83,7 @@ def train(
     config: Annotated[
         Path, typer.Argument(help="A YAML file with the model, the data, the adapter and the arguments.")
     ],
+    overwrite: Overwrite = False,
 ) -> None:
     """
     Train an adapter in a federation of simulated clients.
@@ -92,7 +93,7 @@ def train(
     from peft_ravan.trainers.commands import parse_run, train_run
 
     hide_progress_bars()
-    trainer = train_run(parse_run(config, ctx.args))
+    trainer = train_run(parse_run(config, ctx.args), overwrite=overwrite)
     if trainer.is_world_process_zero():
         typer.echo(trainer.history_table().to_string(float_format="{:.4g}".format, na_rep=""))
         typer.echo(f"The adapter, its card and rounds.jsonl are in {trainer.args.output_dir}.")
@@ -187,11 +188,14 @@ def inspect(
     adapter: Adapter,
     png: Annotated[Path | None, typer.Option(help="Draw which heads matter where, into this file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="All figures as JSON, with all singular values.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Show what is in an adapter: heads, scalings, ranks, singular values, sizes, and the fingerprint of the bases."""
     from peft_ravan import inspect_adapter
-    from peft_ravan.trainers.commands import find_adapter
+    from peft_ravan.trainers.commands import check_is_free, find_adapter
 
+    if png is not None:
+        check_is_free(png, overwrite)
     report = inspect_adapter(find_adapter(adapter))
     if png is not None:
         report.plot(png)

@@ -248,7 +248,7 @@ def test_a_damaged_file_is_named(place):
 
 def test_what_is_there_is_kept(place, monkeypatch):
     (place / "merged").mkdir()
-    (place / "merged" / "notes.txt").write_text("keep me")
+    (place / "merged" / "rounds.jsonl").write_text("keep me")
     assert_refused(run("merge", *SITES, "-o", "merged"), "'merged' exists already")
 
     def full(*args):
@@ -257,10 +257,10 @@ def test_what_is_there_is_kept(place, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("peft_ravan.trainers.commands.merging.write_adapter", full)
         assert_refused(run("merge", *SITES, "-o", "merged", "--overwrite"), "No space left on device")
-    assert [path.name for path in (place / "merged").iterdir()] == ["notes.txt"]
+    assert [path.name for path in (place / "merged").iterdir()] == ["rounds.jsonl"]
     assert not list(place.glob(".merged*"))
     assert run("merge", *SITES, "-o", "merged", "--overwrite").code == 0
-    assert not (place / "merged" / "notes.txt").exists()
+    assert not (place / "merged" / "rounds.jsonl").exists()
 
 
 def test_adapters_come_from_the_hub_too(place, monkeypatch):

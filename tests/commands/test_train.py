@@ -1,6 +1,7 @@
 """`peft-ravan train`: the model, the data, the adapter and the arguments in one file, and on the line."""
 
 import json
+from pathlib import Path
 
 import datasets
 import pytest
@@ -44,6 +45,10 @@ def folder(place):
     datasets.Dataset.from_list(rows[40:]).to_csv("test.csv")
     write()
     return place
+
+
+def contents(name):
+    return {path: path.read_bytes() for path in Path(name).rglob("*") if path.is_file()}
 
 
 def write(**changes):
@@ -124,7 +129,7 @@ def test_labels_keep_their_names_and_can_split_the_clients(folder):
     assert len(trainer.clients) == 2
     assert all(len(set(client["labels"])) == 1 for client in trainer.clients.values())
     write(partition="column", partition_column="site", num_clients=..., eval_strategy="no", num_rounds=1)
-    assert set(train_run(parse_run("run.yaml")).clients) == {"s0", "s1"}
+    assert set(train_run(parse_run("run.yaml"), overwrite=True).clients) == {"s0", "s1"}
 
 
 def test_a_data_set_is_read_from_a_folder_with_the_names_of_its_splits(folder):
@@ -206,3 +211,41 @@ def test_a_checkpoint_is_resumed(folder):
     assert ended.code == 0, ended.err
     state = json.loads((folder / "out" / "checkpoint-2" / "trainer_state.json").read_text())
     assert [record["round"] for record in state["log_history"] if "clients" in record] == [1, 2]
+
+
+def test_a_run_does_not_replace_an_earlier_one(folder):
+    write(save_strategy="epoch")
+    assert run("train", "run.yaml").code == 0
+    before = contents("out")
+    assert_refused(
+        run("train", "run.yaml", "--num_rounds", "1"),
+        "'out' has what this run would replace: 'adapter_config.json', 'adapter_model.safetensors', 'README.md', "
+        "'federation.json', 'rounds.jsonl' and 3 more. Choose another `output_dir`, go on from the last checkpoint with "
+        "--resume_from_checkpoint true, or give --overwrite",
+    )
+    assert contents("out") == before
+    assert_refused(
+        run("train", "run.yaml", "--overwrite", "--resume_from_checkpoint", "true"), "Give either --overwrite or"
+    )
+    assert run("train", "run.yaml", "--num_rounds", "3", "--resume_from_checkpoint", "true").code == 0
+    assert Path("out/checkpoint-3").is_dir()
+    Path("out/notes.txt").write_text("mine")
+    Path("out/checkpoint-1/notes.txt").write_text("mine")
+    before = contents("out")
+    assert_refused(
+        run("train", "run.yaml", "--overwrite"), "checkpoint-1' has more than a checkpoint in it: 'notes.txt'"
+    )
+    assert contents("out") == before
+    Path("out/checkpoint-1/notes.txt").unlink()
+    assert run("train", "run.yaml", "--overwrite", "--num_rounds", "1").code == 0
+    assert {path.name for path in Path("out").glob("checkpoint-*")} == {"checkpoint-0", "checkpoint-1"}
+    assert Path("out/notes.txt").read_text() == "mine"
+
+
+def test_an_earlier_run_stays_if_the_new_one_cannot_begin(folder):
+    write(save_strategy="epoch")
+    assert run("train", "run.yaml").code == 0
+    before = contents("out")
+    ended = run("train", "run.yaml", "--overwrite", "--num_clients", "1000")
+    assert ended.code == 1 and "cannot be split" in ended.err
+    assert contents("out") == before

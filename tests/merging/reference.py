@@ -14,10 +14,11 @@ from dataclasses import dataclass, replace
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import settings
 from peft import LoraConfig
 
 from peft_ravan.merging import MERGE_METHODS, ClientUpdate, MergeResult, merge
+
+from ..properties import examples
 
 
 State = dict[str, torch.Tensor]
@@ -29,7 +30,7 @@ CORES = {f"{PREFIX}.0.q.ravan_H": (3, 4, 4), f"{PREFIX}.1.q.ravan_H": (2, 3, 3)}
 TASK_HEAD = "base_model.model.classifier.weight"
 CONFIG = LoraConfig(r=3, lora_alpha=6)
 
-few = settings(deadline=None, max_examples=15)
+few = examples(15)
 
 
 def a_name(module: str) -> str:

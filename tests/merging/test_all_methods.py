@@ -6,11 +6,12 @@ from dataclasses import replace
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from peft import LoraConfig
 
 from peft_ravan.merging import MERGE_METHODS, SERVER_OPTIMIZERS, UpdateError, get_merge_method, merge, methods_table
 
+from ..properties import examples
 from .reference import (
     CASES,
     CONFIG,
@@ -91,7 +92,7 @@ def test_one_client_among_others_may_have_an_update_of_zero(method, adapter):
         assert all(torch.isfinite(tensor).all() for tensor in effect_of(result).values())
 
 
-@settings(deadline=None, max_examples=5)
+@examples(5)
 @given(seed=st.integers(0, 2**20), order=st.permutations(range(5)), num_clients=st.integers(3, 5))
 @every_case
 def test_the_order_of_the_clients_does_not_matter(method, adapter, seed, order, num_clients):

@@ -2,11 +2,13 @@
 
 import hypothesis.strategies as st
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 
 from peft_ravan.bases import BasesShape, make_bases
 from peft_ravan.functional import delta_weight
 from peft_ravan.merging import ClientUpdate, merge
+
+from ..properties import examples
 
 
 CORE = "model.q.ravan_H"
@@ -59,7 +61,7 @@ CLIENTS = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=50)
+@examples(50)
 @given(clients=CLIENTS, seed=st.integers(0, 2**16), order=st.randoms(use_true_random=False))
 def test_ravan_is_the_exact_mean_of_the_dense_weight_updates(clients, seed, order):
     generator = torch.Generator().manual_seed(seed)

@@ -8,12 +8,13 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from scipy.stats import chi2, kstest
 
 from peft_ravan.merging import MERGE_METHODS, ClientUpdate, GaussianMechanism, clip_change, get_merge_method, merge
 from peft_ravan.merging.privacy import gaussian_noise
 
+from ..properties import examples
 from .reference import (
     CASES,
     CONFIG,
@@ -83,7 +84,7 @@ def pair(entries, num_examples=1, index=0) -> ClientUpdate:
     return client({"a": torch.tensor(entries[:2]), "b": torch.tensor(entries[2:]).reshape(1, 2)}, num_examples, index)
 
 
-@settings(deadline=None, max_examples=200)
+@examples(200)
 @given(
     st.lists(FLOATS, min_size=4, max_size=4),
     st.lists(st.floats(-1e6, 1e6, width=32), min_size=4, max_size=4),

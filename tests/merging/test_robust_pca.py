@@ -3,10 +3,12 @@
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from torch.profiler import ProfilerActivity, profile
 
 from peft_ravan.merging import robust_pca
+
+from ..properties import examples
 
 
 def planted(n: int, C: int, rank: int, share: float, seed: int, size: float = 1.0):
@@ -77,7 +79,7 @@ def test_the_solution_is_optimal():
     assert objective(L, S) >= best - 1e-6 * best  # not even the planted parts
 
 
-@settings(deadline=None, max_examples=25)
+@examples(25)
 @given(n=st.integers(1, 60), C=st.integers(1, 12), seed=st.integers(0, 2**16))
 def test_parts_add_up(n, C, seed):
     M = torch.randn(n, C, generator=torch.Generator().manual_seed(seed))
@@ -86,7 +88,7 @@ def test_parts_add_up(n, C, seed):
     torch.testing.assert_close(L + S, M, atol=1e-5, rtol=1e-5)
 
 
-@settings(deadline=None, max_examples=15)
+@examples(15)
 @given(
     n=st.integers(20, 300),
     C=st.integers(2, 20),

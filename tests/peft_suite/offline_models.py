@@ -18,6 +18,15 @@ _TOKENS = {"vocab_size": VOCAB_SIZE, "bos_token_id": 1, "eos_token_id": 2, "pad_
 _WIDTHS = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 _ENCODER = {**_WIDTHS, "vocab_size": VOCAB_SIZE, "max_position_embeddings": 64, "num_labels": 2}
 _DECODER = {**_WIDTHS, **_TOKENS, "num_key_value_heads": 2, "max_position_embeddings": 64}
+# wide enough for the ranks that PEFT's tests ask for
+_EXPERTS = {
+    **_DECODER,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "head_dim": 16,
+    "num_key_value_heads": 4,
+    "num_local_experts": 4,
+}
 _OPT = {
     **_TOKENS,
     "hidden_size": 16,
@@ -109,9 +118,36 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "trl-internal-testing/tiny-LlamaForSequenceClassification-3.2": _model(
         "LlamaForSequenceClassification", "LlamaConfig", **_DECODER, num_labels=1
     ),
+    "peft-internal-testing/tiny-random-t5": _model("T5ForConditionalGeneration", "T5Config", **_T5),
+    "hf-internal-testing/tiny-random-LlamaForCausalLM": _model("LlamaForCausalLM", "LlamaConfig", **_DECODER),
+    "trl-internal-testing/tiny-Llama4ForCausalLM": _model(
+        "Llama4ForCausalLM",
+        "Llama4TextConfig",
+        **_EXPERTS,
+        intermediate_size_mlp=64,
+        interleave_moe_layer_step=1,
+    ),
+    "trl-internal-testing/tiny-GptOssForCausalLM": _model(
+        "GptOssForCausalLM", "GptOssConfig", **_EXPERTS, num_experts_per_tok=2
+    ),
+    "tiiuae/falcon-mamba-tiny-dev": _model(
+        "FalconMambaForCausalLM", "FalconMambaConfig", **_TOKENS, hidden_size=32, num_hidden_layers=2, state_size=4
+    ),
+    "trl-internal-testing/tiny-NemotronHForCausalLM-nano": _model(
+        "NemotronHForCausalLM",
+        "NemotronHConfig",
+        **{**_DECODER, "hybrid_override_pattern": "M*"},
+        head_dim=8,
+        mamba_num_heads=4,
+        mamba_head_dim=8,
+        ssm_state_size=4,
+        n_groups=2,
+    ),
     "peft-internal-testing/tiny-clip-text-2": _model("CLIPTextModel", "CLIPTextConfig", **_CLIP),
 }
-# PEFT's tests of configs read this one, at a revision that has a name
+# a model that is loaded at a revision that has a name
+REVISIONS = {"peft-internal-testing/tiny-random-BertModel": "v2.0.0"}
+# the same for an adapter, by PEFT's tests of configs
 ADAPTERS = {"peft-internal-testing/tiny-opt-lora-revision": "test"}
 
 
@@ -132,7 +168,10 @@ def build_hub_cache(hub_cache: Path) -> None:
         hub_cache (`Path`): The folder for `HF_HUB_CACHE`.
     """
     for repository, build in MODELS.items():
-        build().save_pretrained(_snapshot(hub_cache, repository))
+        snapshot = _snapshot(hub_cache, repository)
+        build().save_pretrained(snapshot)
+        if repository in REVISIONS:
+            (snapshot.parents[1] / "refs" / REVISIONS[repository]).write_text(REVISION)
     for repository, branch in ADAPTERS.items():
         LoraConfig(base_model_name_or_path="peft-internal-testing/opt-125m").save_pretrained(
             _snapshot(hub_cache, repository, branch)

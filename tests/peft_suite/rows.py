@@ -9,6 +9,7 @@ from peft import LoraConfig
 
 from peft_ravan import RavanConfig, RavanLayer
 from peft_ravan.model import TRANSFORMERS_MODELS_TO_RAVAN_TARGET_MODULES_MAPPING
+from peft_ravan.param_wrapper import ParamWrapper
 
 
 # The layers of PEFT's custom models are as small as 20 x 2: only bases that need not be orthonormal fit into them.
@@ -52,6 +53,28 @@ def _with_task(task_type: str, *, trainable_tokens: bool = False) -> list[tuple[
     return [(RavanConfig, row) for row in rows]
 
 
+def _with_parameters() -> list[tuple[str, type, dict]]:
+    """For each model of experts: one parameter, two of different modules, two of one module, and modules besides."""
+    rows = []
+    for model, module in (("Llama4", "feed_forward"), ("GptOss", "mlp")):
+        down, gate_up = (f"{module}.experts.{name}_proj" for name in ("down", "gate_up"))
+        for target_modules, target_parameters in (
+            ([], [down]),
+            ([], [f"0.{gate_up}", f"1.{down}"]),
+            (None, [down, gate_up]),
+            (["q_proj", "v_proj"], [down]),
+        ):
+            fields = {
+                "task_type": "CAUSAL_LM",
+                "target_modules": target_modules,
+                "target_parameters": target_parameters,
+            }
+            rows.append(
+                (f"trl-internal-testing/tiny-{model}ForCausalLM", RavanConfig, {**fields, "r": 4, "num_heads": 2})
+            )
+    return rows
+
+
 # by module and name of the matrix
 MATRICES: dict[tuple[str, str], list] = {
     ("test_custom_models", "TEST_CASES"): [(name, model, RavanConfig, row) for name, model, row in _CUSTOM_MODELS],
@@ -70,6 +93,7 @@ MATRICES: dict[tuple[str, str], list] = {
     ("test_encoder_decoder_models", "ALL_CONFIGS"): _with_task("SEQ_2_SEQ_LM", trainable_tokens=True),
     ("test_feature_extraction_models", "ALL_CONFIGS"): _with_task("FEATURE_EXTRACTION", trainable_tokens=True),
     ("test_seq_classifier", "ALL_CONFIGS"): _with_task("SEQ_CLS"),
+    ("test_target_parameters", "ALL_CONFIGS"): _with_parameters(),
     ("test_config", "ALL_CONFIG_CLASSES"): [(RavanConfig, {})],
     ("test_config", "LAYER_INDEXING_CONFIG_CLASSES"): [(RavanConfig, {})],
     ("test_quantization", "TEST_CASES"): [
@@ -79,7 +103,7 @@ MATRICES: dict[tuple[str, str], list] = {
 }
 
 _RENAMED = {"init_lora_weights": "init_weights", "lora_dropout": "ravan_dropout"}
-_WITHOUT_COUNTERPART = {"lora_alpha", "use_dora", "block_size"}
+_WITHOUT_COUNTERPART = {"lora_alpha", "alpha_pattern", "use_dora", "block_size"}
 _OTHER_METHODS_BIAS = {"lora_only": "ravan_only", "c3a_only": "ravan_only"}
 
 
@@ -218,6 +242,90 @@ TESTS_IN_PLACE_OF_LORA: dict[str, set[str]] = {
         "test_convert_model_with_trainable_bias_raises",
         "test_convert_float16_dtype",
     },
+    "test_other": {
+        "test_modules_to_save_targets_module_dict_raises",
+        "test_get_peft_model_revision_warning",
+        "test_load_multiple_adapters_different_modules_to_save",
+        "test_transient_attribute_access_default_adapter",
+        "test_transient_attribute_access_non_default_adapter",
+        "test_transient_attribute_access_disabled_adapter",
+        "test_transient_attribute_access_uninitialized_adapter",
+        "test_transient_attribute_access_attr_does_not_exist_on_modules_to_save",
+        "test_transient_attribute_access_attr_does_not_exist_on_original_module",
+        "test_transient_attribute_access_non_existing_adapter",
+        "test_kwargs_only_forward_active_adapter",
+        "test_kwargs_only_forward_disabled_adapter",
+        "test_kwargs_only_forward_multi_adapter",
+        "test_unload_with_inactive_modules_to_save",
+        "test_load_merged_and_unmerged_same_weights",
+        "test_nested_ignores_modules_to_save",
+        "test_targeting_module_to_save_raises",
+        "test_modules_to_save_targets_tuner_layer_raises",
+        "test_targeting_trainable_tokens_raises",
+        "test_get_modules_tied_to_embedding_peft",
+    },
+    "test_target_parameters": {
+        "test_targeting_module_and_targeting_param_equivalent",
+        "test_target_multiple_parameters_on_same_module",
+        "test_target_parameters_forward_under_autocast",
+        "test_target_parameters_works_with_existing_parametrization",
+        "test_target_parameter_result_caching_works",
+        "test_target_parameter_init_does_not_warn_about_unknown_layer_type",
+        "test_adding_second_adapter_reuses_param_wrapper",
+        "test_multiple_adapters_load_order_independent",
+        "test_target_parameter_on_top_level_module_raises",
+        "test_rank_pattern_for_moe_target_parameters",
+    },
+    "test_initialization": {
+        "test_modules_to_save_targets_lora_layer_raises",
+        "test_trainable_token_indices_targets_lora_layer_raises",
+        "test_trainable_token_indices_targets_head_and_embedding",
+        "test_lora_incompatible_mamba_modules",
+        "test_nemotron_h_has_defaults_and_blocks_mamba_modules",
+        "test_target_module_and_target_parameter_on_same_layer",
+        "test_valid_no_target_module_nor_target_parameter_match_raises",
+        "test_target_parameters_wrong_type_raises",
+        "test_valid_target_parameters_invalid_target_modules_warns",
+        "test_valid_target_modules_invalid_target_parameters_warns",
+        "test_adding_multiple_adapters_with_same_target_parameters_works",
+        "test_adding_multiple_adapters_with_different_target_parameters_raises",
+        "test_loading_multiple_adapters_with_target_parameters_works",
+        "test_multiple_configs_with_bias_raises",
+        "test_unmatched_rank_pattern_key_warns",
+        "test_matched_pattern_keys_do_not_warn",
+        "test_no_infinite_recursion",
+        "test_no_warning_by_default_transformers_model",
+        "test_no_warning_by_default_custom_model",
+        "test_warning_name_transformers_model",
+        "test_warning_name_custom_model",
+        "test_warning_name_custom_model_with_custom_name",
+        "test_from_pretrained_low_cpu_mem_usage_works",
+        "test_load_adapter_low_cpu_mem_usage_works",
+        "test_get_peft_model_low_cpu_mem_usage_works",
+        "test_get_peft_model_with_task_type_low_cpu_mem_usage_works",
+        "test_inject_adapter_low_cpu_mem_usage_works",
+        "test_mixed_model_load_adapter_low_cpu_mem_usage_works",
+        "test_from_pretrained_missing_keys_warning",
+        "test_no_warning_without_naming_conflict_get_peft_model",
+        "test_no_warning_without_naming_conflict_add_adapter",
+        "test_no_warning_without_naming_conflict_save_and_load",
+        "test_warning_naming_conflict_get_peft_model",
+        "test_warning_naming_conflict_add_adapter",
+        "test_warning_naming_conflict_save_and_load",
+        "test_key_mapping_save_new_load_new_lora",
+        "test_key_mapping_save_old_load_old_lora",
+        "test_key_mapping_save_old_load_new_lora",
+        "test_key_mapping_save_new_load_old_lora",
+        "test_weight_tying_tied_model_lora",
+        "test_alt_weight_tying_tied_model_lora",
+        "test_weight_tying_tied_model_no_embed_lora",
+        "test_weight_tying_tied_model_target_modules_all_linear_lora",
+        "test_alt_weight_tying_tied_model_target_modules_lora",
+        "test_weight_tying_enc_dec_modules_to_save_lora",
+        "test_weight_tying_enc_dec_no_tied_module_targeted_warns",
+        "test_ensure_weight_tying_not_tying_when_model_config_tie_false",
+        "test_ensure_weight_tying_not_tying_when_model_config_tie_false_target_modules",
+    },
 }
 
 
@@ -246,16 +354,21 @@ STAND_INS_WITHOUT_ROWS: dict[str, dict[str, Any]] = {
     "test_low_level_api": _LORA,
     "test_helpers": {**_LORA, "LoraLayer": RavanLayer},
     "test_lora_conversion": {"LoKrConfig": ravan_in_place_of_lora, "C3AConfig": ravan_in_place_of_lora},
+    "test_other": _LORA,
+    "test_target_parameters": {**_LORA, "ParamWrapper": ParamWrapper},
+    "test_initialization": {**_LORA, "LoraLayer": RavanLayer},
 }
 
 _COMBINATION_TYPES = "asks for LoRA's combination types"
+_LORA_PARAMETERS = "looks into LoRA's own way to adapt parameters"
+_LORA_WORDS = "expects LoRA's words in an error that Ravan has, too"
+_LORA_NAMES = "names LoRA's tensors"
+_MIXED = "PeftMixedModel has a closed list of methods"
 _NO_LEAF_MODULES = "expects the error of a layer whose weights are in modules of their own, which Ravan's are not"
 
 # Tests with Ravan's rows that do not apply to it, each with the reason of the skip; with or without parameters.
 NOT_APPLICABLE: dict[str, str] = {
-    "test_custom_models::test_add_adapter_rejects_duplicate_name_without_mutation[True]": (
-        "PeftMixedModel has a closed list of methods"
-    ),
+    "test_custom_models::test_add_adapter_rejects_duplicate_name_without_mutation[True]": _MIXED,
     "test_custom_models::test_add_weighted_adapter_cat_with_rank_pattern": _COMBINATION_TYPES,
     "test_custom_models::test_mixed_adapter_batches_mha_raises": "Ravan does not support nn.MultiheadAttention",
     "test_decoder_models::test_weighted_combination_of_adapters": _COMBINATION_TYPES,
@@ -267,6 +380,37 @@ NOT_APPLICABLE: dict[str, str] = {
     "test_helpers::test_no_disable_input_dtype_casting": _NO_LEAF_MODULES,
     "test_helpers::test_disable_input_dtype_casting_inactive": _NO_LEAF_MODULES,
     "test_helpers::test_disable_input_dtype_casting_inactive_after_existing_context": _NO_LEAF_MODULES,
+    "test_other::test_targeting_trainable_tokens_raises": _LORA_WORDS,
+    **{
+        f"test_other::test_get_modules_tied_to_embedding_peft[peft-internal-testing/opt-125m-{kind}]": (
+            "expects tied embeddings of a model that is not tied here"
+        )
+        for kind in ("list", "mapping")
+    },
+    "test_target_parameters::test_mixed_adapter_batches": _LORA_WORDS,
+    "test_target_parameters::test_generate_with_mixed_adapter_batches": _LORA_WORDS,
+    "test_target_parameters::test_targeting_module_and_targeting_param_equivalent": _LORA_NAMES,
+    "test_target_parameters::test_adding_second_adapter_reuses_param_wrapper": _LORA_NAMES,
+    "test_target_parameters::test_target_multiple_parameters_on_same_module": _LORA_PARAMETERS,
+    "test_target_parameters::test_target_parameters_forward_under_autocast": _LORA_PARAMETERS,
+    "test_target_parameters::test_target_parameter_result_caching_works": _LORA_PARAMETERS,
+    "test_target_parameters::test_rank_pattern_for_moe_target_parameters": _LORA_PARAMETERS,
+    "test_target_parameters::test_target_parameters_works_with_existing_parametrization": (
+        "Ravan refuses parameters that are parametrized"
+    ),
+    "test_initialization::test_modules_to_save_targets_lora_layer_raises": _LORA_WORDS,
+    "test_initialization::test_trainable_token_indices_targets_lora_layer_raises": _LORA_WORDS,
+    "test_initialization::test_error_raised_if_rank_not_divisible_by_groups": "Ravan's rank need not suit the groups",
+    "test_initialization::test_no_infinite_recursion[PeftMixedModel]": _MIXED,
+    "test_initialization::test_get_peft_model_low_cpu_mem_usage_works": _LORA_NAMES,
+    "test_initialization::test_get_peft_model_with_task_type_low_cpu_mem_usage_works": _LORA_NAMES,
+    "test_initialization::test_from_pretrained_missing_keys_warning": _LORA_NAMES,
+    "test_initialization::test_hotswap_works": "Ravan has no hotswapping",
+    "test_initialization::test_alt_weight_tying_tied_model_target_modules_lora[target_modules4-True]": _LORA_NAMES,
+    "test_initialization::test_alt_weight_tying_tied_model_target_modules_lora[target_modules5-False]": _LORA_NAMES,
+    "test_initialization::test_ensure_weight_tying_not_tying_when_model_config_tie_false_target_modules[target_modules2]": (
+        _LORA_NAMES
+    ),
 }
 
 # Tests that fail and are known to. Strict: one that passes must be taken out.

@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 
 from .plugin import REPORT_VARIABLE
-from .sdist import CACHE, NoSourceDistribution, peft_source_tree
+from .sdist import CACHE, NoSourceDistribution, leave_out, peft_source_tree
 
 
 GROUPS = {
     "custom models": ["custom_models"],
     "decoder models": ["decoder_models"],
     "other models": ["encoder_decoder_models", "feature_extraction_models", "seq_classifier"],
+    "initialization and parameters": ["initialization", "other", "target_parameters"],
     "functions": ["config", "helpers", "lora_conversion", "low_level_api", "quantization"],
 }
 OPTIONS = ["-c", os.devnull, "--rootdir=.", "-p", "peft_suite.plugin", "-p", "no:cacheprovider", "--disable-warnings"]
@@ -31,7 +32,7 @@ def source_tree() -> Path:
     try:
         return peft_source_tree()
     except NoSourceDistribution as error:
-        pytest.skip(str(error))
+        leave_out(error)
 
 
 def run_suite(source_tree: Path, files: list[str], folder: Path) -> dict[str, dict[str, str]]:
@@ -85,3 +86,17 @@ def test_ravan_passes_the_tests_of_peft(group, source_tree, tmp_path):
     assert outcomes, "no test has a row of Ravan"
     if errors := failures(outcomes):
         pytest.fail(f"PEFT's tests failed with Ravan:\n\n{errors}", pytrace=False)
+
+
+@pytest.mark.parametrize("value", [None, "", "0", "false", "False"])
+def test_without_a_network_the_tests_are_skipped(monkeypatch, value):
+    monkeypatch.delenv("CI", raising=False) if value is None else monkeypatch.setenv("CI", value)
+    with pytest.raises(pytest.skip.Exception, match="no network"):
+        leave_out(NoSourceDistribution("no network"))
+
+
+@pytest.mark.parametrize("value", ["1", "true", "yes"])
+def test_without_a_network_ci_fails(monkeypatch, value):
+    monkeypatch.setenv("CI", value)
+    with pytest.raises(pytest.fail.Exception, match="not run, .* where CI is set: no network"):
+        leave_out(NoSourceDistribution("no network"))

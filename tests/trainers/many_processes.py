@@ -3,6 +3,7 @@ Runs of several processes, or of one: `python -m tests.trainers.many_processes F
 each run ends with is written by the main process. `kill-RUN` ends by the death of a process.
 """
 
+import atexit
 import contextlib
 import json
 import os
@@ -153,8 +154,15 @@ def run_one(run: str, folder: Path, kill: bool = False) -> None:
         (folder / f"{run}.json").write_text(json.dumps([history, heard.clients, trainer.state.best_global_step]))
 
 
+def tell_how_it_ends(folder: Path) -> None:
+    # runs after what the trainers have registered
+    if not torch.distributed.is_initialized():
+        (folder / f"left-{os.environ['RANK']}").touch()
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
+    atexit.register(tell_how_it_ends, folder)
     for name in sys.argv[2:]:
         run_one(name.removeprefix("kill-"), folder, kill=name.startswith("kill-"))

@@ -3,7 +3,7 @@
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 
 from peft_ravan.trainers.head_selection import (
     BUDGET_DISTRIBUTIONS,
@@ -13,6 +13,8 @@ from peft_ravan.trainers.head_selection import (
     parse_client_budgets,
     select_heads,
 )
+
+from ..properties import examples
 
 
 CLIENTS = [f"client_{index}" for index in range(400)]
@@ -94,7 +96,7 @@ def test_budgets_out_of_range_are_told(given, found):
 # ---- Heads ---------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=60)
+@examples(60)
 @given(scores=SCORES, share=SHARES, seed=SEEDS)
 def test_every_layer_trains_its_share_of_the_best_heads(scores, share, seed):
     masks = select_heads(scores, share, seed)
@@ -106,7 +108,7 @@ def test_every_layer_trains_its_share_of_the_best_heads(scores, share, seed):
             assert scores[name][mask].min() >= scores[name][~mask].max()
 
 
-@settings(deadline=None, max_examples=60)
+@examples(60)
 @given(scores=SCORES, share=SHARES, seed=SEEDS)
 def test_a_global_budget_is_spent_on_the_best_heads_of_all(scores, share, seed):
     masks = select_heads(scores, share, seed, "global")
@@ -117,7 +119,7 @@ def test_a_global_budget_is_spent_on_the_best_heads_of_all(scores, share, seed):
     assert not len(others) or chosen.min() >= others.max()
 
 
-@settings(deadline=None, max_examples=60)
+@examples(60)
 @given(scores=SCORES, share=SHARES, seed=SEEDS, data=st.data())
 def test_heads_of_different_sizes_fit_into_the_share_of_all_parameters(scores, share, seed, data):
     sizes = {name: data.draw(st.integers(1, 30)) for name in scores}
@@ -131,7 +133,7 @@ def test_heads_of_different_sizes_fit_into_the_share_of_all_parameters(scores, s
         assert not left or budget - used < min(left)  # no other head would have fitted
 
 
-@settings(deadline=None, max_examples=60)
+@examples(60)
 @given(scores=SCORES, share=SHARES, seed=SEEDS, allocation=st.sampled_from(HEAD_ALLOCATIONS), data=st.data())
 def test_the_choice_depends_on_nothing_but_scores_and_seed(scores, share, seed, allocation, data):
     shuffled = {name: scores[name] for name in data.draw(st.permutations(list(scores)))}

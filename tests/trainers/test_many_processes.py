@@ -84,6 +84,11 @@ def check_processes_that_share_data_choose_the_same_heads(two: Path) -> None:
     assert sorted(path.name for path in (two / "data_budgets").glob("checkpoint-*"))[-1] == "checkpoint-2"
 
 
+def check_no_process_leaves_its_group_behind(two: Path) -> None:
+    # else one of them would be aborted at its exit now and then
+    assert {path.name for path in two.glob("left-*")} == {"left-0", "left-1"}
+
+
 def test_two_processes_come_to_what_one_does(tmp_path):
     # one test, since to launch processes takes longer than all that they run, and several tests may go to several workers
     one, two = tmp_path / "one", tmp_path / "two"
@@ -94,6 +99,7 @@ def test_two_processes_come_to_what_one_does(tmp_path):
         check_clients_shared_out_are_clients_in_turn(one, two, run)
     check_processes_that_share_data_are_one_with_larger_batches(one, two)
     check_processes_that_share_data_choose_the_same_heads(two)
+    check_no_process_leaves_its_group_behind(two)
 
 
 def test_one_process_within_several():

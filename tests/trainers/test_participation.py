@@ -3,13 +3,14 @@ import collections
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 
 from peft_ravan.trainers import FederatedArguments, FederatedCallback
 from peft_ravan.trainers.clients import LiveAdapter
 from peft_ravan.trainers.participation import check_participation, sample_clients
 
 from ..conftest import classification_dataset
+from ..properties import examples
 from .test_federated_trainer import adapter_state, assert_same, make_trainer
 
 
@@ -39,7 +40,7 @@ def test_by_default_everybody_takes_part():
     assert sample_clients(CLIENTS, args(), 1) == list(CLIENTS)
 
 
-@settings(deadline=None, max_examples=50)
+@examples(50)
 @given(
     order=st.permutations(list(CLIENTS)),
     absent=st.sets(st.sampled_from(list(CLIENTS)), max_size=9),

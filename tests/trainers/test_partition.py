@@ -3,11 +3,13 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from sklearn.datasets import load_digits
 
 from peft_ravan.trainers import FederatedArguments, make_clients, partition
 from peft_ravan.trainers.partition import partition_indices
+
+from ..properties import examples
 
 
 def labelled(labels, **columns) -> datasets.Dataset:
@@ -18,7 +20,7 @@ def args(**kwargs) -> FederatedArguments:
     return FederatedArguments("out", **kwargs)
 
 
-@settings(deadline=None, max_examples=30)
+@examples(30)
 @given(
     num_examples=st.integers(40, 200),
     num_clients=st.integers(1, 10),
@@ -37,7 +39,7 @@ def test_every_example_goes_to_exactly_one_client(num_examples, num_clients, num
     assert all(np.array_equal(parts[name], again[name]) for name in parts)
 
 
-@settings(deadline=None, max_examples=60)
+@examples(60)
 @given(
     sizes=st.lists(st.integers(1, 40), min_size=1, max_size=8),
     num_clients=st.integers(1, 12),

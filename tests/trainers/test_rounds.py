@@ -1,7 +1,7 @@
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_ravan.merging import ClientUpdate
@@ -14,6 +14,8 @@ from peft_ravan.trainers.rounds import (
     mean_train_loss,
     serialized_bytes,
 )
+
+from ..properties import examples
 
 
 CLIENTS = [f"client_{index}" for index in range(10)]
@@ -68,7 +70,7 @@ TENSORS = st.builds(
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 
 
-@settings(deadline=None, max_examples=300)
+@examples(300)
 @given(st.dictionaries(NAMES, TENSORS, max_size=12))
 def test_bytes_are_those_of_a_safetensors_file(state):
     assert serialized_bytes(state) == len(safetensors.torch.save(state))

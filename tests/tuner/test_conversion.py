@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
@@ -19,6 +19,7 @@ from peft_ravan.conversion import lora_twin
 from peft_ravan.linalg import svd_of_heads
 
 from ..conftest import randomize_adapter, tiny_bert, tiny_gpt2, tiny_llama
+from ..properties import examples
 
 
 def adapted(base: nn.Module, scale: float = 0.3, **kwargs) -> PeftModel:
@@ -362,7 +363,7 @@ def test_an_adapter_of_zeros_has_a_twin(tmp_path):
     PeftModel.from_pretrained(tiny_llama(), tmp_path)
 
 
-@settings(max_examples=20, deadline=None)
+@examples(20)
 @given(
     num_heads=st.integers(1, 4),
     r=st.integers(1, 4),

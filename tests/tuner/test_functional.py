@@ -3,7 +3,7 @@
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from peft import get_peft_model
 from torch import nn
 
@@ -11,6 +11,7 @@ from peft_ravan import RavanConfig
 from peft_ravan.functional import adapted_linear, delta_output, delta_weight, dense_is_cheaper
 
 from ..conftest import randomize_adapter
+from ..properties import examples
 
 
 def random_layer(d_in, d_out, num_heads, r, seed, dtype=torch.float64):
@@ -41,7 +42,7 @@ SHAPES = {
 }
 
 
-@settings(deadline=None, max_examples=40)
+@examples(40)
 @given(**SHAPES)
 def test_every_way_is_the_sum_over_heads(leading, d_in, d_out, num_heads, r, seed):
     weight, bias, *adapter = random_layer(d_in, d_out, num_heads, r, seed)

@@ -147,7 +147,7 @@ def test_what_is_not_supported_is_told(fields, message):
 
 def test_adapters_must_name_the_same_parameters():
     model = get_peft_model(Model(), config())
-    with pytest.raises(ValueError, match="same `target_parameters`, or none, but got .* and "):
+    with pytest.raises(ValueError, match="same set of parameters, or none, but got .* and "):
         model.add_adapter("other", config(target_parameters=["experts.up"]))
 
 

@@ -132,32 +132,41 @@ def test_the_layer_compiles_without_graph_breaks(num_tokens):
 
 
 TWO_PROCESSES = """
-import sys, torch
+import gc, torch
 from accelerate import Accelerator
 from peft import get_peft_model
 from peft_ravan import RavanConfig
 from tests.conftest import tiny_llama
 
-accelerator = Accelerator(cpu=True)
-model = get_peft_model(tiny_llama(), RavanConfig(r=3, num_heads=2, task_type="CAUSAL_LM"))
-optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-model, optimizer = accelerator.prepare(model, optimizer)
-assert type(model).__name__ == "DistributedDataParallel" and model.broadcast_buffers
-bases = {buffer.data_ptr() for name, buffer in model.named_buffers() if ".ravan_" in name}
-assert bases and not bases & {buffer.data_ptr() for buffer in model.modules_buffers}, "bases are sent at each step"
-generator = torch.Generator().manual_seed(accelerator.process_index)
-for _ in range(3):
-    tokens = torch.randint(0, 64, (2, 8), generator=generator)
-    loss = model(input_ids=tokens, labels=tokens).loss
-    accelerator.backward(loss)
-    optimizer.step()
-    optimizer.zero_grad()
-state = accelerator.unwrap_model(model).state_dict()
-mine = torch.cat([tensor.flatten() for name, tensor in sorted(state.items()) if "ravan_" in name])
-everybody = accelerator.gather(mine[None])
-assert accelerator.num_processes == len(everybody) == 2
-assert torch.equal(everybody[0], everybody[1]), "bases or cores differ between the processes"
-assert any(tensor.any() for name, tensor in state.items() if "ravan_H" in name)
+
+def train():
+    accelerator = Accelerator(cpu=True)
+    model = get_peft_model(tiny_llama(), RavanConfig(r=3, num_heads=2, task_type="CAUSAL_LM"))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    assert type(model).__name__ == "DistributedDataParallel" and model.broadcast_buffers
+    bases = {buffer.data_ptr() for name, buffer in model.named_buffers() if ".ravan_" in name}
+    assert bases and not bases & {buffer.data_ptr() for buffer in model.modules_buffers}, "bases are sent at each step"
+    generator = torch.Generator().manual_seed(accelerator.process_index)
+    for _ in range(3):
+        tokens = torch.randint(0, 64, (2, 8), generator=generator)
+        loss = model(input_ids=tokens, labels=tokens).loss
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    state = accelerator.unwrap_model(model).state_dict()
+    mine = torch.cat([tensor.flatten() for name, tensor in sorted(state.items()) if "ravan_" in name])
+    everybody = accelerator.gather(mine[None])
+    assert accelerator.num_processes == len(everybody) == 2
+    assert torch.equal(everybody[0], everybody[1]), "bases or cores differ between the processes"
+    assert any(tensor.any() for name, tensor in state.items() if "ravan_H" in name)
+
+
+train()
+# A thread of gloo that lets go of the last tensors while the interpreter ends aborts the process. The group waits for its
+# threads, once nothing else holds on to it: the wrapped model, which is in cycles, does.
+gc.collect()
+torch.distributed.destroy_process_group()
 """
 
 
@@ -239,6 +248,7 @@ assert zero.keys() == whole.keys()
 for name in whole:
     torch.testing.assert_close(zero[name], whole[name], atol=1e-6, rtol=1e-5)
 assert any(tensor.any() for name, tensor in whole.items() if "ravan_H" in name)
+torch.distributed.destroy_process_group()
 """
 # it has to be built against the torch of the environment, so the package's extras leave it out
 needs_deepspeed = pytest.mark.skipif(

@@ -3,6 +3,7 @@
 from .adapters import draw_rounds, find_adapter, save_lora_twin, write_card
 from .merge_methods import describe_methods, parse_examples, parse_options
 from .merging import MergedAdapter, MergeRequest, merge_adapters
+from .output import check_is_free
 from .run_arguments import RunArguments, parse_run
 from .training import train_run
 
@@ -11,6 +12,7 @@ __all__ = [
     "MergeRequest",
     "MergedAdapter",
     "RunArguments",
+    "check_is_free",
     "describe_methods",
     "draw_rounds",
     "find_adapter",

@@ -14,12 +14,12 @@ from peft import LoraConfig, PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from peft_ravan import card_of_folder, to_lora
-from peft_ravan.federation_record import HISTORY_FILE, PLOT_FILE, read_history
-from peft_ravan.model_card import CARD_FILE
+from peft_ravan.adapter_files import CARD_FILE
+from peft_ravan.federation_record import HISTORY_FILE, PLOT_FILE, read_history, replace_file
 from peft_ravan.reading import read_adapter
 
-from ..checkpoints import atomic_folder
 from ..history_plot import plot_public_history
+from .output import OutputFolder, check_is_free
 
 
 _ON_THE_HUB = re.compile(r"(?P<repo_id>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
@@ -88,21 +88,6 @@ def find_adapter(name: str | os.PathLike) -> Path:
         ) from error
 
 
-def check_is_free(path: str | os.PathLike, overwrite: bool) -> None:
-    """
-    Args:
-        path (`str` or `os.PathLike`): The file or folder to write.
-        overwrite (`bool`): Whether it may be replaced.
-
-    Raises:
-        FileExistsError: if it exists and may not.
-    """
-    if Path(path).exists() and not overwrite:
-        raise FileExistsError(
-            f"{str(path)!r} exists already. Choose another place, or give --overwrite to replace it."
-        )
-
-
 def save_lora_twin(
     name: str,
     output_dir: str | os.PathLike,
@@ -119,19 +104,20 @@ def save_lora_twin(
         output_dir (`str` or `os.PathLike`): The folder of the twin.
         rank (`int` or `float`, *optional*): The rank, or the share of the energy.
         modules_to_save (`bool`, *optional*, defaults to `True`): Whether to save what is trained besides.
-        overwrite (`bool`, *optional*, defaults to `False`): Whether to replace a folder that exists.
+        overwrite (`bool`, *optional*, defaults to `False`): Whether to replace an adapter that is there.
 
     Returns:
         [`~peft.LoraConfig`]: The configuration of the twin.
 
     Raises:
-        FileExistsError: if the folder exists and may not be replaced.
+        FileExistsError: if there is something that may not be replaced.
         FileNotFoundError: if there is no such adapter.
-        ValueError: as for [`to_lora`].
+        ValueError: as for [`to_lora`], or if the folder is that of the adapter.
     """
-    check_is_free(output_dir, overwrite)
+    output = OutputFolder(output_dir, overwrite, (name,))
+    output.check()
     folder = find_adapter(name)
-    with atomic_folder(output_dir) as aside:
+    with output.write() as aside:
         config = to_lora(folder, aside, rank, include_modules_to_save=modules_to_save)
         card_of_folder(aside).save(aside / CARD_FILE)
     return config
@@ -156,7 +142,7 @@ def write_card(folder: str | os.PathLike, *, overwrite: bool = False, **card_dat
     """
     card, path = card_of_folder(folder, **card_data), Path(folder, CARD_FILE)
     check_is_free(path, overwrite)
-    card.save(path)
+    replace_file(path, str(card))
     return path
 
 
@@ -169,5 +155,6 @@ def draw_rounds(folder: str | os.PathLike) -> None:
         folder (`str` or `os.PathLike`): The folder of the adapter.
     """
     record, picture = Path(folder, HISTORY_FILE), Path(folder, PLOT_FILE)
-    if record.is_file() and not picture.exists():
+    # a link to nowhere is there, too: the picture would go where it leads
+    if record.is_file() and not os.path.lexists(picture):
         plot_public_history(read_history(record), picture)

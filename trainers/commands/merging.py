@@ -12,14 +12,14 @@ import torch
 from peft import LoraConfig, PeftConfig
 
 from peft_ravan import RavanConfig, bases_fingerprint, card_of_folder, different_bases
+from peft_ravan.adapter_files import CARD_FILE
 from peft_ravan.federation_record import FederationRecord
 from peft_ravan.merging import ClientUpdate, MergeMethod, MergeResult, get_merge_method, merge
-from peft_ravan.model_card import CARD_FILE
 from peft_ravan.reading import write_adapter
 from peft_ravan.state import exchange_state, is_core, is_scaling
 
-from ..checkpoints import atomic_folder
-from .adapters import SavedAdapter, check_is_free
+from .adapters import SavedAdapter
+from .output import OutputFolder
 
 
 # With these LoRA's update is zero before training, as it always is for Ravan unless `init_weights=False`.
@@ -81,13 +81,13 @@ def merge_adapters(request: MergeRequest, output_dir: str | os.PathLike, *, over
     Args:
         request ([`MergeRequest`]): What to merge, and how.
         output_dir (`str` or `os.PathLike`): The folder of the merged adapter.
-        overwrite (`bool`, *optional*, defaults to `False`): Whether to replace a folder that exists.
+        overwrite (`bool`, *optional*, defaults to `False`): Whether to replace an adapter that is there.
 
     Returns:
         [`MergedAdapter`]: What was saved.
 
     Raises:
-        FileExistsError: if the folder exists and may not be replaced.
+        FileExistsError: if there is something that may not be replaced.
         FileNotFoundError: if an adapter does not exist.
         TypeError: if the method does not have an option.
         ValueError: if the adapters do not belong together (another method, base model, bases, targets or shapes), are
@@ -101,9 +101,11 @@ def merge_adapters(request: MergeRequest, output_dir: str | os.PathLike, *, over
         >>> merge_adapters(MergeRequest(["north", "south", "west"], "fedrpca"), "merged")
         ```
     """
-    check_is_free(output_dir, overwrite)
+    read = (*request.adapters, *([request.start] if request.start is not None else []))
+    output = OutputFolder(output_dir, overwrite, read)
+    output.check()
     merged = _merge(request, [SavedAdapter.read(name) for name in request.adapters])
-    with atomic_folder(output_dir) as aside:
+    with output.write() as aside:
         write_adapter(merged.config, merged.result.state, aside)
         FederationRecord(len(request.adapters), merged.facts).save_facts(aside)
         card_of_folder(aside).save(aside / CARD_FILE)

@@ -19,32 +19,45 @@ from transformers import (
 from peft_ravan.model_card import name_on_hub
 
 from ..federated_trainer import FederatedTrainer
+from .output import check_run_folder, remove_run
 from .run_arguments import RunArguments
 from .run_data import load_splits, tokenize_texts
 
 
-def train_run(run: RunArguments) -> FederatedTrainer:
+def train_run(run: RunArguments, *, overwrite: bool = False) -> FederatedTrainer:
     """
     Train an adapter, and save it with its card.
 
     Args:
         run ([`RunArguments`]): The model, the data and the arguments.
+        overwrite (`bool`, *optional*, defaults to `False`):
+            Whether to replace the adapter and the checkpoints of an earlier run in the same folder. They are removed when
+            all is loaded and the training begins.
 
     Returns:
         [`FederatedTrainer`]: The trainer, after the training.
 
     Raises:
+        FileExistsError: if the folder has what the run would replace, and it neither may nor goes on from it.
         FileNotFoundError: if a file of the data is missing.
         OSError: if the model cannot be loaded.
         ValueError: if the data, the model and the arguments do not fit together.
     """
-    adapter = run.model.peft_config()
+    adapter, output_dir, resume = run.model.peft_config(), run.training.output_dir, _checkpoint_to_resume(run)
+    if resume and overwrite:
+        raise ValueError(
+            "Give either --overwrite or `resume_from_checkpoint`: one removes what the other goes on from."
+        )
+    if not resume:
+        # before the first time that processes wait for each other, so that none finds what another has written
+        check_run_folder(output_dir, overwrite)
     with run.training.main_process_first(desc="loading the data"):
         splits = load_splits(run.data, with_test=run.training.do_eval)
     set_seed(run.training.seed)
     trainer = _make_sft_trainer(run, splits, adapter) if run.text is None else _make_classifier(run, splits, adapter)
-    resume = run.training.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+    if overwrite and trainer.is_world_process_zero():
+        remove_run(output_dir)
+    trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     dataset = name_on_hub(run.data.dataset_name)
     if dataset is not None:
@@ -52,6 +65,11 @@ def train_run(run: RunArguments) -> FederatedTrainer:
     if run.training.push_to_hub:
         trainer.push_to_hub()
     return trainer
+
+
+def _checkpoint_to_resume(run: RunArguments) -> str | bool | None:
+    given = run.training.resume_from_checkpoint
+    return {"true": True, "false": None}.get(str(given).lower(), given)
 
 
 def _make_classifier(run: RunArguments, splits: DatasetDict, adapter: PeftConfig) -> FederatedTrainer:
