@@ -103,8 +103,19 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def file_digest(path: Path) -> str:
+    """
+    Args:
+        path (`Path`): A file.
+
+    Returns:
+        `str`: Its SHA-256.
+    """
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def write_federation_state(folder: Path, state: FederationState) -> None:
@@ -118,7 +129,7 @@ def write_federation_state(folder: Path, state: FederationState) -> None:
     rng_json, rng_tensors = _random_state()
     tensors = {f"{_SERVER_PREFIX}{name}": tensor.contiguous() for name, tensor in state.server_state.items()}
     safetensors.torch.save_file({**tensors, **rng_tensors}, folder / TENSORS_FILE)
-    files = {file.name: _digest(file) for file in sorted(folder.iterdir()) if file.is_file()}
+    files = {file.name: file_digest(file) for file in sorted(folder.iterdir()) if file.is_file()}
     content = {
         "format_version": FORMAT_VERSION,
         "round": state.round,
@@ -167,7 +178,7 @@ def _checked_content(folder: Path) -> dict[str, Any]:
         file = folder / name
         if not file.is_file():
             raise CheckpointError(f"{folder} is incomplete: {name} is missing.")
-        if _digest(file) != digest:
+        if file_digest(file) != digest:
             raise CheckpointError(f"{folder} is cut off or damaged: {name} is not what was written.")
     return content
 

@@ -279,7 +279,9 @@ class FederatedMixin(
             needed = self._needed_clients(this_round)
             self._tell("on_round_begin", clients=this_round.clients)
             result = self._merge(run, this_round) if this_round.clients else None
-            if len(this_round.num_examples) >= needed:
+            counts = len(this_round.num_examples) >= needed
+            self._settle(run, this_round, counts)
+            if counts:
                 return this_round, result
             if this_round.attempts == self.args.max_round_attempts:
                 raise RoundFailedError(
@@ -323,7 +325,10 @@ class FederatedMixin(
             )
             if control is None:
                 return result
-            return replace(result, server_state={**result.server_state, **control.server_state()})
+            dropped = {entry["client"] for entry in result.diagnostics["dropped"]}
+            merged = [client for client in this_round.num_examples if client not in dropped]
+            new_control = self._move_control(this_round, control, merged)
+            return replace(result, server_state={**result.server_state, **new_control})
 
         return self._merge_updates(this_round, updates, merge_updates)
 
