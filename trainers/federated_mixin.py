@@ -42,6 +42,7 @@ from .resuming import CheckpointingMixin, Run
 from .round_logs import RoundLogMixin
 from .round_zero import RoundZeroMixin
 from .rounds import Round, is_due, learning_rate_factors, mean_train_loss, serialized_bytes
+from .run_facts import run_facts
 from .sharing import SharingMixin
 
 
@@ -150,7 +151,8 @@ class FederatedMixin(
 
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*):
-                A checkpoint to go on from, or `True` for the last complete one in `args.output_dir`.
+                A checkpoint to go on from, or `True` for the last complete one of the run that has begun last in
+                `args.output_dir`.
             trial (*optional*):
                 As for [`~transformers.Trainer.train`].
             ignore_keys_for_eval (`list[str]`, *optional*):
@@ -163,6 +165,7 @@ class FederatedMixin(
         Raises:
             ValueError: if there is no training data, or nothing to resume from.
             CheckpointError: if the checkpoint is damaged or belongs to another federation.
+            FolderInUseError: if another run is writing into `args.output_dir`.
             RoundFailedError: if in all attempts at a round too few clients succeeded. The model then holds the last
                 merged adapter.
             RuntimeError: if in no round as many clients as `min_clients` were available.
@@ -173,26 +176,30 @@ class FederatedMixin(
             self._init_model_again(trial)
 
         start_time = time.time()
-        run = self._start_run(resume_from_checkpoint, trial)
-        try:
-            with frozen_heap():
-                self._open_run(run, trial)
-                for number, factor in list(enumerate(learning_rate_factors(self.args), start=1))[run.round :]:
-                    self._stop_if_spent()
-                    if self._runner.agree(self.control.should_training_stop):
-                        break
-                    self._learning_rate_factor = factor
-                    self._run_round(run, number, ignore_keys_for_eval, trial)
-            if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
-                self._load_best_model()
-                run.take_state()
-        finally:
-            # also after an error: the model holds the last merged adapter, not that of a client
-            run.load_global()
-            self.last_global_state = run.global_state
-            self._learning_rate_factor = None
-            self.is_in_train = False
-        return self._finish_run(start_time)
+        with self._locked_folder(trial):
+            run = self._start_run(resume_from_checkpoint, trial)
+            try:
+                with frozen_heap():
+                    self._run_rounds(run, ignore_keys_for_eval, trial)
+                if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+                    self._load_best_model()
+                    run.take_state()
+            finally:
+                # also after an error: the model holds the last merged adapter, not that of a client
+                run.load_global()
+                self.last_global_state = run.global_state
+                self._learning_rate_factor = None
+                self.is_in_train = False
+            return self._finish_run(start_time)
+
+    def _run_rounds(self, run: Run, ignore_keys_for_eval: list[str] | None, trial: Any) -> None:
+        self._open_run(run, trial)
+        for number, factor in list(enumerate(learning_rate_factors(self.args), start=1))[run.round :]:
+            self._stop_if_spent()
+            if self._runner.agree(self.control.should_training_stop):
+                break
+            self._learning_rate_factor = factor
+            self._run_round(run, number, ignore_keys_for_eval, trial)
 
     def _init_model_again(self, trial: Any) -> None:
         # as Trainer does, so that a second train() does not go on from the first
@@ -209,12 +216,12 @@ class FederatedMixin(
         self.last_merge = None
         self.is_in_train = True
         self.state = TrainerState(stateful_callbacks=self._stateful_callbacks())
+        if resume_from_checkpoint or self._saves_checkpoints:
+            run.facts = run_facts(self, run.state())
         if resume_from_checkpoint:
             self._load_checkpoint(resume_from_checkpoint, run, trial)
             self._restore_callbacks()
-        if self._keeps_state and self._runner.is_main:
-            self._store.forget_after(run.round)
-        self._runner.wait()
+        self._claim_folder(run, trial)
         was_stopped = self.control.should_training_stop
         self.state.max_steps = self.args.num_rounds
         self.state.is_local_process_zero = self.is_local_process_zero()

@@ -134,7 +134,7 @@ class LocalTrainingMixin:
             keep_from = this_round.number - 1 if run.oldest_checkpoint is None else run.oldest_checkpoint
             for client in this_round.clients:
                 if counts and client in this_round.num_examples:
-                    self._store.commit(client, this_round.number, keep_from)
+                    run.client_states[client] = self._store.commit(client, this_round.number, keep_from)
                 else:
                     self._store.discard(client, this_round.number)
         self._runner.wait()  # others may train these clients next

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from .checkpoints import file_digest
+from .checkpoints import CheckpointError, KeptFile, file_digest
 
 
 FOLDER = "client_states"
@@ -125,7 +125,7 @@ class ClientStore:
         """
         return _read(client, self._aside(client, round_number))
 
-    def commit(self, client: str, round_number: int, keep_from: int) -> str:
+    def commit(self, client: str, round_number: int, keep_from: int) -> KeptFile:
         """
         Let what a client has set aside be what it has.
 
@@ -135,7 +135,7 @@ class ClientStore:
             keep_from (`int`): The first round after which a run may go on: what only earlier ones need is deleted.
 
         Returns:
-            `str`: The SHA-256 of the file.
+            [`~peft_ravan.trainers.checkpoints.KeptFile`]: The file, for the checkpoints that need it.
 
         Raises:
             ClientStoreError: if the files could not be read, renamed or deleted.
@@ -145,7 +145,7 @@ class ClientStore:
             os.replace(self._aside(client, round_number), path)
             for number in sorted(version for version in self._versions(client) if version <= keep_from)[:-1]:
                 self._path(client, number).unlink()
-            return file_digest(path)
+            return KeptFile(round_number, file_digest(path))
 
     def discard(self, client: str, round_number: int) -> None:
         """
@@ -157,17 +157,38 @@ class ClientStore:
         """
         self._aside(client, round_number).unlink(missing_ok=True)
 
-    def forget_after(self, round_number: int) -> None:
+    def check(self, kept: Mapping[str, KeptFile]) -> None:
         """
-        Delete what was written in later rounds, which are run again, and what was set aside in rounds that were not ended.
+        Args:
+            kept (`Mapping[str, KeptFile]`): The files that a checkpoint needs, by the names of the clients.
+
+        Raises:
+            CheckpointError: if one of them is missing, cut off or changed.
+        """
+        for client, file in kept.items():
+            path = self._path(client, file.round)
+            found = file_digest(path) if path.is_file() else None
+            if found != file.digest:
+                problem = "is missing" if found is None else "is cut off or damaged"
+                raise CheckpointError(
+                    f"What client {client!r} has kept since round {file.round} {problem} ({path}), and the run would have "
+                    f"another result without it. Put {self.root} back as the run has left it, or start without "
+                    "`resume_from_checkpoint`."
+                )
+
+    def forget_newer(self, kept: Mapping[str, KeptFile]) -> None:
+        """
+        Delete what was written in rounds that are run again, or by another run, and what was set aside in rounds that
+        were not ended.
 
         Args:
-            round_number (`int`): The last round that counts.
+            kept (`Mapping[str, KeptFile]`): What clients have now, by their names: none for a new run.
         """
+        newest = {self._path(client, file.round).parent.name: file.round for client, file in kept.items()}
         folders = self.root.iterdir() if self.root.is_dir() else ()
         for path in [path for folder in folders if folder.is_dir() for path in folder.iterdir()]:
             match = _VERSION.fullmatch(path.name)
-            if match and (match[2] == "aside" or int(match[1]) > round_number):
+            if match and (match[2] == "aside" or int(match[1]) > newest.get(path.parent.name, 0)):
                 path.unlink()
 
     def _versions(self, client: str) -> list[int]:

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from peft_ravan.trainers import FederatedCallback, RoundFailedError, personal
+from peft_ravan.trainers.checkpoints import KeptFile
 from peft_ravan.trainers.personal import ClientStore, ClientStoreError
 
 from .test_federated_trainer import adapter_state, assert_same, lora, make_trainer, ravan
@@ -242,7 +243,7 @@ def value(number: float) -> dict[str, torch.Tensor]:
     return {"w": torch.tensor([number])}
 
 
-def save(store: ClientStore, client: str, number: int, keep_from: int = 0) -> str:
+def save(store: ClientStore, client: str, number: int, keep_from: int = 0) -> KeptFile:
     store.set_aside(client, number, value(number))
     return store.commit(client, number, keep_from)
 
@@ -253,7 +254,7 @@ def test_the_store_gives_the_last_round_before(tmp_path):
     for number in (1, 3):
         save(store, "a", number)
     assert [store.load("a", before=number).get("w", torch.zeros(1)).item() for number in (1, 2, 3, 4)] == [0, 1, 1, 3]
-    store.forget_after(1)
+    store.forget_newer({"a": KeptFile(1, "")})
     assert store.load("a", before=9)["w"].item() == 1
 
 
@@ -265,12 +266,12 @@ def test_what_is_set_aside_counts_only_when_it_is_committed(tmp_path):
     assert store.load("a", before=9)["w"].item() == 1 and store.load_aside("a", 2)["w"].item() == 2
     store.discard("a", 2)
     store.discard("a", 2)  # of one that has nothing there
-    digest = store.commit("b", 2, keep_from=0)
+    file = store.commit("b", 2, keep_from=0)
     [path] = tmp_path.rglob("round-2.*")
-    assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert file == (2, hashlib.sha256(path.read_bytes()).hexdigest())
     assert store.load("a", before=9)["w"].item() == 1 and store.load("b", before=9)["w"].item() == 2
     store.set_aside("a", 2, value(2))  # and then the run is killed
-    store.forget_after(2)
+    store.forget_newer({"a": KeptFile(1, ""), "b": file})
     assert sorted(path.name for path in tmp_path.rglob("round-*")) == ["round-1.safetensors", "round-2.safetensors"]
 
 
