@@ -21,7 +21,7 @@ from .config import RavanConfig
 from .conversion import to_lora
 from .federation_record import FACTS_FILE, HISTORY_FILE, PLOT_FILE, public_history, read_history, write_history
 from .model_card import CARD_FILE, TWIN_FOLDER, card_of_folder, name_on_hub
-from .reading import checked_folder
+from .reading import adapter_folder, checked_folder
 
 
 # what is shared of a folder: never checkpoints, optimizers, states of clients, pickled arguments
@@ -104,7 +104,7 @@ def push_to_hub(
         repo_id (`str`):
             The repository, such as `"user/adapter"`. It is made if there is none.
         adapter_name (`str`, *optional*, defaults to `"default"`):
-            Which adapter of a model.
+            Which adapter of the model, or of the folder, in which PEFT has given others than `"default"` one of their name.
         lora_twin (`bool`, *optional*, defaults to `True`):
             Whether to upload the LoRA twin of a Ravan adapter. If LoRA cannot express the adapter, there is a warning and
             no twin.
@@ -149,8 +149,7 @@ def push_to_hub(
         raise ValueError(f"The model has no adapter {adapter_name!r}. Its adapters are {sorted(adapters)}.")
     with tempfile.TemporaryDirectory(prefix="peft-ravan-") as saved:
         model_or_folder.save_pretrained(saved, selected_adapters=[adapter_name])
-        folder = Path(saved) if adapter_name == "default" else Path(saved, adapter_name)
-        return push_folder(folder, destination, twin_of, adapter_name, **card_data)
+        return push_folder(saved, destination, twin_of, adapter_name, **card_data)
 
 
 def push_folder(
@@ -164,22 +163,26 @@ def push_folder(
     Upload the folder of an adapter, as [`push_to_hub`] does, which has the errors, too.
 
     Args:
-        folder (`str` or `os.PathLike`): The folder. What is uploaded is copied before this returns.
+        folder (`str` or `os.PathLike`): The folder that the model was saved into, with its tokenizer or processor. What is
+            uploaded is copied before this returns.
         destination ([`Destination`]): Where to.
         twin_of (`torch.nn.Module`, `str` or `os.PathLike`, *optional*):
             What the LoRA twin is made of: the folder, or the model, which it needs where the folder lacks the bases.
-        adapter_name (`str`, *optional*, defaults to `"default"`): Which adapter of that model.
+        adapter_name (`str`, *optional*, defaults to `"default"`): Which adapter of that folder, and of that model.
         **card_data: As for [`push_to_hub`].
 
     Returns:
         [`~huggingface_hub.CommitInfo`]: The commit, or a future of it.
     """
-    folder = checked_folder(folder)
+    own_folder = checked_folder(adapter_folder(folder, adapter_name))
     stage = tempfile.TemporaryDirectory(prefix="peft-ravan-")
     try:
-        _stage_files(folder, Path(stage.name))
+        _stage_files(Path(folder), _PROCESSING_FILES, Path(stage.name))
+        _stage_files(own_folder, (*_ADAPTER_FILES, *_RECORD_FILES, CARD_FILE, *_PROCESSING_FILES), Path(stage.name))
+        if (own_folder / HISTORY_FILE).is_file():
+            write_history(Path(stage.name, HISTORY_FILE), public_history(read_history(own_folder)))
         if twin_of is not None:
-            _stage_twin(twin_of, adapter_name, Path(stage.name))
+            _stage_twin(twin_of if isinstance(twin_of, nn.Module) else own_folder, adapter_name, Path(stage.name))
         card_of_folder(stage.name, repo_id=destination.repo_id, **card_data).save(Path(stage.name, CARD_FILE))
         for path in Path(stage.name).rglob(CONFIG_NAME):
             _set_base_model(path, card_data.get("base_model"))
@@ -191,14 +194,11 @@ def push_folder(
     return _background.submit(_upload, stage, destination)
 
 
-def _stage_files(folder: Path, stage: Path) -> None:
-    shared = (*_ADAPTER_FILES, *_RECORD_FILES, CARD_FILE, *_PROCESSING_FILES)
-    for path in (path for pattern in shared for path in folder.glob(pattern) if path.is_file()):
+def _stage_files(folder: Path, patterns: tuple[str, ...], stage: Path) -> None:
+    for path in (path for pattern in patterns for path in folder.glob(pattern) if path.is_file()):
         copy = stage / path.relative_to(folder)
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, copy)
-    if (folder / HISTORY_FILE).is_file():
-        write_history(stage / HISTORY_FILE, public_history(read_history(folder)))
 
 
 def _stage_twin(twin_of: nn.Module | str | os.PathLike, adapter_name: str, stage: Path) -> None:
