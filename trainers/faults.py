@@ -31,6 +31,10 @@ class ClientTimeoutError(RuntimeError):
     """A client took longer than `client_timeout`."""
 
 
+class NothingTrainedError(RuntimeError):
+    """A client did not do a single step."""
+
+
 class RoundFailedError(RuntimeError):
     """Too few clients of a round succeeded, in all its attempts."""
 

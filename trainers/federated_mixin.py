@@ -104,6 +104,7 @@ class FederatedMixin(
             self.clients = self._prepared(clients)
             self.client_budgets = resolve_client_budgets(self)
             check_participation(self._client_sizes(), args, availability)
+            self._check_batches()
             self.privacy = resolve_privacy(self, adapter, availability)
         self.availability = availability
         self.client_eval_dataset = client_eval_dataset

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import TrainerControl, set_seed
-from transformers.trainer_utils import has_length
+from transformers.trainer_utils import TrainOutput, has_length
 
 from peft_ravan.merging import ClientUpdate, get_merge_method
 from peft_ravan.merging.checking import is_finite
@@ -21,11 +21,11 @@ from .callbacks import LocalCallbackHandler
 from .client_budgets import choose_heads
 from .client_runners import ClientResult, DataParallelRunner, one_process
 from .clients import local_arguments
-from .faults import TimeoutCallback
+from .faults import NothingTrainedError, TimeoutCallback
 from .local_objective import SCAFFOLD_PREFIX, ControlVariates, GradientCorrection, control_change, of_scaffold
 from .partition import ClientParts
 from .personal import ClientStore, split_state
-from .preparation import given_clients
+from .preparation import PreparedClients, given_clients
 from .resuming import Run
 from .rounds import Round, derive_seed, serialized_bytes
 
@@ -186,12 +186,49 @@ class LocalTrainingMixin:
                 if self.client_budgets is not None:
                     with one_process():  # all processes that train a client choose the same
                         choose_heads(self, client, round_number)
-                output = super().train()
+                output = self._train_locally()
                 return output.training_loss, self.lr_scheduler.get_last_lr()[0]
             except Exception as error:
                 if hasattr(error, "add_note"):  # Python 3.11 and later
                     error.add_note(f"This happened in round {round_number}, while client {client!r} trained.")
                 raise
+
+    def _train_locally(self) -> TrainOutput:
+        """The training of the trainer below, which may say nothing if there was nothing to train on."""
+        dataset, needed = self.train_dataset, self._full_batch
+        if self.args.dataloader_drop_last and has_length(dataset) and len(dataset) < needed:
+            raise NothingTrainedError(
+                f"It has {len(dataset)} examples, and `dataloader_drop_last=True` leaves out batches of fewer than {needed}. "
+                "Use smaller batches, or leave the client out."
+            )
+        output = super().train()
+        if self.state.global_step == 0:
+            raise NothingTrainedError("It has done no step: its data gave no batch. Leave the client out.")
+        return output
+
+    @property
+    def _full_batch(self) -> int:
+        """The examples of a batch that is full."""
+        together = self.args.world_size if isinstance(self._runner, DataParallelRunner) else 1
+        return self.args.train_batch_size * together
+
+    def _check_batches(self) -> None:
+        """
+        Raises:
+            ValueError: if no client has enough examples for one batch, where smaller ones are left out.
+        """
+        most = max(self._client_sizes().values())
+        # preparation may make more examples of few
+        if (
+            self.args.dataloader_drop_last
+            and most < self._full_batch
+            and not isinstance(self.clients, PreparedClients)
+        ):
+            raise ValueError(
+                f"Clients would train nothing: none has more than {most} examples, and `dataloader_drop_last=True` leaves out "
+                f"batches of fewer than {self._full_batch}. Use smaller batches, fewer clients, or "
+                "`dataloader_drop_last=False`."
+            )
 
     @contextlib.contextmanager
     def _as_client(self, client: str, round_number: int | str, timeout: TimeoutCallback) -> Iterator[None]:
@@ -234,8 +271,7 @@ class LocalTrainingMixin:
         dataset = clients[client]
         if has_length(dataset):
             return len(dataset)
-        together = self.args.world_size if isinstance(self._runner, DataParallelRunner) else 1
-        return self.args.max_steps * self.args.gradient_accumulation_steps * self.args.train_batch_size * together
+        return self.args.max_steps * self.args.gradient_accumulation_steps * self._full_batch
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """

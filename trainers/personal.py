@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,6 +39,34 @@ def split_state(state: Mapping[str, torch.Tensor], patterns: Sequence[str]) -> t
     """
     personal = {name: tensor for name, tensor in state.items() if any(re.search(p, name) for p in patterns)}
     return personal, {name: tensor for name, tensor in state.items() if name not in personal}
+
+
+def read_patterns(value: Sequence[str] | str | None) -> list[str] | None:
+    """
+    Args:
+        value (`list[str]` or `str`, *optional*): Regular expressions: one, or several, also as JSON.
+
+    Returns:
+        `list[str]`: The expressions, or `None` if there are none given.
+
+    Raises:
+        ValueError: if one of them is not a regular expression.
+    """
+    if value is None:
+        return None
+    patterns = [value] if isinstance(value, str) else list(value)
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with contextlib.suppress(ValueError):  # else it is one that begins with a set of characters
+            patterns = json.loads(value)
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            raise ValueError(
+                f"`local_parameters` must be regular expressions, but {pattern!r} is none: {error}. Put a backslash before "
+                "characters that are meant as they are, as `re.escape` does."
+            ) from None
+    return patterns
 
 
 def check_patterns(state: Mapping[str, torch.Tensor], patterns: Sequence[str]) -> None:
