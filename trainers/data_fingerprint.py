@@ -29,14 +29,16 @@ from .preparation import given_clients
 
 # how many examples are looked at, of all clients together: from tables, and from data sets that may take long to make one
 MAX_ROWS = 1000
-MAX_EXAMPLES = 100
+MAX_EXAMPLES = 50
 
 
-def client_fingerprints(clients: Mapping[str, Dataset]) -> dict[str, str | None]:
+def client_fingerprints(clients: Mapping[str, Dataset], may_read: bool = True) -> dict[str, str | None]:
     """
     Args:
         clients (`Mapping[str, Dataset]`): Client names to data sets, as a trainer has them. They are looked at as they were
             given, before the trainer prepares them.
+        may_read (`bool`, *optional*, defaults to `True`): Whether this process may read examples of data sets other than
+            tables. Where workers do it, it must not: they would inherit a file that is open.
 
     Returns:
         `dict[str, str | None]`: Client names to fingerprints. `None` for data that cannot be told again: streams, and
@@ -54,7 +56,8 @@ def client_fingerprints(clients: Mapping[str, Dataset]) -> dict[str, str | None]
             indices = np.ascontiguousarray(indices, dtype="<i8")  # the same bytes on all machines
             parts = [_digest(indices.tobytes())]
             if client in looked_at:
-                parts.append(_examples_digest(dataset, _spread(indices, per_client)))
+                may_look = may_read or isinstance(dataset, datasets.Dataset)
+                parts.append(_examples_digest(dataset, _spread(indices, per_client)) if may_look else None)
             fingerprints[client] = None if None in parts else _digest("".join(parts).encode())[:16]
     return fingerprints
 

@@ -108,6 +108,7 @@ class CheckpointingMixin:
     def _claim_folder(self, run: Run, trial: Any) -> None:
         """Make this run the last that has begun in its folder: `resume_from_checkpoint=True` goes on with it."""
         self._runner.wait()  # others may still be looking for what to go on from
+        run.identity = self._runner.agree(run.identity)
         if self._runner.is_main:
             run_dir = Path(self._get_output_dir(trial=trial))
             others = [folder.name for folder in find_checkpoints(run_dir) if not run.identity.has(folder)]
@@ -243,7 +244,12 @@ class CheckpointingMixin:
     def _load_best_model(self) -> None:
         best, score = self.state.best_model_checkpoint, self.state.best_metric
         logger.info(f"Loading the best adapter from {best} (score: {score}).")
-        self._live_adapter().load_checkpoint(self._saved_adapter(best))
+        try:
+            tensors = self._saved_adapter(best)
+        except FileNotFoundError:
+            logger.warning(f"The best adapter is not in {best} any more. The model has that of the last round.")
+            return
+        self._live_adapter().load_checkpoint(tensors)
 
     def _restore_callbacks(self) -> None:
         # Trainer does so on request; here a run that goes on is to be the run that was interrupted

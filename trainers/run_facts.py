@@ -88,7 +88,7 @@ def run_facts(trainer: FederatedTrainer, state: Mapping[str, torch.Tensor]) -> d
                 **{f"adapter.{name}": value for name, value in _compared_of(config)},
                 **{f"model.{name}": value for name, value in _compared_of(base_config)},
             },
-            "data": client_fingerprints(trainer.clients),
+            "data": client_fingerprints(trainer.clients, may_read=trainer.args.dataloader_num_workers == 0),
         }
     )
 

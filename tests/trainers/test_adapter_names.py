@@ -1,6 +1,7 @@
 """An adapter may have any name. PEFT saves one that is not named "default" into a folder of its name."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -9,11 +10,12 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from peft_ravan import RavanConfig, push_to_hub
-from peft_ravan.trainers import CheckpointError
+from peft_ravan.trainers import CheckpointError, FederatedCallback
 
 from ..conftest import make_tokenizer, tiny_bert
 from .test_federated_trainer import adapter_state, assert_same, lora, make_trainer, ravan
 from .test_resuming import interrupted, resumable_trainer
+from .test_run_folder import logged
 from .test_sharing import FILES, REPO, SMALL, logits
 
 
@@ -87,6 +89,18 @@ def test_the_best_adapter_is_loaded_at_the_end(tmp_path, name):
     assert torch.equal(logits(saved), logits(trainer.model))
     last = PeftModel.from_pretrained(tiny_bert(), str(folder).replace("checkpoint-2", "checkpoint-3"))
     assert not torch.equal(logits(last), logits(trainer.model))
+
+
+def test_a_best_adapter_that_was_deleted_is_told(tmp_path, monkeypatch):
+    class Delete(FederatedCallback):
+        def on_save(self, args, state, control, **kwargs):
+            shutil.rmtree(tmp_path / f"checkpoint-{state.global_step}")
+
+    warnings = logged(monkeypatch)
+    trainer = resumable_trainer(tmp_path, max_steps=1, num_rounds=2, load_best_model_at_end=True, callbacks=[Delete()])
+    trainer.train()
+    assert "The best adapter is not in" in warnings[0] and len(trainer.state.log_history) == 2
+    assert_same(adapter_state(trainer), trainer.last_global_state)
 
 
 def test_another_adapter_of_the_model_is_left_alone(tmp_path):

@@ -211,6 +211,12 @@ def test_random_augmentations_give_no_false_alarm():
     assert set(client_fingerprints(parts(Augmented(own_generator.random))).values()) == {None}
 
 
+def test_examples_that_workers_read_are_not_read_before():
+    data, table = Augmented(lambda: 0), classification_dataset(20)
+    assert client_fingerprints({"a": data}, may_read=False) == {"a": None} and data.reads == 0
+    assert client_fingerprints({"a": table}, may_read=False) == client_fingerprints({"a": table})
+
+
 def test_pictures_and_sounds_are_what_is_in_their_files():
     def pictures(folder, content=b"png"):
         rows = [{"image": {"bytes": None, "path": f"{folder}/7.png"}}, {"image": {"bytes": content, "path": None}}]
