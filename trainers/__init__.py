@@ -19,6 +19,7 @@ from .history_plot import plot_history
 from .partition import make_clients
 from .partition_report import partition_table, plot_partition
 from .privacy import Privacy
+from .run_folder import FolderInUseError
 
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "FederatedCallback",
     "FederatedMixin",
     "FederatedTrainer",
+    "FolderInUseError",
     "Privacy",
     "RoundFailedError",
     "client_statistics",

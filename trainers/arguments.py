@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from dataclasses import dataclass, field, make_dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from .head_selection import BUDGET_DISTRIBUTIONS, HEAD_ALLOCATIONS, HEAD_SELECTI
 from .participation import check_participation_arguments
 from .partition import PARTITIONS
 from .partitioner import PartitionerArgumentMixin, is_partitioner
+from .personal import read_patterns
 from .private_rounds import check_privacy_arguments
 
 
@@ -93,7 +95,8 @@ class FederatedArgumentsMixin(PartitionerArgumentMixin):
         client_timeout (`float`, *optional*):
             The seconds after which a client's local training is given up, looked at after every step. By default never.
         min_successful_clients (`int`, *optional*, defaults to 1):
-            How many clients of a round must succeed, else it is repeated with others.
+            How many clients of a round must succeed, else it is repeated with others; all of them in a round for which
+            fewer are available.
         max_round_attempts (`int`, *optional*, defaults to 3):
             How often a round is tried before the run ends with an error.
         client_budgets (`float`, `dict[str, float]` or `str`, *optional*):
@@ -313,9 +316,14 @@ class FederatedArgumentsMixin(PartitionerArgumentMixin):
             )
 
     def _check_local_training(self) -> None:
-        if isinstance(self.local_parameters, str):
-            is_list = self.local_parameters.lstrip().startswith("[")
-            self.local_parameters = json.loads(self.local_parameters) if is_list else [self.local_parameters]
+        self.local_parameters = read_patterns(self.local_parameters)
+        if not 0 <= self.learning_rate < math.inf:
+            raise ValueError(f"`learning_rate` must be a number of 0 or more, got {self.learning_rate!r}.")
+        if self.max_steps <= 0 and not self.num_train_epochs > 0:
+            raise ValueError(
+                f"Clients would train nothing: `num_train_epochs` is {self.num_train_epochs!r} and `max_steps` is "
+                f"{self.max_steps!r}. Set one of the two above 0; they are those of one client in one round."
+            )
         if self.parallel not in PARALLEL_MODES:
             raise ValueError(f"`parallel` must be one of {', '.join(PARALLEL_MODES)}, got {self.parallel!r}.")
         if not self.proximal_mu >= 0:
@@ -344,10 +352,13 @@ class FederatedArgumentsMixin(PartitionerArgumentMixin):
                 raise ValueError(f"`{name}` must be 0 or more, got {getattr(self, name)!r}.")
         if self.client_timeout is not None and not self.client_timeout > 0:
             raise ValueError(f"`client_timeout` must be above 0 seconds, got {self.client_timeout!r}.")
-        for name in ("clients_per_round", "bases_clients"):
-            value = getattr(self, name)
-            if self.num_clients and value and value > self.num_clients:
-                raise ValueError(f"`{name}` must not be above `num_clients`, got {value} and {self.num_clients}.")
+        for name, most in (
+            ("clients_per_round", "num_clients"), ("bases_clients", "num_clients"),
+            ("min_successful_clients", "clients_per_round"), ("min_successful_clients", "num_clients"),
+        ):  # fmt: skip
+            value, limit = getattr(self, name), getattr(self, most)
+            if limit and value and value > limit:
+                raise ValueError(f"`{name}` must not be above `{most}`, got {value} and {limit}.")
 
 
 @dataclass(repr=False)

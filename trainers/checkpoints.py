@@ -2,7 +2,8 @@
 Checkpoints of a federation: folders that are written aside and then renamed, so that there is never half of one.
 
 A checkpoint has what [`~transformers.Trainer`] puts there for an adapter, and what the federation needs to go on: the
-memory of the server and the random state as safetensors, the facts of the run and a hash of every file as JSON.
+memory of the server and the random state as safetensors, the facts of the run and a hash of every file as JSON, with those
+of the files in which clients keep their own parts, and one of itself.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ import os
 import random
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors
@@ -25,14 +26,28 @@ import torch
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 STATE_FILE = "federation_state.json"
 TENSORS_FILE = "federation_state.safetensors"
+OWN_DIGEST = "sha256"  # of the state file, within it
 _SERVER_PREFIX = "server."
 
 
 class CheckpointError(ValueError):
     """A checkpoint that is cut off, or of another federation. The message names it and says why."""
+
+
+class KeptFile(NamedTuple):
+    """
+    The file of what a client keeps.
+
+    Args:
+        round (`int`): The round that it was written in.
+        digest (`str`): Its SHA-256.
+    """
+
+    round: int
+    digest: str
 
 
 @dataclass(frozen=True)
@@ -44,11 +59,13 @@ class FederationState:
         round (`int`): The last round that was run.
         facts (`Mapping[str, Any]`): What must be the same in the run that goes on.
         server_state (`Mapping[str, torch.Tensor]`): What server optimizers and merge methods remember.
+        client_states (`Mapping[str, KeptFile]`): The files of what clients keep, by the names of the clients.
     """
 
     round: int
     facts: Mapping[str, Any]
     server_state: Mapping[str, torch.Tensor]
+    client_states: Mapping[str, KeptFile] = field(default_factory=dict)
 
 
 @contextlib.contextmanager
@@ -103,8 +120,19 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def file_digest(path: Path) -> str:
+    """
+    Args:
+        path (`Path`): A file.
+
+    Returns:
+        `str`: Its SHA-256.
+    """
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def write_federation_state(folder: Path, state: FederationState) -> None:
@@ -118,15 +146,18 @@ def write_federation_state(folder: Path, state: FederationState) -> None:
     rng_json, rng_tensors = _random_state()
     tensors = {f"{_SERVER_PREFIX}{name}": tensor.contiguous() for name, tensor in state.server_state.items()}
     safetensors.torch.save_file({**tensors, **rng_tensors}, folder / TENSORS_FILE)
-    files = {file.name: _digest(file) for file in sorted(folder.iterdir()) if file.is_file()}
+    # also in folders: PEFT saves an adapter that is not named "default" into one
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = {path.relative_to(folder).as_posix(): file_digest(path) for path in paths}
     content = {
         "format_version": FORMAT_VERSION,
         "round": state.round,
         "facts": dict(state.facts),
+        "client_states": state.client_states,
         "random_state": rng_json,
         "files": files,
     }
-    (folder / STATE_FILE).write_text(json.dumps(content, indent=2))
+    (folder / STATE_FILE).write_text(json.dumps({**content, OWN_DIGEST: content_digest(content)}, indent=2))
 
 
 def read_federation_state(folder: str | os.PathLike) -> FederationState:
@@ -149,7 +180,19 @@ def read_federation_state(folder: str | os.PathLike) -> FederationState:
         for name, tensor in tensors.items()
         if name.startswith(_SERVER_PREFIX)
     }
-    return FederationState(content["round"], content["facts"], server_state)
+    client_states = {client: KeptFile(*file) for client, file in content["client_states"].items()}
+    return FederationState(content["round"], content["facts"], server_state, client_states)
+
+
+def content_digest(content: Mapping[str, Any]) -> str:
+    """
+    Args:
+        content (`Mapping[str, Any]`): What `federation_state.json` has beside its own digest.
+
+    Returns:
+        `str`: That digest, the SHA-256 of it all.
+    """
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _checked_content(folder: Path) -> dict[str, Any]:
@@ -159,15 +202,19 @@ def _checked_content(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} is not a checkpoint of a federation: it has no {STATE_FILE}.") from None
     except ValueError as error:
         raise CheckpointError(f"{folder} is cut off or damaged: {STATE_FILE} is not JSON ({error}).") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{folder} is damaged: {STATE_FILE} is not what was written.")
     if content.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
             f"{folder} has format version {content.get('format_version')!r}, and this version reads {FORMAT_VERSION}."
         )
+    if content.pop(OWN_DIGEST, None) != content_digest(content):
+        raise CheckpointError(f"{folder} is damaged: {STATE_FILE} is not what was written.")
     for name, digest in content["files"].items():
         file = folder / name
         if not file.is_file():
             raise CheckpointError(f"{folder} is incomplete: {name} is missing.")
-        if _digest(file) != digest:
+        if file_digest(file) != digest:
             raise CheckpointError(f"{folder} is cut off or damaged: {name} is not what was written.")
     return content
 

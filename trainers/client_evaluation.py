@@ -25,7 +25,7 @@ class ClientEvaluationMixin:
 
     # a run of the federation must be the same with and without it, so all that it changes is put back
     _PUT_BACK = (
-        "callback_handler", "control", "is_in_train", "_gradient_correction", "_learning_rate_factor", "_log_sink",
+        "callback_handler", "control", "is_in_train", "_objective", "_learning_rate_factor", "_log_sink",
     )  # fmt: skip
 
     last_client_metrics: pd.DataFrame | None = None
@@ -100,7 +100,7 @@ class ClientEvaluationMixin:
         before = {name: getattr(self, name) for name in self._PUT_BACK}
         # which ends a training after its steps; nobody else is told of them
         self.callback_handler = CallbackHandler([DefaultFlowCallback()], self.model, self.processing_class, None, None)
-        self._gradient_correction = None  # clients train for themselves here
+        self._objective = None  # clients train for themselves here
         self.is_in_train = True  # or `fp16_full_eval` would cast the model for good
         try:
             with self._runner.alone(), run.adapter.preserved(), preserved_random_state():

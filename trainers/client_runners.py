@@ -10,7 +10,7 @@ import contextlib
 import functools
 import os
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -21,6 +21,8 @@ from accelerate.utils import DistributedType, broadcast_object_list
 from transformers.utils import logging
 
 from peft_ravan.merging import ClientUpdate
+
+from .personal import ClientStoreError
 
 
 logger = logging.get_logger(__name__)
@@ -42,20 +44,20 @@ class ClientResult:
             What it uploads, or `None` if it has failed, or if another process merges it.
         train_loss (`float`): Its mean local training loss.
         learning_rate (`float`, *optional*): Its learning rate, if it has trained.
-        control_change (`Mapping[str, torch.Tensor]`, *optional*): SCAFFOLD's change of its control variate.
-        is_finite (`bool`): Whether all that it has trained is finite; else nothing of it counts.
+        control_bytes (`int`): The size of the change of its control variate, which it uploads with SCAFFOLD.
         failure (`str`, *optional*): Why it has failed.
         error (`Exception`, *optional*): The error, in the process in which it was raised.
+        ends_run (`bool`): Whether it has failed by a fault that is not its own, so that the run cannot go on.
     """
 
     client: str
     update: ClientUpdate | None = None
     train_loss: float = 0.0
     learning_rate: float | None = None
-    control_change: Mapping[str, torch.Tensor] | None = None
-    is_finite: bool = True
+    control_bytes: int = 0
     failure: str | None = None
     error: Exception | None = None
+    ends_run: bool = False
 
 
 ClientWork = Callable[[str], ClientResult]
@@ -74,7 +76,8 @@ def attempt(work: ClientWork, client: str) -> ClientResult:
         return work(client)
     except Exception as error:
         traceback.clear_frames(error.__traceback__)  # what they hold may be what memory ran out for
-        return ClientResult(client, failure=f"{type(error).__name__}: {error}", error=error)
+        ends_run = isinstance(error, ClientStoreError)
+        return ClientResult(client, failure=f"{type(error).__name__}: {error}", error=error, ends_run=ends_run)
 
 
 class ClientRunner:
@@ -224,7 +227,9 @@ class ProcessRunner(_ManyProcesses):
         return parcel[0]
 
     def _told(self, result: ClientResult | None) -> ClientResult | None:
-        return None if result is None else ClientResult(result.client, failure=result.failure)
+        return (
+            None if result is None else ClientResult(result.client, failure=result.failure, ends_run=result.ends_run)
+        )
 
     def merge(self, updates: Iterable[ClientUpdate], merge_updates: Callable[[Iterable[ClientUpdate]], T]) -> T:
         merged = merge_updates(updates) if self.is_main else None

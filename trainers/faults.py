@@ -11,6 +11,8 @@ from transformers.utils import logging
 
 from peft_ravan.merging import ClientUpdate, MergeResult, UpdateError
 
+from .personal import ClientStoreError
+
 
 if TYPE_CHECKING:
     from .client_runners import ClientResult
@@ -27,6 +29,10 @@ ClientFault = Callable[[str, int, ClientUpdate], ClientUpdate | None]
 
 class ClientTimeoutError(RuntimeError):
     """A client took longer than `client_timeout`."""
+
+
+class NothingTrainedError(RuntimeError):
+    """A client did not do a single step."""
 
 
 class RoundFailedError(RuntimeError):
@@ -108,9 +114,14 @@ def updates_of(
 
     Yields:
         [`~peft_ravan.merging.ClientUpdate`]: The updates.
+
+    Raises:
+        ClientStoreError: if what a client keeps could not be written or read, in all processes.
     """
     for result in results:
         client = result.client
+        if result.ends_run:
+            raise result.error or ClientStoreError(result.failure)
         if result.failure is not None:
             this_round.fail(client, result.failure, result.error)
             logger.warning(f"Round {this_round.number}: client {client!r} failed and is left out. {result.failure}")

@@ -43,6 +43,7 @@ from .resuming import CheckpointingMixin, Run
 from .round_logs import RoundLogMixin
 from .round_zero import RoundZeroMixin
 from .rounds import Round, is_due, learning_rate_factors, mean_train_loss, serialized_bytes
+from .run_facts import run_facts
 from .sharing import SharingMixin
 
 
@@ -105,6 +106,7 @@ class FederatedMixin(
             self.client_budgets = resolve_client_budgets(self)
             check_labels(self, given)
             check_participation(self._client_sizes(), args, availability)
+            self._check_batches()
             self.privacy = resolve_privacy(self, adapter, availability)
         self.availability = availability
         self.client_eval_dataset = client_eval_dataset
@@ -152,7 +154,8 @@ class FederatedMixin(
 
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*):
-                A checkpoint to go on from, or `True` for the last complete one in `args.output_dir`.
+                A checkpoint to go on from, or `True` for the last complete one of the run that has begun last in
+                `args.output_dir`.
             trial (*optional*):
                 As for [`~transformers.Trainer.train`].
             ignore_keys_for_eval (`list[str]`, *optional*):
@@ -165,6 +168,7 @@ class FederatedMixin(
         Raises:
             ValueError: if there is no training data, or nothing to resume from.
             CheckpointError: if the checkpoint is damaged or belongs to another federation.
+            FolderInUseError: if another run is writing into `args.output_dir`.
             RoundFailedError: if in all attempts at a round too few clients succeeded. The model then holds the last
                 merged adapter.
             RuntimeError: if in no round as many clients as `min_clients` were available.
@@ -175,26 +179,30 @@ class FederatedMixin(
             self._init_model_again(trial)
 
         start_time = time.time()
-        run = self._start_run(resume_from_checkpoint, trial)
-        try:
-            with frozen_heap():
-                self._open_run(run, trial)
-                for number, factor in list(enumerate(learning_rate_factors(self.args), start=1))[run.round :]:
-                    self._stop_if_spent()
-                    if self._runner.agree(self.control.should_training_stop):
-                        break
-                    self._learning_rate_factor = factor
-                    self._run_round(run, number, ignore_keys_for_eval, trial)
-            if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
-                self._load_best_model()
-                run.take_state()
-        finally:
-            # also after an error: the model holds the last merged adapter, not that of a client
-            run.load_global()
-            self.last_global_state = run.global_state
-            self._learning_rate_factor = None
-            self.is_in_train = False
-        return self._finish_run(start_time)
+        with self._locked_folder(trial):
+            run = self._start_run(resume_from_checkpoint, trial)
+            try:
+                with frozen_heap():
+                    self._run_rounds(run, ignore_keys_for_eval, trial)
+                if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+                    self._load_best_model()
+                    run.take_state()
+            finally:
+                # also after an error: the model holds the last merged adapter, not that of a client
+                run.load_global()
+                self.last_global_state = run.global_state
+                self._learning_rate_factor = None
+                self.is_in_train = False
+            return self._finish_run(start_time)
+
+    def _run_rounds(self, run: Run, ignore_keys_for_eval: list[str] | None, trial: Any) -> None:
+        self._open_run(run, trial)
+        for number, factor in list(enumerate(learning_rate_factors(self.args), start=1))[run.round :]:
+            self._stop_if_spent()
+            if self._runner.agree(self.control.should_training_stop):
+                break
+            self._learning_rate_factor = factor
+            self._run_round(run, number, ignore_keys_for_eval, trial)
 
     def _init_model_again(self, trial: Any) -> None:
         # as Trainer does, so that a second train() does not go on from the first
@@ -211,12 +219,12 @@ class FederatedMixin(
         self.last_merge = None
         self.is_in_train = True
         self.state = TrainerState(stateful_callbacks=self._stateful_callbacks())
+        if resume_from_checkpoint or self._saves_checkpoints:
+            run.facts = run_facts(self, run.state())
         if resume_from_checkpoint:
             self._load_checkpoint(resume_from_checkpoint, run, trial)
             self._restore_callbacks()
-        if self._keeps_state and self._runner.is_main:
-            self._store.forget_after(run.round)
-        self._runner.wait()
+        self._claim_folder(run, trial)
         was_stopped = self.control.should_training_stop
         self.state.max_steps = self.args.num_rounds
         self.state.is_local_process_zero = self.is_local_process_zero()
@@ -281,7 +289,9 @@ class FederatedMixin(
             needed = self._needed_clients(this_round)
             self._tell("on_round_begin", clients=this_round.clients)
             result = self._merge(run, this_round) if this_round.clients else None
-            if len(this_round.num_examples) >= needed:
+            counts = len(this_round.num_examples) >= needed
+            self._settle(run, this_round, counts)
+            if counts:
                 return this_round, result
             self._check_for_a_mistake(this_round)
             if this_round.attempts == self.args.max_round_attempts:
@@ -338,7 +348,10 @@ class FederatedMixin(
             )
             if control is None:
                 return result
-            return replace(result, server_state={**result.server_state, **control.server_state()})
+            dropped = {entry["client"] for entry in result.diagnostics["dropped"]}
+            merged = [client for client in this_round.num_examples if client not in dropped]
+            new_control = self._move_control(this_round, control, merged)
+            return replace(result, server_state={**result.server_state, **new_control})
 
         return self._merge_updates(this_round, updates, merge_updates)
 

@@ -22,11 +22,12 @@ class GradientCorrection:
 
     FedProx (Li et al., Federated Optimization in Heterogeneous Networks, MLSys 2020) adds `mu * (w - w_global)`. SCAFFOLD
     (Karimireddy et al., SCAFFOLD: Stochastic Controlled Averaging for Federated Learning, ICML 2020) adds `c - c_i`. The
-    client's new control variate is the mean of its gradients, which for SGD is option II of the paper.
+    client's new control variate is the mean of its gradients over all steps, which for SGD is option II of the paper. A
+    parameter that the loss of a step does not depend on has a gradient of zero there, to which both terms are added.
 
     Args:
         model (`torch.nn.Module`):
-            The model, with the global adapter.
+            The model, with the global adapter and the parameters that the client trains.
         proximal_mu (`float`):
             FedProx's mu; 0 for none.
         server_control (`Mapping[str, torch.Tensor]`, *optional*):
@@ -55,15 +56,31 @@ class GradientCorrection:
         """The hook before an optimizer step."""
         self._num_steps += 1
         for name, parameter in self._parameters.items():
+            if self._uses_control:
+                self._take_into_mean(name, parameter.grad)
             if parameter.grad is None:
-                continue
+                if not self._has_term(name):
+                    continue
+                parameter.grad = torch.zeros_like(parameter)
             gradient = parameter.grad
             if self._uses_control:
-                mean = self._means.setdefault(name, torch.zeros_like(gradient, dtype=torch.float32))
-                mean.lerp_(gradient.float(), 1 / self._num_steps)
                 gradient.add_(self._control(self._server_control, name) - self._control(self._client_control, name))
             if self.proximal_mu:
                 gradient.add_(parameter - self._global[name], alpha=self.proximal_mu)
+
+    def _take_into_mean(self, name: str, gradient: torch.Tensor | None) -> None:
+        if gradient is None and name not in self._means:
+            return  # a mean of zeros so far
+        mean = self._means.get(name)
+        if mean is None:
+            mean = self._means[name] = torch.zeros_like(gradient, dtype=torch.float32)
+        mean.lerp_(torch.zeros_like(mean) if gradient is None else gradient.float(), 1 / self._num_steps)
+
+    def _has_term(self, name: str) -> bool:
+        """Whether something other than zero is added to the gradient of a parameter."""
+        if any(control[name].any() for control in (self._server_control, self._client_control) if name in control):
+            return True
+        return bool(self.proximal_mu) and not torch.equal(self._parameters[name], self._global[name])
 
     def _control(self, control: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
         parameter = self._parameters[name]
@@ -72,14 +89,28 @@ class GradientCorrection:
     def new_client_control(self) -> dict[str, torch.Tensor]:
         """
         Returns:
-            `dict[str, torch.Tensor]`: The client's new c_i, on the CPU: the mean of its gradients over the steps.
+            `dict[str, torch.Tensor]`: The client's new c_i, on the CPU: the mean of its gradients over the steps; nothing
+            for parameters that had none in any of them.
         """
         return {name: mean.cpu() for name, mean in self._means.items()}
 
 
+def of_scaffold(kept: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """
+    Args:
+        kept (`Mapping[str, torch.Tensor]`): What a client keeps, or the server remembers.
+
+    Returns:
+        `dict[str, torch.Tensor]`: Its control variate, by the names of parameters.
+    """
+    prefixed = {name: tensor for name, tensor in kept.items() if name.startswith(SCAFFOLD_PREFIX)}
+    return {name.removeprefix(SCAFFOLD_PREFIX): tensor for name, tensor in prefixed.items()}
+
+
 class ControlVariates:
     """
-    SCAFFOLD's control variates during a round.
+    SCAFFOLD's control variates during a round. Only clients whose updates are merged move them, so that c stays the mean
+    of all c_i.
 
     Args:
         server_state (`Mapping[str, torch.Tensor]`): What the server remembers; c is under `scaffold.`.
@@ -87,18 +118,15 @@ class ControlVariates:
     """
 
     def __init__(self, server_state: Mapping[str, torch.Tensor], num_clients: int):
-        self.server = {
-            name.removeprefix(SCAFFOLD_PREFIX): tensor
-            for name, tensor in server_state.items()
-            if name.startswith(SCAFFOLD_PREFIX)
-        }
+        self.server = of_scaffold(server_state)
         self._num_clients = num_clients
         self._change: dict[str, torch.Tensor] = {}
 
     def add(self, difference: Mapping[str, torch.Tensor]) -> None:
         """
         Args:
-            difference (`Mapping[str, torch.Tensor]`): What a client uploads, see [`control_change`].
+            difference (`Mapping[str, torch.Tensor]`): What a client whose update was merged uploads besides, see
+                [`control_change`].
         """
         for name, tensor in difference.items():
             # c moves by the mean over the clients of the round times their share of all clients
@@ -126,4 +154,5 @@ def control_change(old: Mapping[str, torch.Tensor], new: Mapping[str, torch.Tens
     Returns:
         `dict[str, torch.Tensor]`: Their difference, which the client uploads.
     """
-    return {name: tensor - old[name] if name in old else tensor for name, tensor in new.items()}
+    changes = {name: tensor - old[name] if name in old else tensor for name, tensor in new.items()}
+    return {**changes, **{name: -tensor for name, tensor in old.items() if name not in new}}

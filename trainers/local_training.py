@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import TrainerControl, set_seed
-from transformers.trainer_utils import has_length
+from transformers.trainer_utils import TrainOutput, has_length
 
 from peft_ravan.merging import ClientUpdate, UpdateError, get_merge_method, plain_update
 from peft_ravan.merging.entries import is_finite
@@ -21,11 +22,11 @@ from .callbacks import LocalCallbackHandler
 from .client_budgets import choose_heads
 from .client_runners import ClientResult, DataParallelRunner, one_process
 from .clients import local_arguments
-from .faults import TimeoutCallback
-from .local_objective import SCAFFOLD_PREFIX, ControlVariates, GradientCorrection, control_change
+from .faults import NothingTrainedError, TimeoutCallback
+from .local_objective import SCAFFOLD_PREFIX, ControlVariates, GradientCorrection, control_change, of_scaffold
 from .partition import ClientParts
 from .personal import ClientStore, split_state
-from .preparation import given_clients
+from .preparation import PreparedClients, given_clients
 from .resuming import Run
 from .rounds import Round, derive_seed, serialized_bytes
 
@@ -42,9 +43,13 @@ _OF_THE_FEDERATION = (
 )
 
 
-def _of_scaffold(kept: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    prefixed = {name: tensor for name, tensor in kept.items() if name.startswith(SCAFFOLD_PREFIX)}
-    return {name.removeprefix(SCAFFOLD_PREFIX): tensor for name, tensor in prefixed.items()}
+def _check_finite(kept: Mapping[str, torch.Tensor]) -> None:
+    for name, tensor in kept.items():
+        if not is_finite(tensor):
+            raise ValueError(
+                f"{name!r}, which stays with the client, has entries that are NaN or infinite. Its training diverged: lower "
+                "its learning rate, or leave the client out."
+            )
 
 
 class LocalTrainingMixin:
@@ -54,7 +59,10 @@ class LocalTrainingMixin:
     """
 
     _learning_rate_factor: float | None = None  # set while a federation runs
-    _gradient_correction: GradientCorrection | None = None  # set while a client trains
+    _objective: Callable[..., GradientCorrection] | None = (
+        None  # set while a client trains, if it has a term of its own
+    )
+    _gradient_correction: GradientCorrection | None = None  # what became of it
 
     def _client_round(self, run: Run, number: int, client: str, control: ControlVariates | None) -> ClientResult:
         """Load the adapter that a client starts from, train it, and read what the client uploads."""
@@ -62,42 +70,77 @@ class LocalTrainingMixin:
         kept = self._store.load(client, before=number) if self._keeps_state else {}
         own = {name: kept.get(name, tensor) for name, tensor in run.personal_start.items()}
         run.adapter.load({**run.global_state, **own})
-        old_control, own_control, change = _of_scaffold(kept), {}, None
-        self._gradient_correction = None
-        if self.args.proximal_mu or control is not None:
-            server_control = None if control is None else control.server
-            self._gradient_correction = GradientCorrection(
-                self.model, self.args.proximal_mu, server_control, old_control
-            )
-        with torch.enable_grad():  # the merge that asks for updates needs no gradients
+        old_control, own_control, control_bytes = of_scaffold(kept), {}, 0
+        with torch.enable_grad(), self._with_objective(control, old_control):  # the merge itself needs no gradients
             train_loss, learning_rate = self._train_client(client, number, timeout)
+            if control is not None:
+                own_control = self._gradient_correction.new_client_control()
+                control_bytes = serialized_bytes(control_change(old_control, own_control))
         heads = run.adapter.trained_heads()
         own, shared = split_state(run.adapter.read(), run.personal_patterns)
         update = ClientUpdate(shared, self._num_examples(client), client, heads)
         update = self._before_upload(update, number, timeout)
-        if control is not None:
-            own_control = self._gradient_correction.new_client_control()
-            change = control_change(old_control, own_control)
-        kept = {**own, **{f"{SCAFFOLD_PREFIX}{name}": tensor for name, tensor in own_control.items()}}
-        finite = all(map(is_finite, [*kept.values(), *update.state.values()]))  # else the merge refuses the update
-        if finite and self._keeps_state and self._is_keeper:
-            keep_from = number - 1 if run.oldest_checkpoint is None else run.oldest_checkpoint
-            self._store.save(client, number, kept, keep_from)
-        return ClientResult(client, update, train_loss, learning_rate, change, finite)
+        if self._keeps_state and self._is_keeper:
+            kept = {**own, **{f"{SCAFFOLD_PREFIX}{name}": tensor for name, tensor in own_control.items()}}
+            _check_finite(kept)
+            self._store.set_aside(client, number, kept)
+        return ClientResult(client, update, train_loss, learning_rate, control_bytes)
+
+    @contextlib.contextmanager
+    def _with_objective(
+        self, control: ControlVariates | None, client_control: Mapping[str, torch.Tensor]
+    ) -> Iterator[None]:
+        """What FedProx and SCAFFOLD add to the gradients of the client that trains."""
+        if self.args.proximal_mu or control is not None:
+            self._objective = partial(
+                GradientCorrection,
+                proximal_mu=self.args.proximal_mu,
+                server_control=None if control is None else control.server,
+                client_control=client_control,
+            )
+        try:
+            yield
+        finally:
+            self._objective = self._gradient_correction = None
 
     def _receive(self, this_round: Round, control: ControlVariates | None, result: ClientResult) -> None:
         """Record what a client has uploaded, as the server."""
         if result.learning_rate is not None:
             this_round.learning_rate = result.learning_rate
-        if not result.is_finite:
-            return
         if control is not None:
-            control.add(result.control_change)
-            this_round.upload_bytes += serialized_bytes(result.control_change)
+            this_round.upload_bytes += result.control_bytes
             this_round.download_bytes += serialized_bytes(control.server)
         counted = self.args.update_limits.counted(result.update.num_examples)
         update = replace(result.update, num_examples=counted)
         this_round.add(update, result.train_loss, count_heads=self.client_budgets is not None)
+
+    def _move_control(
+        self, this_round: Round, control: ControlVariates, merged: Iterable[str]
+    ) -> dict[str, torch.Tensor]:
+        """
+        SCAFFOLD's c after a round, as the server remembers it. A merge that takes one update after the other refuses some
+        of them later than they come, so what was uploaded besides is read again, of those that it has merged.
+        """
+        for client in (
+            merged if self._runner.is_main else ()
+        ):  # whose c counts, and who alone knows that all is written
+            old = self._store.load(client, before=this_round.number)
+            new = self._store.load_aside(client, this_round.number)
+            control.add(control_change(of_scaffold(old), of_scaffold(new)))
+        return control.server_state()
+
+    def _settle(self, run: Run, this_round: Round, counts: bool) -> None:
+        """Let clients have what they have set aside, if this attempt at the round counts and their updates were merged."""
+        if not (self._keeps_state and this_round.clients):
+            return
+        if self._runner.is_main:
+            keep_from = this_round.number - 1 if run.oldest_checkpoint is None else run.oldest_checkpoint
+            for client in this_round.clients:
+                if counts and client in this_round.num_examples:
+                    run.client_states[client] = self._store.commit(client, this_round.number, keep_from)
+                else:
+                    self._store.discard(client, this_round.number)
+        self._runner.wait()  # others may train these clients next
 
     @property
     def _is_keeper(self) -> bool:
@@ -140,7 +183,8 @@ class LocalTrainingMixin:
             `torch.optim.Optimizer`: The optimizer.
         """
         optimizer = super().create_optimizer(*args, **kwargs)
-        if self._gradient_correction is not None:
+        if self._objective is not None:
+            self._gradient_correction = self._objective(self.model)  # with the heads that the client has chosen
             optimizer.register_step_pre_hook(self._gradient_correction)
         return optimizer
 
@@ -151,12 +195,49 @@ class LocalTrainingMixin:
                 if self.client_budgets is not None:
                     with one_process():  # all processes that train a client choose the same
                         choose_heads(self, client, round_number)
-                output = super().train()
+                output = self._train_locally()
                 return output.training_loss, self.lr_scheduler.get_last_lr()[0]
             except Exception as error:
                 if hasattr(error, "add_note"):  # Python 3.11 and later
                     error.add_note(f"This happened in round {round_number}, while client {client!r} trained.")
                 raise
+
+    def _train_locally(self) -> TrainOutput:
+        """The training of the trainer below, which may say nothing if there was nothing to train on."""
+        dataset, needed = self.train_dataset, self._full_batch
+        if self.args.dataloader_drop_last and has_length(dataset) and len(dataset) < needed:
+            raise NothingTrainedError(
+                f"It has {len(dataset)} examples, and `dataloader_drop_last=True` leaves out batches of fewer than {needed}. "
+                "Use smaller batches, or leave the client out."
+            )
+        output = super().train()
+        if self.state.global_step == 0:
+            raise NothingTrainedError("It has done no step: its data gave no batch. Leave the client out.")
+        return output
+
+    @property
+    def _full_batch(self) -> int:
+        """The examples of a batch that is full."""
+        together = self.args.world_size if isinstance(self._runner, DataParallelRunner) else 1
+        return self.args.train_batch_size * together
+
+    def _check_batches(self) -> None:
+        """
+        Raises:
+            ValueError: if no client has enough examples for one batch, where smaller ones are left out.
+        """
+        most = max(self._client_sizes().values())
+        # preparation may make more examples of few
+        if (
+            self.args.dataloader_drop_last
+            and most < self._full_batch
+            and not isinstance(self.clients, PreparedClients)
+        ):
+            raise ValueError(
+                f"Clients would train nothing: none has more than {most} examples, and `dataloader_drop_last=True` leaves out "
+                f"batches of fewer than {self._full_batch}. Use smaller batches, fewer clients, or "
+                "`dataloader_drop_last=False`."
+            )
 
     @contextlib.contextmanager
     def _as_client(self, client: str, round_number: int | str, timeout: TimeoutCallback) -> Iterator[None]:
@@ -199,8 +280,7 @@ class LocalTrainingMixin:
         dataset = clients[client]
         if has_length(dataset):
             return len(dataset)
-        together = self.args.world_size if isinstance(self._runner, DataParallelRunner) else 1
-        return self.args.max_steps * self.args.gradient_accumulation_steps * self.args.train_batch_size * together
+        return self.args.max_steps * self.args.gradient_accumulation_steps * self._full_batch
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """

@@ -137,7 +137,8 @@ def check_participation(
     if isinstance(args.participation_weights, Mapping):
         _check_names(clients, args.participation_weights)
     drawable = sum(weight > 0 for weight in _weights(clients, args).values())
-    for name, value in (("min_clients", args.min_clients), ("clients_per_round", args.clients_per_round)):
+    for name in ("min_clients", "clients_per_round", "min_successful_clients"):
+        value = getattr(args, name)
         if value is not None and value > drawable:
             of_weight = " with a weight above 0" if args.participation_weights is not None else ""
             raise ValueError(f"`{name}` is {value}, but there are only {drawable} clients{of_weight}. Use fewer.")

@@ -84,6 +84,21 @@ class ClientParts(KeptParts):
     def _make(self, client: str) -> Dataset:
         return _select(self._dataset, self._sources[client])
 
+    @property
+    def dataset(self) -> Dataset:
+        """The data set that the parts are of."""
+        return self._dataset
+
+    def indices(self, client: str) -> np.ndarray:
+        """
+        Args:
+            client (`str`): The name of a client.
+
+        Returns:
+            `np.ndarray`: Where the examples of its part are in the data set.
+        """
+        return self._sources[client]
+
     def num_examples(self, client: str) -> int:
         """
         Args:

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import copy
 import inspect
+import multiprocessing.context
 from typing import Any, Protocol
 
 from torch.utils.data import Dataset
 from transformers.trainer_utils import has_length
+
+
+_TOKENS = ("hub_token", "push_to_hub_token")
 
 
 class Partitioner(Protocol):
@@ -77,8 +81,9 @@ def load_partitions(partitioner: Partitioner, dataset: Dataset) -> list[Dataset]
 class PartitionerArgumentMixin:
     """
     Arguments whose `partition` can be an object. It has the training data, so what is written of the arguments (as a
-    dict, as JSON, as `training_args.bin`, or printed) has the name of its class instead, and no seed of the noise of
-    `privacy`. Copies have the object itself, and the seed.
+    dict, as JSON, as `training_args.bin`, or printed) has the name of its class instead, and no secrets: neither the seed of
+    the noise of `privacy` nor tokens of the Hub. Copies have the object itself and the secrets, and so have the processes
+    that Python starts with them.
     """
 
     def to_dict(self) -> dict[str, Any]:
@@ -94,7 +99,8 @@ class PartitionerArgumentMixin:
     __repr__ = __str__
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self._named())
+        is_for_a_process = multiprocessing.context.get_spawning_popen() is not None
+        return vars(self if is_for_a_process else self._named())
 
     def __copy__(self):
         copied = object.__new__(type(self))
@@ -114,4 +120,7 @@ class PartitionerArgumentMixin:
             named.partition = type(self.partition).__name__
         if isinstance(self.privacy, dict):
             named.privacy = {**self.privacy, "noise_seed": None}
+        for name in _TOKENS:
+            if getattr(self, name, None) is not None:
+                setattr(named, name, None)
         return named

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,17 @@ from safetensors.torch import load_file
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from transformers.utils import logging
 
 from peft_ravan.gradient_bases import awaits_gradient
-from peft_ravan.reading import bases_fingerprint, different_bases
+from peft_ravan.reading import adapter_folder, bases_fingerprint, different_bases
 from peft_ravan.state import is_basis
 
 from .checkpoints import (
     CheckpointError,
     FederationState,
+    KeptFile,
     atomic_folder,
     checkpoint_round,
     find_checkpoints,
@@ -35,16 +36,12 @@ from .checkpoints import (
 )
 from .clients import LiveAdapter
 from .personal import split_state
+from .run_facts import changes, check_same_federation
+from .run_folder import FolderInUseError, RunIdentity, checkpoints_to_resume, lock_folder, rotate_own_checkpoints
 
 
 logger = logging.get_logger(__name__)
 
-# what a run may change when it goes on, but not without a word
-_COMPARED_ARGUMENTS = (
-    "federated_seed", "clients_per_round", "privacy", "merge_options", "server_optimizer", "server_optimizer_options", "learning_rate",
-    "lr_scheduler_type", "num_rounds", "num_train_epochs", "max_steps", "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-)  # fmt: skip
 _WITHOUT_ROOM = "Checkpoints of earlier rounds are complete: make room, and resume with `resume_from_checkpoint=True`"
 
 
@@ -61,6 +58,9 @@ class Run:
         personal_patterns (`tuple[str, ...]`): Which tensors stay with their clients, as regular expressions.
         personal_start (`dict[str, torch.Tensor]`): What a client that takes part for the first time has of them.
         oldest_checkpoint (`int`, *optional*): The first round after which the run can be taken up again.
+        client_states (`dict[str, KeptFile]`): The files of what clients keep, by the names of the clients.
+        facts (`dict[str, Any]`): What it is made with, see [`run_facts`]; nothing for a run that saves no checkpoints.
+        identity ([`RunIdentity`]): What tells it from other runs in its folder.
     """
 
     adapter: LiveAdapter
@@ -70,6 +70,9 @@ class Run:
     personal_patterns: tuple[str, ...] = ()
     personal_start: dict[str, torch.Tensor] = field(default_factory=dict)
     oldest_checkpoint: int | None = None
+    client_states: dict[str, KeptFile] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+    identity: RunIdentity = field(default_factory=RunIdentity)
 
     def take_state(self) -> None:
         """Make the adapter that is in the model the global one."""
@@ -87,6 +90,45 @@ class Run:
 class CheckpointingMixin:
     """Lets a federation be saved after a round, and go on from there as if it had not been interrupted."""
 
+    @contextlib.contextmanager
+    def _locked_folder(self, trial: Any) -> Iterator[None]:
+        """Keep other runs out of the folder of this one."""
+        held, problem = contextlib.ExitStack(), None
+        if self._runner.is_main:
+            try:
+                held = lock_folder(self._get_output_dir(trial=trial))
+            except FolderInUseError as error:
+                problem = str(error)
+        problem = self._runner.agree(problem)
+        if problem is not None:
+            raise FolderInUseError(problem)
+        with held:
+            yield
+
+    def _claim_folder(self, run: Run, trial: Any) -> None:
+        """Make this run the last that has begun in its folder: `resume_from_checkpoint=True` goes on with it."""
+        self._runner.wait()  # others may still be looking for what to go on from
+        run.identity = self._runner.agree(run.identity)
+        if self._runner.is_main:
+            run_dir = Path(self._get_output_dir(trial=trial))
+            others = [folder.name for folder in find_checkpoints(run_dir) if not run.identity.has(folder)]
+            if others and not run.identity.before:
+                deletes = "deletes what its clients have kept, " if self._keeps_state else ""
+                logger.warning(
+                    f"{run_dir} has {len(others)} checkpoints of another run, such as {others[0]}. This run replaces those of "
+                    f"the same name, leaves the others, {deletes}and is the one that `resume_from_checkpoint=True` goes on "
+                    "with. Use another `output_dir` to keep both runs."
+                )
+            if others or self._saves_checkpoints:
+                run.identity.write(run_dir)
+            if self._keeps_state:
+                self._store.forget_newer(run.client_states)
+        self._runner.wait()
+
+    @property
+    def _saves_checkpoints(self) -> bool:
+        return self.args.save_strategy != SaveStrategy.NO
+
     def _save_start(self, run: Run, trial: Any) -> None:
         """So that a run that is killed before its first round is saved can be resumed as any other."""
         if self.args.save_strategy in (SaveStrategy.STEPS, SaveStrategy.EPOCH) and not self.args.save_only_model:
@@ -96,16 +138,21 @@ class CheckpointingMixin:
     def _save_round(self, run: Run, trial: Any) -> None:
         run_dir = self._get_output_dir(trial=trial)
         best = os.path.join(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
-        if self.state.best_global_step == run.round or os.path.exists(best):
+        if self.state.best_global_step == run.round or run.identity.has(Path(best)):
             self.state.best_model_checkpoint = best
         folder = self._write_checkpoint(run, trial)
         if self.args.push_to_hub:
             self._push_from_checkpoint(folder)
         if self._runner.is_main:
-            rotate_checkpoints(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
+            limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
+            rotate_own_checkpoints(run.identity, run_dir, limit, best)
         self._runner.wait()
-        run.oldest_checkpoint = checkpoint_round(find_checkpoints(run_dir)[-1])
+        run.oldest_checkpoint = self._oldest_checkpoint(run, trial)
         self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+
+    def _oldest_checkpoint(self, run: Run, trial: Any) -> int:
+        folders = find_checkpoints(self._get_output_dir(trial=trial))
+        return min([checkpoint_round(folder) for folder in folders if run.identity.has(folder)], default=run.round)
 
     def _write_checkpoint(self, run: Run, trial: Any) -> str:
         folder = os.path.join(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{run.round}")
@@ -114,8 +161,10 @@ class CheckpointingMixin:
             with atomic_folder(folder, _WITHOUT_ROOM) as aside:
                 self.save_model(str(aside), _internal_call=True)
                 self.state.save_to_json(str(aside / TRAINER_STATE_NAME))
+                run.identity.write(aside)
                 if not self.args.save_only_model:
-                    write_federation_state(aside, FederationState(run.round, self._facts(run), run.server_state))
+                    state = FederationState(run.round, run.facts, run.server_state, run.client_states)
+                    write_federation_state(aside, state)
         self._runner.wait()
         return folder
 
@@ -123,23 +172,10 @@ class CheckpointingMixin:
         callbacks = [*self.callback_handler.callbacks, self.control]
         return [callback for callback in callbacks if isinstance(callback, ExportableState)]
 
-    def _facts(self, run: Run) -> dict[str, Any]:
-        """What tells this federation from others, as JSON keeps it."""
-        config, arguments = self.model.active_peft_config.to_dict(), self.args.to_dict()
-        facts = {
-            "adapter": {name: [list(tensor.shape), str(tensor.dtype)] for name, tensor in sorted(run.state().items())},
-            "peft_type": config["peft_type"],
-            "clients": len(self.clients),
-            "clients_digest": _digest(self._client_sizes()),
-            "merge_method": self.merge_method,
-            "arguments": {name: arguments[name] for name in _COMPARED_ARGUMENTS},
-        }
-        return json.loads(json.dumps(facts, default=str))
-
     def _load_checkpoint(self, resume_from_checkpoint: str | bool, run: Run, trial: Any) -> None:
         folder, saved = self._choose_checkpoint(resume_from_checkpoint, trial)
-        self._check_facts(folder, saved, run)
-        tensors = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
+        check_same_federation(folder, saved.facts, run.facts)
+        tensors = self._saved_adapter(folder)
         bases = self._check_bases(folder, tensors)
         state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
         for own, saved_basis in bases:
@@ -147,57 +183,51 @@ class CheckpointingMixin:
         run.adapter.load_checkpoint(tensors)
         run.take_state()
         run.server_state, run.round = dict(saved.server_state), saved.round
+        run.client_states = dict(saved.client_states)
+        run.identity = RunIdentity.read(folder).going_on(saved.round)
         # clients keep what any checkpoint may need, not only this one
-        run.oldest_checkpoint = min(map(checkpoint_round, find_checkpoints(folder.parent)), default=saved.round)
+        run.oldest_checkpoint = self._oldest_checkpoint(run, trial)
         self.state = state
         restore_random_state(folder)
-        logger.info(f"Going on after round {saved.round}, from {folder}.")
-
-    def _choose_checkpoint(self, resume_from_checkpoint: str | bool, trial: Any) -> tuple[Path, FederationState]:
-        if not isinstance(resume_from_checkpoint, bool):
-            return Path(resume_from_checkpoint), read_federation_state(resume_from_checkpoint)
-        run_dir = self._get_output_dir(trial=trial)
-        for folder in find_checkpoints(run_dir):
-            try:
-                return folder, read_federation_state(folder)
-            except CheckpointError as error:
-                logger.warning(f"{error} The one before is used.")
-        raise ValueError(
-            f"There is no complete checkpoint in {run_dir} to resume from. Start without `resume_from_checkpoint`."
-        )
-
-    def _check_facts(self, folder: Path, saved: FederationState, run: Run) -> None:
-        facts = self._facts(run)
-        for name in ("peft_type", "adapter", "clients", "clients_digest"):
-            if saved.facts.get(name) != facts[name]:
-                found = (
-                    ""
-                    if name in ("adapter", "clients_digest")
-                    else f" ({saved.facts.get(name)!r}, not {facts[name]!r})"
-                )
-                what = {"adapter": "shapes of the adapter", "clients_digest": "names or sizes of clients"}.get(
-                    name, name
-                )
-                raise CheckpointError(
-                    f"{folder} belongs to another federation: other {what}{found}. Give the model, the data and the "
-                    "arguments that it was written with, or start without `resume_from_checkpoint`."
-                )
-        now = {"merge_method": facts["merge_method"], **facts["arguments"]}
-        then = {"merge_method": saved.facts.get("merge_method"), **saved.facts.get("arguments", {})}
-        changed = [
-            f"{name} ({then.get(name)!r}, now {value!r})" for name, value in now.items() if then.get(name) != value
-        ]
-        if changed:
+        if changed := changes(saved.facts, run.facts):
             logger.warning(
                 f"The run goes on with other arguments than {folder} was written with, and will differ from one that was "
                 f"not interrupted: {', '.join(changed)}."
             )
+        logger.info(f"Going on after round {saved.round}, from {folder}.")
+
+    def _choose_checkpoint(self, resume_from_checkpoint: str | bool, trial: Any) -> tuple[Path, FederationState]:
+        if not isinstance(resume_from_checkpoint, bool):
+            return Path(resume_from_checkpoint), self._read_checkpoint(Path(resume_from_checkpoint))
+        run_dir = self._get_output_dir(trial=trial)
+        for folder in checkpoints_to_resume(run_dir):
+            try:
+                return folder, self._read_checkpoint(folder)
+            except CheckpointError as error:
+                logger.warning(f"{error} The one before is used.")
+        of_others = [folder.name for folder in find_checkpoints(run_dir)]
+        raise ValueError(
+            f"There is no complete checkpoint in {run_dir} to resume from. Start without `resume_from_checkpoint`."
+            if not of_others
+            else f"The run that has begun last in {run_dir} has no complete checkpoint to resume from. Start without "
+            f"`resume_from_checkpoint`, or name one of another run, such as {of_others[0]}."
+        )
+
+    def _read_checkpoint(self, folder: Path) -> FederationState:
+        saved = read_federation_state(folder)
+        if self._keeps_state:
+            try:
+                self._store.check(saved.client_states)
+            except CheckpointError as error:
+                raise CheckpointError(f"{folder} is incomplete. {error}") from None
+        return saved
 
     def _check_bases(self, folder: Path, tensors: dict[str, torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """The bases of the model and those that have to be written into them: none, unless they come from a round 0."""
-        frozen = get_peft_model_state_dict(self.model, save_embedding_layers=False)
+        adapter_name = self.model.active_adapter
+        frozen = get_peft_model_state_dict(self.model, adapter_name=adapter_name, save_embedding_layers=False)
         bases = {name: tensor for name, tensor in frozen.items() if is_basis(name)}
-        if awaits_gradient(self.model, self.model.active_adapter):
+        if awaits_gradient(self.model, adapter_name):
             return _saved_bases(folder, tensors, bases)
         now, then = bases_fingerprint(frozen), bases_fingerprint(tensors)
         different = [name for name in different_bases(now, then) if name in now and name in then]
@@ -207,6 +237,19 @@ class CheckpointingMixin:
                 "the `init_bases` and the `projection_seed` that it was written with."
             )
         return []
+
+    def _saved_adapter(self, folder: str | os.PathLike) -> dict[str, torch.Tensor]:
+        return load_file(adapter_folder(folder, self.model.active_adapter) / SAFETENSORS_WEIGHTS_NAME)
+
+    def _load_best_model(self) -> None:
+        best, score = self.state.best_model_checkpoint, self.state.best_metric
+        logger.info(f"Loading the best adapter from {best} (score: {score}).")
+        try:
+            tensors = self._saved_adapter(best)
+        except FileNotFoundError:
+            logger.warning(f"The best adapter is not in {best} any more. The model has that of the last round.")
+            return
+        self._live_adapter().load_checkpoint(tensors)
 
     def _restore_callbacks(self) -> None:
         # Trainer does so on request; here a run that goes on is to be the run that was interrupted
@@ -229,7 +272,3 @@ def _saved_bases(
                 "checkpoint. Start without `resume_from_checkpoint`, with `save_projection=True`."
             )
     return [(tensor, tensors[name]) for name, tensor in bases.items()]
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -147,7 +147,7 @@ class RoundZeroMixin:
         run.load_global()
         self.args.max_steps = self.args.bases_warmup_steps  # of the client's arguments, which are a copy
         with _cores_frozen(self.model):
-            loss = super().train().training_loss
+            loss = self._train_locally().training_loss
         return {name: tensor for name, tensor in run.adapter.read().items() if name in head}, loss
 
     def _sketch_gradient(self, client: str, timeout: TimeoutCallback) -> tuple[dict[str, torch.Tensor], float]:

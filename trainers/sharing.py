@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import Future
+from pathlib import Path
 
 from huggingface_hub import CommitInfo, ModelCard
 from transformers.trainer_utils import HubStrategy
@@ -14,6 +15,7 @@ from peft_ravan.adapter_files import CARD_FILE
 from peft_ravan.federation_record import HISTORY_FILE, PLOT_FILE, write_history
 from peft_ravan.hub import Destination, push_folder
 from peft_ravan.model_card import make_model_card
+from peft_ravan.reading import adapter_folder
 
 from .reporting import federation_record
 
@@ -30,7 +32,8 @@ class SharingMixin:
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """
         Save the adapter, its card, and the record of the federation: `rounds.jsonl` has a line for each round, and
-        `federation.json` what the card says of all of them.
+        `federation.json` what the card says of all of them. They are beside the adapter: in a folder of its name, if it is
+        not named `"default"`, as PEFT saves it.
 
         Args:
             output_dir (`str`, *optional*): The folder, by default `args.output_dir`.
@@ -38,12 +41,12 @@ class SharingMixin:
         output_dir = self.args.output_dir if output_dir is None else output_dir
         super().save_model(output_dir, _internal_call=_internal_call)
         if self.args.should_save:
-            record = federation_record(self)
+            folder, record = self._adapter_folder(output_dir), federation_record(self)
             if record is not None:
-                record.save_facts(output_dir)
+                record.save_facts(folder)
             if any("round" in record for record in self.state.log_history):
-                write_history(os.path.join(output_dir, HISTORY_FILE), self.state.log_history)
-            self._model_card(output_dir).save(os.path.join(output_dir, CARD_FILE))
+                write_history(folder / HISTORY_FILE, self.state.log_history)
+            self._model_card(folder).save(folder / CARD_FILE)
 
     def create_model_card(
         self,
@@ -58,7 +61,7 @@ class SharingMixin:
         dataset_args: str | list[str] | None = None,
     ) -> None:
         """
-        Write the card of the adapter into `args.output_dir`.
+        Write the card of the adapter into `args.output_dir`, beside the adapter as it is saved there.
 
         The metadata have the results of the last evaluation if one data set is named and the task is known: the Hub takes
         no others.
@@ -90,8 +93,8 @@ class SharingMixin:
                 "dataset_config": _only(dataset_args),
             }
             self._card_data = {key: value for key, value in card_data.items() if value is not None}
-            card = self._model_card(self.args.output_dir, **self._card_data)
-            card.save(os.path.join(self.args.output_dir, CARD_FILE))
+            folder = self._adapter_folder(self.args.output_dir)
+            self._model_card(folder, **self._card_data).save(folder / CARD_FILE)
 
     def push_to_hub(
         self,
@@ -133,7 +136,7 @@ class SharingMixin:
         name = self.hub_model_id.split("/")[-1]
         tags = [*_listed(kwargs.pop("tags", None)), *(getattr(self.model, "model_tags", None) or [])]
         self.create_model_card(**{"model_name": name, **kwargs, "tags": list(dict.fromkeys(tags))})
-        self._draw_public_history(os.path.join(self.args.output_dir, PLOT_FILE))
+        self._draw_public_history(self._adapter_folder(self.args.output_dir) / PLOT_FILE)
         self._finish_current_push()
         destination = self._destination(commit_message, blocking, token, private, revision)
         return self._push_folder(self.args.output_dir, destination, **self._card_data)
@@ -184,6 +187,9 @@ class SharingMixin:
             auto_class=type(model.get_base_model()).__name__,
             **card_data,
         )
+
+    def _adapter_folder(self, folder: str | os.PathLike) -> Path:
+        return adapter_folder(folder, self.model.active_adapter)
 
     def _model_card(self, folder: str | os.PathLike | None = None, **card_data) -> ModelCard:
         model = self.accelerator.unwrap_model(self.model)

@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 import warnings
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,11 +31,11 @@ from .federation_record import (
     write_history,
 )
 from .model_card import card_of_folder, kept_metadata, name_on_hub
-from .reading import checked_folder, read_config
+from .reading import adapter_folder, checked_folder, read_config
 
 
 # what is shared of a folder: never checkpoints, optimizers, states of clients, pickled arguments; of the history, less
-_SHARED_FILES = (*ADAPTER_FILES, FACTS_FILE, PLOT_FILE, CARD_FILE, *PROCESSING_FILES)
+_SHARED_FILES = (*ADAPTER_FILES, FACTS_FILE, HISTORY_FILE, PLOT_FILE, CARD_FILE, *PROCESSING_FILES)
 # of an earlier upload, what would belong to another adapter if this one does not have it
 _REPLACED_FILES = (*RECORD_FILES, *TWIN_FILES)
 
@@ -105,7 +106,7 @@ def push_to_hub(
         repo_id (`str`):
             The repository, such as `"user/adapter"`. It is made if there is none.
         adapter_name (`str`, *optional*, defaults to `"default"`):
-            Which adapter of a model.
+            Which adapter of the model, or of the folder, in which PEFT has given others than `"default"` one of their name.
         lora_twin (`bool`, *optional*, defaults to `True`):
             Whether to upload the LoRA twin of a Ravan adapter. If LoRA cannot express the adapter, there is a warning and
             no twin.
@@ -151,8 +152,7 @@ def push_to_hub(
         raise ValueError(f"The model has no adapter {adapter_name!r}. Its adapters are {sorted(adapters)}.")
     with tempfile.TemporaryDirectory(prefix="peft-ravan-") as saved:
         model_or_folder.save_pretrained(saved, selected_adapters=[adapter_name])
-        folder = Path(saved) if adapter_name == "default" else Path(saved, adapter_name)
-        return push_folder(folder, destination, twin_of, adapter_name, **card_data)
+        return push_folder(saved, destination, twin_of, adapter_name, **card_data)
 
 
 def push_folder(
@@ -166,25 +166,26 @@ def push_folder(
     Upload the folder of an adapter, as [`push_to_hub`] does, which has the errors, too.
 
     Args:
-        folder (`str` or `os.PathLike`): The folder. What is uploaded is copied before this returns.
+        folder (`str` or `os.PathLike`): The folder that the model was saved into, with its tokenizer or processor. What is
+            uploaded is copied before this returns.
         destination ([`Destination`]): Where to.
         twin_of (`torch.nn.Module`, `str` or `os.PathLike`, *optional*):
             What the LoRA twin is made of: the folder, or the model, which it needs where the folder lacks the bases.
-        adapter_name (`str`, *optional*, defaults to `"default"`): Which adapter of that model.
+        adapter_name (`str`, *optional*, defaults to `"default"`): Which adapter of that folder, and of that model.
         **card_data: As for [`push_to_hub`].
 
     Returns:
         [`~huggingface_hub.CommitInfo`]: The commit, or a future of it.
     """
-    folder = checked_folder(folder)
+    own_folder = checked_folder(adapter_folder(folder, adapter_name))
     # all is checked where it is, so that errors name the files of the folder and not copies of them
-    _shared_files(folder)
-    read_config(folder), FederationRecord.from_folder(folder), kept_metadata(folder / CARD_FILE)
+    files = {**_shared_files(Path(folder), PROCESSING_FILES), **_shared_files(own_folder, _SHARED_FILES)}
+    read_config(own_folder), FederationRecord.from_folder(own_folder), kept_metadata(own_folder / CARD_FILE)
     stage = tempfile.TemporaryDirectory(prefix="peft-ravan-")
     try:
-        _stage_files(folder, Path(stage.name))
+        _stage_files(files, Path(stage.name))
         if twin_of is not None:
-            _stage_twin(twin_of, adapter_name, Path(stage.name))
+            _stage_twin(twin_of if isinstance(twin_of, nn.Module) else own_folder, adapter_name, Path(stage.name))
         card_of_folder(stage.name, repo_id=destination.repo_id, **card_data).save(Path(stage.name, CARD_FILE))
         for path in Path(stage.name).rglob(CONFIG_NAME):
             _set_base_model(path, card_data.get("base_model"))
@@ -196,17 +197,17 @@ def push_folder(
     return _background.submit(_upload, stage, destination)
 
 
-def _shared_files(folder: Path) -> list[Path]:
-    """What of a folder is shared; the history is shared in part."""
-    files = [path for pattern in (*_SHARED_FILES, HISTORY_FILE) for path in folder.glob(pattern) if path.is_file()]
+def _shared_files(folder: Path, patterns: tuple[str, ...]) -> dict[Path, Path]:
+    """What of a folder is shared: where it goes to, and where it is."""
+    files = [path for pattern in patterns for path in folder.glob(pattern) if path.is_file()]
     for path in files:
         _check_is_inside(path, folder)
-    return files
+    return {path.relative_to(folder): path for path in files}
 
 
-def _stage_files(folder: Path, stage: Path) -> None:
-    for path in _shared_files(folder):
-        copy = stage / path.relative_to(folder)
+def _stage_files(files: Mapping[Path, Path], stage: Path) -> None:
+    for name, path in files.items():
+        copy = stage / name
         copy.parent.mkdir(exist_ok=True)
         if path.name == HISTORY_FILE:
             write_history(copy, public_history(read_history(path)))

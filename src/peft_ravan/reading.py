@@ -165,6 +165,18 @@ def checked_folder(folder: str | os.PathLike) -> Path:
     return folder
 
 
+def adapter_folder(folder: str | os.PathLike, adapter_name: str = "default") -> Path:
+    """
+    Args:
+        folder (`str` or `os.PathLike`): The folder that a model was saved into by PEFT.
+        adapter_name (`str`, *optional*, defaults to `"default"`): The name of one of its adapters.
+
+    Returns:
+        `Path`: The folder with the files of the adapter: one of its name within, but for `"default"`.
+    """
+    return Path(folder) if adapter_name == "default" else Path(folder, adapter_name)
+
+
 def read_config(folder: str | os.PathLike) -> PeftConfig:
     """
     Args:

@@ -1,6 +1,6 @@
 """
 A run that is killed, or goes on: `python interrupted_run.py FOLDER KILL_AT`, where KILL_AT is `bases`, `first`, `client`,
-`saving`, `renaming` or `-` to resume in every folder given.
+`saving`, `renaming`, `keeping` or `-` to resume in every folder given.
 """
 
 import os
@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from peft_ravan import RavanConfig
 from peft_ravan.trainers import FederatedCallback, checkpoints
+from peft_ravan.trainers.personal import ClientStore
 from tests.trainers.test_resuming import resumable_trainer
 
 
@@ -32,6 +33,7 @@ class KillWithinAClient(FederatedCallback):
 
 
 KILL_WITHIN_ROUND = {"bases": 0, "first": 1, "client": 3}
+KEEPING = {"scaffold": True, "local_parameters": "classifier"}
 GRADIENT_SVD = RavanConfig(r=2, num_heads=2, init_bases="gradient_svd", task_type="SEQ_CLS")
 
 
@@ -62,6 +64,18 @@ def kill_before_the_rename() -> None:
     checkpoints.os.replace = replace
 
 
+def kill_between_clients_that_keep() -> None:
+    commit, calls = ClientStore.commit, []
+
+    def commit_and_kill(store, client, round_number, keep_from):
+        calls.append(client)
+        if len(calls) == 6:  # two in each round: the first of the third round has what is new, the second has not
+            kill()
+        return commit(store, client, round_number, keep_from)
+
+    ClientStore.commit = commit_and_kill
+
+
 if __name__ == "__main__":
     *folders, kill_at = sys.argv[1:]
     for folder in folders:
@@ -70,7 +84,10 @@ if __name__ == "__main__":
             kill_while_saving()
         if kill_at == "renaming":
             kill_before_the_rename()
+        if kill_at == "keeping":
+            kill_between_clients_that_keep()
+        options = KEEPING if os.path.basename(folder) == "keeping" else {}
         adapter = GRADIENT_SVD if os.path.basename(folder) == "bases" else None
-        trainer = resumable_trainer(folder, adapter=adapter, callbacks=callbacks)
+        trainer = resumable_trainer(folder, adapter=adapter, callbacks=callbacks, **options)
         trainer.train(resume_from_checkpoint=True if kill_at == "-" else None)
         save_file(trainer.last_global_state, os.path.join(folder, "end.safetensors"))

@@ -5,6 +5,7 @@ each run ends with is written by the main process. `kill-RUN` ends by the death 
 
 import atexit
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -20,6 +21,7 @@ from transformers import EarlyStoppingCallback
 from peft_ravan import RavanConfig
 from peft_ravan.trainers import FederatedCallback, FederatedSFTConfig, FederatedSFTTrainer
 from peft_ravan.trainers.checkpoints import find_checkpoints
+from peft_ravan.trainers.personal import ClientStore, ClientStoreError
 
 from ..conftest import classification_dataset, make_tokenizer, sentence, tiny_llama
 from .test_federated_trainer import lora, make_trainer, ravan
@@ -78,7 +80,10 @@ def make(run: str, folder: Path, heard: Heard):
             "local_parameters": "classifier", "eval_strategy": "epoch", "eval_clients": True, "personalization_steps": 1,
         },
         "failing": {"client_fault": fails, "min_successful_clients": 4},
-        "repeated": {"client_fault": fails, "clients_per_round": 2, "min_successful_clients": 2, "num_rounds": 3},
+        "repeated": {
+            "client_fault": fails, "clients_per_round": 2, "min_successful_clients": 2, "num_rounds": 3, "scaffold": True,
+        },
+        "full": {"local_parameters": "classifier", "save_strategy": "epoch"},
         "poisoned": {"client_fault": poisoned},
         "single": {"train_dataset": clients(30)},
         "budgets": {"client_budgets": 0.5, "head_selection": "gradient"},
@@ -126,8 +131,29 @@ class KillWithinAClient(FederatedCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+def full_disk(store: ClientStore, client: str, round_number: int, tensors: dict) -> None:
+    """The disk of the process that trains the second client of the second round is full."""
+    if (client, round_number) == ("client_1", 2):
+        raise ClientStoreError(errno.ENOSPC, "What client 'client_1' keeps could not be written", str(store.root))
+    set_aside(store, client, round_number, tensors)
+
+
+def run_until_the_disk_is_full(folder: Path) -> None:
+    """All processes end with the error, and nobody waits for another."""
+    ClientStore.set_aside = full_disk
+    with contextlib.suppress(ClientStoreError):
+        make("full", folder / "full", Heard()).train()
+        raise AssertionError("The run has not ended.")
+    ClientStore.set_aside = set_aside
+
+
+set_aside = ClientStore.set_aside
+
+
 def run_one(run: str, folder: Path, kill: bool = False) -> None:
     heard = Heard()
+    if run == "full":
+        run_until_the_disk_is_full(folder)
     if run == "resumed":
         trainer = make(run, folder / run, Heard())
         trainer.add_callback(StopAfter(2))

@@ -54,11 +54,49 @@ def test_printing_hides_tokens():
         ({"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch"}, "is not supported over rounds"),
         ({"client_timeout": 0.0}, "`client_timeout` must be above 0 seconds, got 0.0"),
         ({"max_round_attempts": 0}, "`max_round_attempts` must be 1 or more, got 0"),
+        (
+            {"clients_per_round": 3, "min_successful_clients": 4},
+            "`min_successful_clients` must not be above `clients_per_round`, got 4 and 3",
+        ),
+        (
+            {"num_clients": 3, "min_successful_clients": 4},
+            "`min_successful_clients` must not be above `num_clients`, got 4 and 3",
+        ),
+        ({"learning_rate": -0.1}, "`learning_rate` must be a number of 0 or more, got -0.1"),
+        ({"learning_rate": float("nan")}, "`learning_rate` must be a number of 0 or more, got nan"),
+        ({"learning_rate": float("inf")}, "`learning_rate` must be a number of 0 or more, got inf"),
+        ({"num_train_epochs": 0}, "would train nothing: `num_train_epochs` is 0 and `max_steps` is -1. Set one"),
+        ({"num_train_epochs": -1.0, "max_steps": 0}, "would train nothing"),
+        ({"local_parameters": "lora_("}, "must be regular expressions, but 'lora_.' is none: missing ., unterminated"),
+        (
+            {"local_parameters": ["classifier", "*"]},
+            r"but '\*' is none: nothing to repeat at position 0. Put a backslash",
+        ),
+        ({"local_parameters": "[3]"}, "must be regular expressions, but 3 is none"),
     ],
 )
 def test_values_out_of_range_are_told(fields, message):
     with pytest.raises(ValueError, match=message):
         FederatedArguments("out", **fields)
+
+
+@pytest.mark.parametrize(
+    "given, read",
+    [
+        (None, None),
+        ("classifier", ["classifier"]),
+        (("a", "b"), ["a", "b"]),
+        ('["a", "b[0-9]"]', ["a", "b[0-9]"]),
+        ("[0-9]+", ["[0-9]+"]),
+    ],
+)
+def test_expressions_are_read(given, read):
+    assert FederatedArguments("out", local_parameters=given).local_parameters == read
+
+
+def test_steps_or_epochs_are_enough():
+    assert FederatedArguments("out", num_train_epochs=0, max_steps=1).max_steps == 1
+    assert FederatedArguments("out", num_train_epochs=0.5, learning_rate=0.0).num_train_epochs == 0.5
 
 
 def test_options_that_the_merge_method_does_not_have_are_told_early():

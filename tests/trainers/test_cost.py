@@ -1,11 +1,14 @@
 """What a federation leaves out to be cheap, and that nothing is missed by it. Times are for `benchmarks/federation.py`."""
 
+import gc
+
 import pytest
 from peft import get_peft_model
 
 from peft_ravan import RavanConfig
 from peft_ravan.trainers import FederatedArguments, FederatedTrainer
 from peft_ravan.trainers.callbacks import FederatedCallback
+from peft_ravan.trainers.clients import frozen_heap
 
 from ..conftest import tiny_bert
 
@@ -15,10 +18,11 @@ class Watch(FederatedCallback):
 
     def __init__(self):
         self.trainer = None
-        self.operations, self.made = [], []
+        self.operations, self.made, self.frozen = [], [], []
 
     def on_step_end(self, args, state, control, **kwargs):
         self.operations.append(state.total_flos + self.trainer.current_flos)
+        self.frozen.append(gc.get_freeze_count())
 
     def on_round_end(self, args, state, control, record, **kwargs):
         self.made.append(set(self.trainer.clients._kept) == set(record["clients"]))
@@ -38,6 +42,23 @@ def watch(train_dataset, tmp_path):
     )
     watch.trainer.train()
     return watch
+
+
+def test_the_heap_is_frozen_while_clients_train_and_no_longer(watch):
+    assert all(count > 1000 for count in watch.frozen) and gc.get_freeze_count() == 0
+
+
+def test_what_the_caller_has_frozen_stays_frozen():
+    gc.freeze()
+    try:
+        before = gc.get_freeze_count()
+        with frozen_heap():
+            assert 0 <= before - gc.get_freeze_count() < before / 2  # nothing is added
+            with pytest.raises(KeyError), frozen_heap():
+                raise KeyError
+        assert gc.get_freeze_count() > before / 2 > 1000  # objects may be freed one by one meanwhile
+    finally:
+        gc.unfreeze()
 
 
 def test_operations_are_not_counted_for_a_state_that_is_thrown_away(watch, train_dataset):

@@ -9,6 +9,7 @@ import torch
 from peft_ravan.merging import ClientUpdate, merge
 from peft_ravan.trainers import FederatedCallback, RoundFailedError
 
+from ..conftest import classification_dataset
 from ..merging.malformed import every_kind
 from .test_federated_trainer import adapter_state, assert_same, lora, make_trainer, ravan
 
@@ -161,6 +162,39 @@ def test_malformed_uploads_cost_only_their_client(tmp_path):
     assert all("client_0" in record["clients"] for record in history)
     assert all(torch.isfinite(tensor).all() for tensor in adapter_state(trainer).values())
     assert sum(bool(record["failed_clients"]) for record in history) > 0.8 * len(kinds)
+
+
+@pytest.mark.parametrize(
+    "length", [{"max_steps": 2}, {"max_steps": -1, "num_train_epochs": 2}], ids=["steps", "epochs"]
+)
+def test_a_client_that_does_no_step_has_failed(tmp_path, length):
+    data = {"large": classification_dataset(20), "small": classification_dataset(7)}
+    trainer = make_trainer(
+        tmp_path,
+        num_clients=None,
+        train_dataset=data,
+        dataloader_drop_last=True,
+        local_parameters="classifier",
+        **length,
+    )
+    trainer.train()
+    for record in trainer.state.log_history:
+        assert record["clients"] == ["large"] and record["num_examples"] == 20
+        [failed] = record["failed_clients"]
+        assert failed["client"] == "small"
+        assert "NothingTrainedError: It has 7 examples, and `dataloader_drop_last=True` leaves" in failed["reason"]
+    assert len(list(tmp_path.glob("client_states/*"))) == 1
+
+
+def test_clients_that_all_have_too_little_data_are_refused(tmp_path):
+    data = {"a": classification_dataset(5), "b": classification_dataset(7)}
+    options = {"num_clients": None, "train_dataset": data, "num_rounds": 1}
+    with pytest.raises(
+        ValueError, match="none has more than 7 examples, and `dataloader_drop_last=True` .* fewer than 8"
+    ):
+        make_trainer(tmp_path, **options, dataloader_drop_last=True)
+    make_trainer(tmp_path, **options, dataloader_drop_last=True, per_device_train_batch_size=7)
+    make_trainer(tmp_path, **options).train()
 
 
 def test_a_fault_does_not_change_what_other_clients_do(tmp_path):

@@ -53,10 +53,11 @@ def make_trainer(
     train_dataset=None,
     client_fault=None,
     availability=None,
+    adapter_name="default",
     **kwargs,
 ) -> FederatedTrainer:
     return FederatedTrainer(
-        get_peft_model(model or tiny_bert(), adapter or ravan()),
+        get_peft_model(model or tiny_bert(), adapter or ravan(), adapter_name=adapter_name),
         arguments(tmp_path, **kwargs),
         train_dataset=classification_dataset() if train_dataset is None else train_dataset,
         eval_dataset=classification_dataset(80, seed=1),

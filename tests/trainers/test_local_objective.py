@@ -1,10 +1,14 @@
 """FedProx and SCAFFOLD against loops written from their papers."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from peft_ravan.trainers.local_objective import ControlVariates, GradientCorrection, control_change
+from peft_ravan.trainers import FederatedCallback
+from peft_ravan.trainers.local_objective import ControlVariates, GradientCorrection, control_change, of_scaffold
+from peft_ravan.trainers.personal import ClientStore
 
 from .test_federated_trainer import adapter_state, assert_same, lora, make_trainer, ravan
 from .test_resuming import StopAfter
@@ -64,6 +68,57 @@ def test_scaffold_is_option_two_of_the_paper():
         assert [part["w"].item() for part in kept] == pytest.approx(controls, abs=1e-5)
 
 
+class Two(torch.nn.Module):
+    """Two numbers, of which a loss need not have both."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = (torch.nn.Parameter(torch.tensor([1.0])) for _ in range(2))
+
+
+def steps_without(model, correction, used, lr=0.1):
+    """Steps on the losses 3 * a and 3 * a + 6 * b."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    optimizer.register_step_pre_hook(correction)
+    for with_b in used:
+        optimizer.zero_grad()
+        (3 * model.a + (6 * model.b if with_b else 0)).sum().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("used", [(True, False, False), (False, True, False), (False, False, True)])
+def test_a_parameter_without_gradient_in_some_steps_has_a_gradient_of_zero_there(used):
+    model = Two()
+    server, client = {"b": torch.tensor([1.0])}, {"b": torch.tensor([0.5])}
+    correction = GradientCorrection(model, 0.0, server, client)
+    steps_without(model, correction, used)
+    new = correction.new_client_control()
+    assert new["a"].item() == pytest.approx(3.0) and new["b"].item() == pytest.approx(6 / 3)
+    # option II of the paper: c_i - c + (x - y) / (K * lr)
+    for name, start in (("a", 0.0), ("b", 0.5 - 1.0)):
+        y = getattr(model, name).item()
+        assert new[name].item() == pytest.approx(start + (1.0 - y) / (3 * 0.1), abs=1e-6)
+
+
+def test_a_parameter_without_gradient_in_any_step_loses_its_control_variate():
+    model, server, client = Two(), {}, {"b": torch.tensor([0.5])}
+    correction = GradientCorrection(model, 0.0, server, client)
+    steps_without(model, correction, (False, False))
+    new = correction.new_client_control()
+    assert set(new) == {"a"}
+    assert {name: tensor.item() for name, tensor in control_change(client, new).items()} == {"a": 3.0, "b": -0.5}
+    untouched = Two()
+    steps_without(untouched, GradientCorrection(untouched, 0.5, {}, {}), (False, False))
+    assert untouched.b.grad is None and untouched.b.item() == 1.0  # nothing pulls it, so no optimizer may move it
+
+
+def test_fedprox_pulls_also_where_a_step_has_no_gradient():
+    model = Two()
+    steps_without(model, GradientCorrection(model, proximal_mu=0.5), (True, False))
+    b = 1.0 - 0.1 * 6
+    assert model.b.item() == pytest.approx(b - 0.1 * 0.5 * (b - 1.0))
+
+
 def test_with_few_of_many_clients_the_control_of_the_server_moves_by_their_share():
     control = ControlVariates({}, num_clients=10)
     control.add(control_change({}, {"w": torch.tensor([5.0])}))
@@ -81,6 +136,91 @@ def test_a_strong_proximal_term_keeps_clients_at_the_global_adapter(tmp_path, ad
         moved[mu] = sum((tensor - start[name]).square().sum().item() for name, tensor in end.items())
     assert moved[1e-9] == pytest.approx(moved[0.0], rel=1e-3)
     assert moved[50.0] < 0.7 * moved[0.0]
+
+
+def test_a_strong_proximal_term_keeps_the_heads_of_clients_with_budgets_too(tmp_path):
+    moved = {}
+    for mu in (0.0, 50.0):
+        trainer = make_trainer(tmp_path, proximal_mu=mu, client_budgets=0.5, optim="sgd", num_rounds=1, max_steps=5)
+        trainer.train()
+        end = adapter_state(trainer)
+        moved[mu] = sum(tensor.square().sum().item() for name, tensor in end.items() if "ravan_H" in name)
+    assert 0 < moved[50.0] < 0.7 * moved[0.0]
+
+
+def control_variates(trainer, round_number):
+    """c, and the c_i of all clients, by the names of parameters."""
+    server = load_file(f"{trainer.args.output_dir}/checkpoint-{round_number}/federation_state.safetensors")
+    c = of_scaffold({name.removeprefix("server."): tensor for name, tensor in server.items()})
+    store = ClientStore(trainer.args.output_dir)
+    return c, [of_scaffold(store.load(client, before=round_number + 1)) for client in trainer.clients]
+
+
+def assert_c_is_the_mean(c, client_controls):
+    assert c and any(tensor.abs().max() > 1e-4 for tensor in c.values())
+    for name, tensor in c.items():
+        mean = sum(control.get(name, torch.zeros_like(tensor)) for control in client_controls) / len(client_controls)
+        torch.testing.assert_close(tensor, mean, atol=1e-7, rtol=1e-5)
+
+
+def raises(update):
+    raise RuntimeError("gone")
+
+
+def has_another_shape(update):
+    update.state[next(iter(update.state))] = torch.zeros(3)
+
+
+def has_no_examples(update):
+    return replace(update, num_examples=0)
+
+
+@pytest.mark.parametrize("adapter, method", [(ravan, None), (lora, "fedrpca")], ids=["streaming", "all together"])
+def test_a_client_that_is_not_merged_moves_no_control_variate(tmp_path, adapter, method):
+    ends = {}
+    for fault in (raises, has_another_shape, has_no_examples):
+
+        def client_fault(client, round_number, update, fault=fault):
+            if client == "client_1" and round_number == 2:
+                return fault(update)
+
+        trainer = make_trainer(
+            tmp_path / fault.__name__, adapter(), scaffold=True, optim="sgd", num_rounds=2, client_fault=client_fault,
+            save_strategy="epoch", merge_method=method,
+        )  # fmt: skip
+        trainer.train()
+        assert [failed["client"] for failed in trainer.state.log_history[1]["failed_clients"]] == ["client_1"]
+        c, client_controls = control_variates(trainer, 2)
+        assert_c_is_the_mean(c, client_controls)
+        ends[fault] = {**c, **{f"of client 1: {name}": tensor for name, tensor in client_controls[1].items()}}
+    assert_same(ends[raises], ends[has_another_shape])
+    assert_same(ends[raises], ends[has_no_examples])
+
+
+def test_c_is_the_mean_of_all_clients_after_rounds_that_were_repeated(tmp_path):
+    attempts = []
+
+    class Attempts(FederatedCallback):
+        def on_round_begin(self, args, state, control, clients, **kwargs):
+            attempts.append((state.global_step + 1, clients))
+
+    def client_fault(client, round_number, update):
+        tried = [clients for number, clients in attempts if number == round_number]
+        if len(tried) == 1 and client == tried[0][-1]:
+            raise RuntimeError("gone")
+
+    trainer = make_trainer(
+        tmp_path, scaffold=True, optim="sgd", num_rounds=3, num_clients=12, clients_per_round=3, min_successful_clients=3,
+        client_fault=client_fault, callbacks=[Attempts()], save_strategy="epoch",
+    )  # fmt: skip
+    trainer.train()
+    assert [record["attempts"] for record in trainer.state.log_history] == [2, 2, 2]
+    for number in (1, 2, 3):
+        assert_c_is_the_mean(*control_variates(trainer, number))
+    _, client_controls = control_variates(trainer, 3)
+    merged = {client for record in trainer.state.log_history for client in record["clients"]}
+    kept = {client for client, control in zip(trainer.clients, client_controls, strict=True) if control}
+    assert kept == merged < {client for _, clients in attempts for client in clients}
 
 
 def test_scaffold_in_rounds_changes_what_clients_do_from_the_second_round_on(tmp_path):

@@ -23,7 +23,7 @@ from .many_processes import run_one  # noqa: E402
 ROOT = Path(__file__).parents[2]
 LAUNCHER = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m")
 SHARED_OUT = (
-    "uneven", "scaffold", "personal", "failing", "repeated", "poisoned", "single", "budgets", "round_zero", "stopping", "resumed", "killed", "private",
+    "uneven", "scaffold", "personal", "failing", "repeated", "full", "poisoned", "single", "budgets", "round_zero", "stopping", "resumed", "killed", "private",
     "sft",
 )  # fmt: skip
 
@@ -43,8 +43,8 @@ def run_all(one: Path, two: Path) -> None:
         run_one(run, one)
     killed.communicate(timeout=300)  # the launcher ends the other process
     assert killed.returncode != 0
-    left = {path.name for path in (two / "killed").iterdir()}
-    assert left == {"rounds.jsonl", *(f"checkpoint-{number}" for number in range(3))}
+    left = {path.name for path in (two / "killed").iterdir() if not path.name.startswith(".")}
+    assert left == {"rounds.jsonl", "federation_run.json", *(f"checkpoint-{number}" for number in range(3))}
     launched = start(two, *SHARED_OUT, "data", "data_budgets")
     try:
         _, errors = launched.communicate(timeout=300)
@@ -67,6 +67,11 @@ def check_clients_shared_out_are_clients_in_turn(one: Path, two: Path, run: str)
         assert all("eval_clients_worst_decile_loss" in record for record in history)
     if run == "stopping":
         assert len(history) < 5  # all processes stop
+    kept, kept_again = (
+        {path.relative_to(folder) for path in (folder / run).rglob("client_states/*/*")} for folder in (one, two)
+    )
+    assert kept == kept_again and all(path.suffix == ".safetensors" for path in kept)
+    assert bool(kept) == (run in ("scaffold", "personal", "repeated", "full", "resumed"))
     if run in ("resumed", "killed"):
         assert [record["round"] for record in history] == [1, 2, 3] and len(heard_again) == 5
 

@@ -204,6 +204,14 @@ def test_weights_and_availability_act_in_a_run_and_can_be_repeated(tmp_path):
 def test_what_cannot_be_drawn_is_told_before_the_run(tmp_path):
     with pytest.raises(ValueError, match="`min_clients` is 5, but there are only 4 clients"):
         make_trainer(tmp_path, min_clients=5)
+    data = {name: classification_dataset(8) for name in ("a", "b", "c")}
+    with pytest.raises(ValueError, match="`min_successful_clients` is 4, but there are only 3 clients"):
+        make_trainer(tmp_path, num_clients=None, train_dataset=data, min_successful_clients=4)
+    weights = {"a": 1.0, "b": 1.0, "c": 0.0}
+    with pytest.raises(ValueError, match="`min_successful_clients` is 3, but there are only 2 clients with a weight"):
+        make_trainer(
+            tmp_path, num_clients=None, train_dataset=data, min_successful_clients=3, participation_weights=weights
+        )
     with pytest.raises(ValueError, match="leave out 1 clients, such as 'b'"):
         make_trainer(
             tmp_path,

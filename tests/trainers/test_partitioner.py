@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import multiprocessing
 import pickle
 import threading
 from abc import ABC, abstractmethod
@@ -11,8 +12,15 @@ import datasets
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import Trainer, TrainingArguments
 
-from peft_ravan.trainers import FederatedArguments, FederatedTrainer, make_clients
+from peft_ravan.trainers import (
+    FederatedArguments,
+    FederatedTrainer,
+    federated,
+    federated_arguments,
+    make_clients,
+)
 
 from ..conftest import classification_dataset, tiny_bert
 
@@ -136,6 +144,51 @@ def test_a_federation_is_trained_saved_and_described(tmp_path):
     saved = torch.load(tmp_path / "checkpoint-1" / "training_args.bin", weights_only=False)
     assert saved.partition == "LinearPartitioner"
     assert trainer.partition_table()["examples"].tolist() == [10, 20, 30]
+
+
+def secret_arguments(arguments_class, folder):
+    return arguments_class(
+        str(folder), hub_token="hf_mine", num_clients=3, num_rounds=1, max_steps=1, save_strategy="epoch", use_cpu=True,
+        report_to="none", disable_tqdm=True, privacy={"clip_norm": 1.0, "noise_multiplier": 1.0, "noise_seed": 987654321},
+    )  # fmt: skip
+
+
+class OtherArguments(TrainingArguments):
+    pass
+
+
+@pytest.mark.parametrize("arguments_class", [FederatedArguments, federated_arguments(OtherArguments)])
+def test_what_is_written_of_the_arguments_has_no_secrets(tmp_path, arguments_class):
+    arguments = secret_arguments(arguments_class, tmp_path)
+    model = get_peft_model(tiny_bert(), LoraConfig(r=2, task_type="SEQ_CLS"))
+    trainer = federated(Trainer)(model, arguments, train_dataset=classification_dataset(60))
+    trainer.train()
+    trainer.save_model()
+    for folder in (tmp_path, tmp_path / "checkpoint-1"):
+        written = b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
+        for secret in (b"hf_mine", b"987654321", pickle.dumps(987654321)[2:-1]):
+            assert secret not in written
+        saved = torch.load(folder / "training_args.bin", weights_only=False)
+        assert type(saved) is arguments_class and saved.hub_token is None and saved.privacy["noise_seed"] is None
+        assert saved.max_steps == 1
+    assert trainer.args.hub_token == "hf_mine" and trainer.args.privacy["noise_seed"] == 987654321
+
+
+def tell(arguments, queue):
+    queue.put((arguments.hub_token, arguments.privacy["noise_seed"]))
+
+
+def test_copies_and_processes_have_the_secrets(tmp_path):
+    arguments = secret_arguments(FederatedArguments, tmp_path)
+    for copied in (copy.copy(arguments), copy.deepcopy(arguments), dataclasses.replace(arguments)):
+        assert copied.hub_token == "hf_mine" and copied.privacy["noise_seed"] == 987654321
+    context = multiprocessing.get_context("spawn")
+    queue = context.SimpleQueue()
+    process = context.Process(target=tell, args=(arguments, queue), daemon=True)
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
+    assert queue.get() == ("hf_mine", 987654321)
 
 
 @pytest.mark.parametrize(

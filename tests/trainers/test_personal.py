@@ -1,11 +1,17 @@
 """Personal parts stay with their clients: they are neither uploaded nor merged, and are there again in the next round."""
 
+import errno
+import hashlib
+from dataclasses import replace
+
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from peft_ravan.trainers import FederatedCallback
-from peft_ravan.trainers.personal import ClientStore
+from peft_ravan.trainers import FederatedCallback, RoundFailedError, personal
+from peft_ravan.trainers.checkpoints import KeptFile
+from peft_ravan.trainers.personal import ClientStore, ClientStoreError
 
 from .test_federated_trainer import adapter_state, assert_same, lora, make_trainer, ravan
 from .test_resuming import StopAfter
@@ -16,9 +22,10 @@ class Recorder(FederatedCallback):
 
     def __init__(self):
         self.before, self.after, self.trainer = {}, {}, None
+        self.attempts = []
 
     def on_round_begin(self, args, state, control, clients, **kwargs):
-        self.clients, self.fresh = iter(clients), True
+        self.attempts.append(clients)
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == 0:
@@ -30,8 +37,8 @@ class Recorder(FederatedCallback):
         self.before[client, state.global_step + 1] = self.before.pop(self.current)
 
 
-def recorded_run(tmp_path, adapter, **kwargs):
-    recorder = Recorder()
+def recorded_run(tmp_path, adapter, recorder=None, **kwargs):
+    recorder = recorder or Recorder()
     trainer = make_trainer(tmp_path, adapter, callbacks=[recorder], **{"max_steps": 2, "num_rounds": 3, **kwargs})
     recorder.trainer = trainer
     start = adapter_state(trainer)
@@ -135,6 +142,91 @@ def test_a_diverged_client_keeps_what_it_had(tmp_path):
     assert all(torch.equal(before[name], after[name]) for name in before if "classifier" in name)
 
 
+def refused_for_its_shape(update):
+    update.state[next(iter(update.state))] = torch.zeros(3)
+
+
+def refused_for_its_examples(update):
+    return replace(update, num_examples=0)
+
+
+@pytest.mark.parametrize("fault", [refused_for_its_shape, refused_for_its_examples])
+def test_a_client_whose_upload_is_refused_has_what_it_had_before(tmp_path, fault):
+    def client_fault(client, round_number, update):
+        if client == "client_1" and round_number in (1, 3):
+            return fault(update)
+
+    trainer, recorder, start = recorded_run(
+        tmp_path, ravan(), local_parameters="classifier", client_fault=client_fault, num_rounds=4
+    )
+    assert [len(record["failed_clients"]) for record in trainer.state.log_history] == [1, 0, 1, 0]
+    for number, has in ((2, start), (4, recorder.after["client_1", 2])):
+        before = recorder.before["client_1", number]
+        assert all(torch.equal(before[name], has[name]) for name in before if "classifier" in name)
+    assert not list(tmp_path.rglob("*.aside"))
+
+
+def test_clients_of_an_attempt_that_does_not_count_have_what_they_had_before(tmp_path):
+    recorder = Recorder()
+
+    def client_fault(client, round_number, update):
+        if len(recorder.attempts) == 2 and client == recorder.attempts[-1][-1]:
+            raise RuntimeError("gone")
+
+    trainer, recorder, _ = recorded_run(
+        tmp_path, ravan(), recorder, local_parameters="classifier", client_fault=client_fault, num_rounds=2,
+        num_clients=8, clients_per_round=3, min_successful_clients=3,
+    )  # fmt: skip
+    store = ClientStore(tmp_path)
+    first, discarded, second = recorder.attempts
+    assert [record["clients"] for record in trainer.state.log_history] == [first, second]
+    for client in trainer.clients:
+        kept = store.load(client, before=9)
+        took_part = [number for number, clients in ((1, first), (2, second)) if client in clients]
+        assert bool(kept) == bool(took_part)
+        for name, tensor in kept.items():
+            assert torch.equal(tensor, recorder.after[client, took_part[-1]][name])
+    assert set(discarded) - {*first, *second}  # else nothing was tested
+    assert not list(tmp_path.rglob("*.aside"))
+
+
+def test_a_round_that_is_given_up_leaves_nothing_with_its_clients(tmp_path):
+    def client_fault(client, round_number, update):
+        if round_number == 2 and client == "client_3":
+            raise RuntimeError("gone")
+
+    trainer = make_trainer(
+        tmp_path, local_parameters="classifier", client_fault=client_fault, max_steps=1, min_successful_clients=4,
+        max_round_attempts=2,
+    )  # fmt: skip
+    with pytest.raises(RoundFailedError):
+        trainer.train()
+    assert {path.name for path in tmp_path.glob("client_states/*/*")} == {"round-1.safetensors"}
+
+
+def test_a_full_disk_ends_the_run_and_is_not_the_fault_of_a_client(tmp_path, monkeypatch):
+    options = {"local_parameters": "classifier", "num_rounds": 3, "save_strategy": "epoch", "max_steps": 1}
+    write, calls = personal.save_file, []
+
+    def full(tensors, path):
+        calls.append(path)
+        if len(calls) == 6:  # that of the second client in the second round
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(tensors, path)
+
+    monkeypatch.setattr(personal, "save_file", full)
+    trainer = make_trainer(tmp_path / "run", **options)
+    with pytest.raises(OSError, match="'client_1' keeps could not be written .No space left on device") as caught:
+        trainer.train()
+    assert caught.value.errno == errno.ENOSPC
+    assert len(trainer.state.log_history) == 1
+    resumed = make_trainer(tmp_path / "run", **options)
+    resumed.train(resume_from_checkpoint=True)
+    whole = make_trainer(tmp_path / "whole", **options)
+    whole.train()
+    assert_same(adapter_state(resumed), adapter_state(whole))
+
+
 @pytest.mark.parametrize(
     "patterns, message",
     [(["clasifier"], "'clasifier' is in none of the names"), ([".*"], "so there is nothing to share")],
@@ -151,20 +243,60 @@ def value(number: float) -> dict[str, torch.Tensor]:
     return {"w": torch.tensor([number])}
 
 
+def save(store: ClientStore, client: str, number: int, keep_from: int = 0) -> KeptFile:
+    store.set_aside(client, number, value(number))
+    return store.commit(client, number, keep_from)
+
+
 def test_the_store_gives_the_last_round_before(tmp_path):
     store = ClientStore(tmp_path)
     assert store.load("a", before=5) == {}
     for number in (1, 3):
-        store.save("a", number, value(number), keep_from=0)
+        save(store, "a", number)
     assert [store.load("a", before=number).get("w", torch.zeros(1)).item() for number in (1, 2, 3, 4)] == [0, 1, 1, 3]
-    store.forget_after(1)
+    store.forget_newer({"a": KeptFile(1, "")})
     assert store.load("a", before=9)["w"].item() == 1
+
+
+def test_what_is_set_aside_counts_only_when_it_is_committed(tmp_path):
+    store = ClientStore(tmp_path)
+    save(store, "a", 1)
+    for client in ("a", "b"):
+        store.set_aside(client, 2, value(2))
+    assert store.load("a", before=9)["w"].item() == 1 and store.load_aside("a", 2)["w"].item() == 2
+    store.discard("a", 2)
+    store.discard("a", 2)  # of one that has nothing there
+    file = store.commit("b", 2, keep_from=0)
+    [path] = tmp_path.rglob("round-2.*")
+    assert file == (2, hashlib.sha256(path.read_bytes()).hexdigest())
+    assert store.load("a", before=9)["w"].item() == 1 and store.load("b", before=9)["w"].item() == 2
+    store.set_aside("a", 2, value(2))  # and then the run is killed
+    store.forget_newer({"a": KeptFile(1, ""), "b": file})
+    assert sorted(path.name for path in tmp_path.rglob("round-*")) == ["round-1.safetensors", "round-2.safetensors"]
+
+
+def test_a_full_disk_is_told_apart_from_a_failing_client(tmp_path, monkeypatch):
+    def full(tensors, path):
+        path.write_bytes(b"half")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    store = ClientStore(tmp_path)
+    save(store, "a", 1)
+    monkeypatch.setattr(personal, "save_file", full)
+    with pytest.raises(
+        ClientStoreError, match="What client 'a' keeps could not be written .*No space left.*making room"
+    ):
+        store.set_aside("a", 2, value(2))
+    assert [path.name for path in tmp_path.rglob("round-*")] == ["round-1.safetensors"]
+    next(tmp_path.rglob("round-1.safetensors")).write_bytes(b"half")
+    with pytest.raises(ClientStoreError, match="What client 'a' keeps could not be read"):
+        store.load("a", before=2)
 
 
 def test_the_store_deletes_what_no_resumed_run_needs(tmp_path):
     store = ClientStore(tmp_path)
     for number in (1, 2, 4, 5):
-        store.save("a", number, value(number), keep_from=number - 1)
+        save(store, "a", number, keep_from=number - 1)
     # a run may go on after round 4 or 5
     assert sorted(path.name for path in tmp_path.rglob("*.safetensors")) == [
         "round-4.safetensors",
@@ -176,7 +308,8 @@ def test_the_store_deletes_what_no_resumed_run_needs(tmp_path):
 def test_names_of_clients_do_not_lead_out_of_the_folder(tmp_path):
     store = ClientStore(tmp_path / "run")
     for name in ("../../etc", "a/b", "a_b", "x" * 500, "Zürich ☃"):
-        store.save(name, 1, value(len(name)), keep_from=0)
+        store.set_aside(name, 1, value(len(name)))
+        store.commit(name, 1, keep_from=0)
     assert {path.parent.parent for path in tmp_path.rglob("*.safetensors")} == {tmp_path / "run" / "client_states"}
     assert store.load("a/b", before=2)["w"].item() == 3 and store.load("x" * 500, before=2)["w"].item() == 500
     assert len(list(tmp_path.rglob("*.safetensors"))) == 5

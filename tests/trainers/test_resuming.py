@@ -17,6 +17,7 @@ from transformers import EarlyStoppingCallback
 
 from peft_ravan import RavanConfig
 from peft_ravan.trainers import CheckpointError, FederatedCallback, checkpoints, read_history
+from peft_ravan.trainers.personal import ClientStore
 
 from ..conftest import classification_dataset
 from .test_federated_trainer import adapter_state, assert_same, lora, make_trainer, ravan
@@ -85,27 +86,36 @@ def test_after_kill_at_any_point_the_run_goes_on_to_the_last_bit(tmp_path):
     gradient_svd = RavanConfig(r=2, num_heads=2, init_bases="gradient_svd", task_type="SEQ_CLS")
     with_bases = resumable_trainer(tmp_path / "whole_with_bases", adapter=gradient_svd)
     with_bases.train()
+    keeping = resumable_trainer(tmp_path / "whole_keeping", scaffold=True, local_parameters="classifier")
+    keeping.train()
+    uninterrupted = {"bases": with_bases, "keeping": keeping}
     left = {
         "bases": ["checkpoint-0"],
         "first": ["checkpoint-0"],
         "client": ["checkpoint-0", "checkpoint-1", "checkpoint-2"],
         "saving": ["checkpoint-0", "checkpoint-1"],
         "renaming": ["checkpoint-0", "checkpoint-1"],
+        "keeping": ["checkpoint-0", "checkpoint-1", "checkpoint-2"],
     }
     command = [sys.executable, "-m", "tests.trainers.interrupted_run"]
     for moment in left:
         killed = subprocess.run([*command, str(tmp_path / moment), moment], cwd=ROOT, capture_output=True)
         assert killed.returncode == -9, killed.stderr.decode()
     assert left == {moment: sorted(path.name for path in (tmp_path / moment).glob("checkpoint-*")) for moment in left}
+    assert len(list((tmp_path / "keeping").rglob("*.aside"))) == 1  # it was killed in the middle
     folders = [str(tmp_path / moment) for moment in left]
     subprocess.run([*command, *folders, "-"], cwd=ROOT, check=True, capture_output=True)
     for folder in folders:
-        uninterrupted = with_bases if folder.endswith("bases") else whole
-        assert_same(load_file(Path(folder) / "end.safetensors"), adapter_state(uninterrupted))
-        assert comparable(read_history(folder)) == comparable(uninterrupted.state.log_history)
-        assert not list(Path(folder).glob(".*"))  # nothing half is left
+        trainer = uninterrupted.get(Path(folder).name, whole)
+        assert_same(load_file(Path(folder) / "end.safetensors"), trainer.last_global_state)
+        assert comparable(read_history(folder)) == comparable(trainer.state.log_history)
+        # nothing half is left
+        assert not list(Path(folder).glob(".*")) and not list(Path(folder).rglob("*.aside"))
     adapters = [tmp_path / run / "checkpoint-4" / "adapter_model.safetensors" for run in ("bases", "whole_with_bases")]
     assert_same(*map(load_file, adapters))  # the bases, too
+    for client in keeping.clients:
+        kept = [ClientStore(tmp_path / run).load(client, before=5) for run in ("keeping", "whole_keeping")]
+        assert_same(*kept)
 
 
 def test_a_finished_run_is_loaded_and_not_run_again(tmp_path):
@@ -141,6 +151,12 @@ def damage(folder, kind):
         tensors = load_file(folder / "adapter_model.safetensors")
         next(iter(tensors.values())).view(-1)[0] += 1
         save_file(tensors, folder / "adapter_model.safetensors")
+    elif kind == "changed state":
+        state = json.loads((folder / "federation_state.json").read_text())
+        state["facts"]["clients"] = 5
+        (folder / "federation_state.json").write_text(json.dumps(state))
+    elif kind == "changed list":
+        (folder / "federation_state.json").write_text("[]")
     elif kind == "other version":
         state = json.loads((folder / "federation_state.json").read_text())
         (folder / "federation_state.json").write_text(json.dumps({**state, "format_version": 99}))
@@ -161,7 +177,9 @@ def finished(tmp_path_factory):
         ("truncated state", "federation_state.json is not JSON"),
         ("missing file", "trainer_state.json is missing"),
         ("flipped bit", "adapter_model.safetensors is not what was written"),
-        ("other version", "format version 99, and this version reads 1"),
+        ("changed state", "federation_state.json is not what was written"),
+        ("changed list", "federation_state.json is not what was written"),
+        ("other version", "format version 99, and this version reads 2"),
     ],
 )
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_used(tmp_path, finished, kind, message, caplog):
@@ -200,12 +218,63 @@ def test_a_checkpoint_of_another_federation_is_refused(finished, kwargs, message
     assert_same(adapter_state(trainer), start)
 
 
-def test_other_arguments_are_told(finished, monkeypatch):
-    folder, _ = finished
-    warnings = []
-    monkeypatch.setattr("peft_ravan.trainers.resuming.logger.warning", warnings.append)
-    resumable_trainer(folder, num_rounds=3, max_steps=1, learning_rate=0.5).train(resume_from_checkpoint=True)
-    assert "other arguments" in warnings[0] and "learning_rate (0.01, now 0.5)" in warnings[0]
+@pytest.fixture(scope="module")
+def finished_with_states(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    trainer = resumable_trainer(folder, num_rounds=3, max_steps=1, scaffold=True, local_parameters="classifier")
+    trainer.train()
+    return folder, adapter_state(trainer)
+
+
+def newest_states(folder):
+    """The file of what each client has kept last, by the round that it is of."""
+    paths = sorted(folder.glob("client_states/*/*"), key=lambda path: int(path.stem.split("-")[1]))
+    return {path.parent: path for path in paths}.values()
+
+
+@pytest.mark.parametrize("kind", ["all deleted", "one deleted", "truncated", "changed"])
+def test_what_clients_keep_is_a_part_of_the_checkpoint(tmp_path, finished_with_states, kind):
+    folder, end = finished_with_states
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    path = next(path for path in newest_states(tmp_path) if path.stem == "round-3")
+    if kind == "all deleted":
+        shutil.rmtree(tmp_path / "client_states")
+    elif kind == "one deleted":
+        path.unlink()
+    elif kind == "truncated":
+        path.write_bytes(path.read_bytes()[:100])
+    else:
+        tensors = load_file(path)
+        next(iter(tensors.values())).view(-1)[0] += 1
+        save_file(tensors, path)
+    options = {"num_rounds": 4, "lr_scheduler_type": "constant", "scaffold": True, "local_parameters": "classifier"}
+    trainer = resumable_trainer(tmp_path, **options)
+    start = adapter_state(trainer)
+    problem = "is missing" if "deleted" in kind else "is cut off or damaged"
+    with pytest.raises(
+        CheckpointError, match=f"checkpoint-3 is incomplete. What client .* {problem} .*Put .* back as"
+    ):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert_same(adapter_state(trainer), start)
+    if (
+        kind == "all deleted"
+    ):  # no other checkpoint is complete, but the one of the start, at which nobody had anything
+        shutil.rmtree(tmp_path / "checkpoint-0")
+        with pytest.raises(ValueError, match="no complete checkpoint"):
+            trainer.train(resume_from_checkpoint=True)
+        return
+    # the one before needs an older file
+    again = resumable_trainer(tmp_path, num_rounds=3, max_steps=1, scaffold=True, local_parameters="classifier")
+    again.train(resume_from_checkpoint=True)
+    assert_same(adapter_state(again), end)
+    assert [record["round"] for record in again.state.log_history] == [1, 2, 3]
+
+
+def test_a_run_without_parts_of_clients_does_not_ask_for_them(tmp_path, finished_with_states):
+    folder, _ = finished_with_states
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "client_states")
+    resumable_trainer(tmp_path, num_rounds=3, max_steps=1).train(resume_from_checkpoint=True)
 
 
 def test_without_a_checkpoint_there_is_nothing_to_resume(tmp_path):

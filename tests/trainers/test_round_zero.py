@@ -13,7 +13,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from peft_ravan import RavanConfig, initialize_bases_from_gradient, optimizer_parameter_groups
 from peft_ravan.gradient_bases import awaits_gradient, make_sketches, sketch_state
 from peft_ravan.trainers import CheckpointError, FederatedCallback, FederatedTrainer, RoundFailedError
-from peft_ravan.trainers.checkpoints import _digest
+from peft_ravan.trainers.checkpoints import OWN_DIGEST, content_digest, file_digest
 from peft_ravan.trainers.reporting import federation_record
 from peft_ravan.trainers.round_zero import sample_bases_clients
 
@@ -464,8 +464,9 @@ def test_a_checkpoint_without_its_bases_or_with_others_is_refused(tmp_path):
     file = folder / "adapter_model.safetensors"
     save_file({name: tensor for name, tensor in load_file(file).items() if "ravan_A" not in name}, file)
     state = json.loads((folder / "federation_state.json").read_text())
-    state["files"][file.name] = _digest(file)
-    (folder / "federation_state.json").write_text(json.dumps(state))
+    state["files"][file.name] = file_digest(file)
+    del state[OWN_DIGEST]
+    (folder / "federation_state.json").write_text(json.dumps({**state, OWN_DIGEST: content_digest(state)}))
     trainer = resumable_trainer(tmp_path, **kwargs)
     before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
     with pytest.raises(CheckpointError, match="were made from gradients, and are not in the checkpoint"):

@@ -1,0 +1,173 @@
+"""What a run is made with, so that one that goes on can be told what is other than before."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .checkpoints import CheckpointError
+from .client_runners import DataParallelRunner
+from .data_fingerprint import client_fingerprints
+
+
+if TYPE_CHECKING:
+    from .federated_trainer import FederatedTrainer
+
+
+# all arguments are compared but these, which do not change what is trained
+_NOT_COMPARED = frozenset(
+    name
+    for names in (
+        # names and places
+        "output_dir run_name project trackio_space_id trackio_bucket_id trackio_static_space_id",
+        # what is said of the run
+        "logging_strategy logging_steps logging_first_step log_on_each_node logging_nan_inf_filter log_level "
+        "log_level_replica disable_tqdm report_to include_num_input_tokens_seen skip_memory_metrics debug",
+        # the Hub
+        "push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision hub_lora_twin",
+        # when and how the adapter is evaluated
+        "do_eval do_predict eval_strategy eval_steps eval_delay eval_on_start per_device_eval_batch_size "
+        "prediction_loss_only eval_do_concat_batches eval_use_gather_object eval_accumulation_steps include_for_metrics "
+        "batch_eval_metrics bf16_full_eval fp16_full_eval eval_clients personalization_steps eval_packing",
+        # when and how it is saved, and that the run goes on
+        "do_train save_strategy save_steps save_total_limit save_only_model save_on_each_node enable_jit_checkpoint "
+        "resume_from_checkpoint ignore_data_skip restore_callback_states_from_checkpoint",
+        # which machine it is, and how it works
+        "use_cpu local_rank dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers "
+        "dataloader_prefetch_factor dataloader_multiprocessing_context dataset_num_proc torch_empty_cache_steps "
+        "ddp_backend ddp_timeout ddp_bucket_cap_mb ddp_broadcast_buffers ddp_find_unused_parameters ddp_static_graph",
+    )
+    for name in names.split()
+)
+# of the configurations of the adapter and of the model, what is a name, a version, or changes while it is used
+_NOT_OF_CONFIGS = frozenset(
+    "peft_version transformers_version base_model_name_or_path revision auto_mapping inference_mode save_projection "
+    "architectures use_cache return_dict output_hidden_states output_attentions".split()
+)
+# with other ones it is another federation; what an error says of them
+_MUST_BE_SAME = {
+    "peft_type": "peft_type",
+    "adapter": "shapes of the adapter",
+    "adapter_name": "name of the adapter",
+    "clients": "clients",
+    "clients_digest": "names or sizes of clients",
+}
+_TOO_LONG_TO_SHOW = ("adapter", "clients_digest")
+_MAX_SHOWN = 80  # characters of a value
+
+
+def run_facts(trainer: FederatedTrainer, state: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """
+    Args:
+        trainer ([`FederatedTrainer`]): The trainer, before its run.
+        state (`Mapping[str, torch.Tensor]`): The tensors that clients train, by their checkpoint names.
+
+    Returns:
+        `dict[str, Any]`: What tells this federation from others, and what it is made with, as JSON keeps it.
+    """
+    config = trainer.model.active_peft_config
+    base_config = getattr(trainer.model.get_base_model(), "config", None)
+    arguments = {name: value for name, value in trainer.args.to_dict().items() if name not in _NOT_COMPARED}
+    sharing_data = trainer.args.world_size if isinstance(trainer._runner, DataParallelRunner) else 1
+    return _as_json(
+        {
+            "adapter": {name: [list(tensor.shape), tensor.dtype] for name, tensor in sorted(state.items())},
+            "adapter_name": trainer.model.active_adapter,
+            "peft_type": config.peft_type,
+            "clients": len(trainer.clients),
+            "clients_digest": _digest(trainer._client_sizes()),
+            "compared": {
+                **arguments,
+                "merge_method": trainer.merge_method,
+                "processes that share data": sharing_data,
+                **{f"adapter.{name}": value for name, value in _compared_of(config)},
+                **{f"model.{name}": value for name, value in _compared_of(base_config)},
+            },
+            "data": client_fingerprints(trainer.clients, may_read=trainer.args.dataloader_num_workers == 0),
+        }
+    )
+
+
+def check_same_federation(folder: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """
+    Args:
+        folder (`Path`): The checkpoint.
+        then (`Mapping[str, Any]`): Its facts.
+        now (`Mapping[str, Any]`): Those of the run that is to go on from it.
+
+    Raises:
+        CheckpointError: if it is of another federation.
+    """
+    for name, what in _MUST_BE_SAME.items():
+        if then.get(name) != now[name]:
+            found = "" if name in _TOO_LONG_TO_SHOW else f" ({then.get(name)!r}, not {now[name]!r})"
+            raise CheckpointError(
+                f"{folder} belongs to another federation: other {what}{found}. Give the model, the data and the "
+                "arguments that it was written with, or start without `resume_from_checkpoint`."
+            )
+
+
+def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """
+    Args:
+        then (`Mapping[str, Any]`): The facts of a checkpoint.
+        now (`Mapping[str, Any]`): Those of the run that goes on from it.
+
+    Returns:
+        `list[str]`: What is other than before, in words. What only one of them knows is not compared: it comes with another
+        version of a package.
+    """
+    return [
+        *_changed_values(then.get("compared", {}), now["compared"]),
+        *_changed_data(then.get("data", {}), now["data"]),
+    ]
+
+
+def _changed_values(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in now.items():
+        if name in then and then[name] != value:
+            yield f"{name} ({_shown(then[name])}, now {_shown(value)})"
+
+
+def _changed_data(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    known = [client for client in now if then.get(client) and now[client]]
+    changed = [client for client in known if then[client] != now[client]]
+    if changed:
+        others = f" and {len(changed) - 1} more clients" if len(changed) > 1 else ""
+        yield f"the data of {changed[0]!r}{others}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
+
+
+def _compared_of(config: Any) -> Iterator[tuple[str, Any]]:
+    """The settings of a configuration of PEFT or transformers; none of what a model of one's own may have in its place."""
+    for name, value in config.to_dict().items() if hasattr(config, "to_dict") else ():
+        if not name.startswith("_") and name not in _NOT_OF_CONFIGS:
+            # names of modules: their order is that of a set, and PEFT adds those of a task each time it is given a config
+            is_names = (
+                isinstance(value, (list, tuple, set)) and value and all(isinstance(entry, str) for entry in value)
+            )
+            yield name, sorted(set(value)) if is_names else value
+
+
+def _as_json(value: Any) -> Any:
+    return json.loads(json.dumps(value, default=_plain))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(str, value))  # in an order of its own
+    text = str(value)
+    return type(value).__qualname__ if " at 0x" in text else text  # the place in memory is another every time
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

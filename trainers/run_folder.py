@@ -1,0 +1,158 @@
+"""The output folder of a run: one run at a time, and which of the checkpoints in it are its own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from transformers.utils import logging
+
+from .checkpoints import checkpoint_round, find_checkpoints
+
+
+logger = logging.get_logger(__name__)
+
+RUN_FILE = "federation_run.json"
+_LOCK_FILE = ".federation.lock"
+
+
+class FolderInUseError(RuntimeError):
+    """The output folder of a run that another run is writing into."""
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """
+    Which run something is of. A run that goes on from a checkpoint has a name of its own, and shares with the run of that
+    checkpoint what was before it.
+
+    Args:
+        name (`str`, *optional*): What tells the run from others. By default drawn by the operating system.
+        before (`Mapping[str, int]`): The names of the runs that it goes on from, and up to which round.
+    """
+
+    name: str = field(default_factory=lambda: secrets.token_hex(8))
+    before: Mapping[str, int] = field(default_factory=dict)
+
+    def going_on(self, round_number: int) -> RunIdentity:
+        """
+        Args:
+            round_number (`int`): A round of this run.
+
+        Returns:
+            [`RunIdentity`]: A run that goes on after that round.
+        """
+        shared = {name: min(last, round_number) for name, last in self.before.items()}
+        return RunIdentity(before={**shared, self.name: round_number})
+
+    def has(self, checkpoint: Path) -> bool:
+        """
+        Args:
+            checkpoint (`Path`): The folder of a checkpoint.
+
+        Returns:
+            `bool`: Whether it was written by this run, or by one that it goes on from, up to the round from which it does.
+        """
+        other = RunIdentity.read(checkpoint)
+        if other is None:
+            return False
+        return other.name == self.name or checkpoint_round(checkpoint) <= self.before.get(other.name, -1)
+
+    def write(self, folder: Path) -> None:
+        """
+        Args:
+            folder (`Path`): The folder of a checkpoint, or of the run, in which this run is then the last that has begun.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        aside = folder / f".{RUN_FILE}.incomplete"
+        aside.write_text(json.dumps(asdict(self)))
+        os.replace(aside, folder / RUN_FILE)
+
+    @classmethod
+    def read(cls, folder: Path) -> RunIdentity | None:
+        """
+        Args:
+            folder (`Path`): The folder of a checkpoint, or of runs.
+
+        Returns:
+            [`RunIdentity`]: Which run wrote it, or has begun last in it; `None` if that cannot be told.
+        """
+        try:
+            return cls(**json.loads((folder / RUN_FILE).read_text()))
+        except (OSError, ValueError, TypeError):
+            return None
+
+
+def checkpoints_to_resume(run_dir: str | os.PathLike) -> list[Path]:
+    """
+    Args:
+        run_dir (`str` or `os.PathLike`): The folder of runs.
+
+    Returns:
+        `list[Path]`: The checkpoints of the run that has begun last, the newest first; all, if that run cannot be told.
+        They may be damaged: one that does not say which run it is of is among them.
+    """
+    run, folders = RunIdentity.read(Path(run_dir)), find_checkpoints(run_dir)
+    return [folder for folder in folders if run is None or RunIdentity.read(folder) is None or run.has(folder)]
+
+
+def rotate_own_checkpoints(run: RunIdentity, run_dir: str | os.PathLike, limit: int | None, best: str | None) -> None:
+    """
+    Delete the oldest checkpoints of a run, as `save_total_limit` says. Those of other runs are left alone.
+
+    Args:
+        run ([`RunIdentity`]): The run.
+        run_dir (`str` or `os.PathLike`): The folder of the run.
+        limit (`int`, *optional*): How many to keep; the newest and the best are kept in any case. By default all.
+        best (`str`, *optional*): The checkpoint with the best metric so far.
+    """
+    if not limit or limit < 0:
+        return
+    newest, *older = [folder for folder in find_checkpoints(run_dir) if run.has(folder)]
+    kept = {newest} | ({Path(best)} if best else set())
+    spare = max(limit, len(kept)) - len(kept)
+    for folder in [folder for folder in older if folder not in kept][spare:]:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def lock_folder(folder: str | os.PathLike) -> contextlib.ExitStack:
+    """
+    Keep other runs out of a folder, until this process lets them in or ends.
+
+    Args:
+        folder (`str` or `os.PathLike`): The output folder of a run. It is made if there is none.
+
+    Returns:
+        `contextlib.ExitStack`: To be closed when the run is over.
+
+    Raises:
+        FolderInUseError: if another run has it.
+    """
+    os.makedirs(folder, exist_ok=True)
+    path = Path(folder, _LOCK_FILE)
+    lock, held = FileLock(path), contextlib.ExitStack()
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise FolderInUseError(
+            f"Another run is writing into {folder}, and the two would mix their checkpoints. Give this run an `output_dir` "
+            "of its own, or wait for the other to end."
+        ) from None
+    except (OSError, NotImplementedError) as error:
+        logger.warning(f"{folder} cannot be locked ({error}). See that no other run writes into it.")
+        return held
+    held.callback(lock.release)
+    held.callback(_unlink, path)  # which comes first: nobody then holds a file that is not there
+    return held
+
+
+def _unlink(path: Path) -> None:
+    with contextlib.suppress(OSError):  # some systems keep a file that is open
+        path.unlink()
