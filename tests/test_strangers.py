@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from peft_ravan import RavanConfig, card_of_folder, inspect_adapter, reading, to_lora
 from peft_ravan.federation_record import FederationRecord, public_history, read_history
-from peft_ravan.hub import _stage_files
+from peft_ravan.hub import stage_files
 from peft_ravan.trainers.commands import MergeRequest, draw_rounds, merge_adapters
 
 from .conftest import randomize_adapter, tiny_bert
@@ -87,7 +87,7 @@ def copy_of(folder: Path, scratch: Path) -> str:
 
 
 ACTIONS = {
-    "push": lambda folder, scratch: _stage_files(folder, scratch),
+    "push": stage_files,
     "card": lambda folder, scratch: ModelCard(str(card_of_folder(folder))),
     "draw": lambda folder, scratch: draw_rounds(folder),
     "inspect": lambda folder, scratch: str(inspect_adapter(folder)) and inspect_adapter(folder).to_dict(),

@@ -7,7 +7,6 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,12 +177,9 @@ def push_folder(
         [`~huggingface_hub.CommitInfo`]: The commit, or a future of it.
     """
     own_folder = checked_folder(adapter_folder(folder, adapter_name))
-    # all is checked where it is, so that errors name the files of the folder and not copies of them
-    files = {**_shared_files(Path(folder), PROCESSING_FILES), **_shared_files(own_folder, _SHARED_FILES)}
-    read_config(own_folder), FederationRecord.from_folder(own_folder), kept_metadata(own_folder / CARD_FILE)
     stage = tempfile.TemporaryDirectory(prefix="peft-ravan-")
     try:
-        _stage_files(files, Path(stage.name))
+        stage_files(folder, stage.name, adapter_name)
         if twin_of is not None:
             _stage_twin(twin_of if isinstance(twin_of, nn.Module) else own_folder, adapter_name, Path(stage.name))
         card_of_folder(stage.name, repo_id=destination.repo_id, **card_data).save(Path(stage.name, CARD_FILE))
@@ -205,9 +201,25 @@ def _shared_files(folder: Path, patterns: tuple[str, ...]) -> dict[Path, Path]:
     return {path.relative_to(folder): path for path in files}
 
 
-def _stage_files(files: Mapping[Path, Path], stage: Path) -> None:
+def stage_files(folder: str | os.PathLike, stage: str | os.PathLike, adapter_name: str = "default") -> None:
+    """
+    Copy what of the folder of an adapter is shared.
+
+    Args:
+        folder (`str` or `os.PathLike`): The folder.
+        stage (`str` or `os.PathLike`): The folder to copy into.
+        adapter_name (`str`, *optional*, defaults to `"default"`): Which adapter of the folder.
+
+    Raises:
+        FileNotFoundError: if the folder lacks a file of an adapter.
+        ValueError: if a file is damaged, or is a link that leads outside of the folder. Nothing has been copied then.
+    """
+    own_folder = checked_folder(adapter_folder(folder, adapter_name))
+    files = {**_shared_files(Path(folder), PROCESSING_FILES), **_shared_files(own_folder, _SHARED_FILES)}
+    # all is checked where it is, so that errors name the files of the folder and not copies of them
+    read_config(own_folder), FederationRecord.from_folder(own_folder), kept_metadata(own_folder / CARD_FILE)
     for name, path in files.items():
-        copy = stage / name
+        copy = Path(stage, name)
         copy.parent.mkdir(exist_ok=True)
         if path.name == HISTORY_FILE:
             write_history(copy, public_history(read_history(path)))
