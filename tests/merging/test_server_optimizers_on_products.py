@@ -159,6 +159,15 @@ def test_clients_that_did_not_move_leave_the_product(method, kind, optimizer):
         torch.testing.assert_close(product(target, result.state), product(target, state), atol=1e-5, rtol=1e-5)
 
 
+def test_a_step_beyond_the_dtype_is_told_by_name():
+    start = lora_start(LINEAR, 7, 9, 3)
+    options = {"server_optimizer": "fedavgm", "server_options": {"learning_rate": 1e300}}
+    with pytest.raises(
+        ValueError, match="Tensor 'layer.lora_A.weight': the merge has made entries that are NaN or inf"
+    ):
+        merge(start, [client(start)], "flexlora", **options)
+
+
 def test_half_precision_loses_no_more_than_the_rounding_of_a_and_b():
     problem = LeastSquares(LINEAR)
     *_, state = problem.rounds("flexlora", 3)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from .checking import check_merged
 from .lora import LoraTarget
 from .truncation import aligned_factors, orthonormal_factors
 
@@ -91,6 +92,9 @@ def step_between_products(
 
     Returns:
         `tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]`: The new state and the new server state.
+
+    Raises:
+        ValueError: if the step has made entries that are NaN or infinite.
     """
     start, merged = dict(global_state), dict(merged_state)
     for target in targets:
@@ -101,6 +105,7 @@ def step_between_products(
         merged.update(aligned_factors(target, merged, start))
     state, server_state = step(start, merged)
     for target in targets:
+        check_merged({name: state[name] for name in (target.A_name, target.B_name)})
         state.update(orthonormal_factors(target, state, like=global_state))
     return state, server_state
 
