@@ -120,9 +120,10 @@ def select_heads(
         seed (`int`):
             The seed.
         allocation (`str`, *optional*, defaults to `"layer"`):
-            `"layer"` chooses the same share of every target's heads, `max(1, round(share * h))`. `"global"` spends the
-            budget over all targets at once, so that a target may get none: it chooses `round(share * h)` of all h heads,
-            or where heads differ in size, the best ones that fit into that share of all parameters.
+            `"layer"` chooses the same share of every target's heads: `share * h`, where half a head is rounded up, and one
+            at least. `"global"` spends the budget over all targets at once, so that a target may get none: it chooses
+            that share of all heads, or where heads differ in size, the best ones that fit into that share of all
+            parameters.
         head_sizes (`Mapping[str, int]`, *optional*):
             Target names to the number of parameters of a head. By default they are the same everywhere.
 
@@ -140,13 +141,19 @@ def select_heads(
     masks = {name: torch.zeros(len(heads), dtype=torch.bool) for name, heads in scores.items()}
     best_first = _rank(scores, seed)
     if allocation == "layer":
-        chosen = _best_of_each(best_first, {name: max(1, round(share * len(mask))) for name, mask in masks.items()})
+        chosen = _best_of_each(best_first, {name: _num_heads(share, len(mask)) for name, mask in masks.items()})
     else:
         sizes = {name: 1 if head_sizes is None else head_sizes[name] for name in scores}
         chosen = _best_of_all(best_first, share, sizes)
     for name, head in chosen:
         masks[name][head] = True
     return masks
+
+
+def _num_heads(share: float, num_heads: int) -> int:
+    # Half up: `round` takes halves to even, so that shares of 0.375, 0.5 and 0.625 of four heads would all be two. The
+    # tolerance is for shares such as 0.29, whose product with 50 is a little less than 14.5 as a float.
+    return max(1, math.floor(share * num_heads + 0.5 + 1e-9))
 
 
 def _rank(scores: Mapping[str, torch.Tensor], seed: int) -> list[tuple[str, int]]:
@@ -172,7 +179,7 @@ def _best_of_each(best_first: list[tuple[str, int]], numbers: dict[str, int]) ->
 
 def _best_of_all(best_first: list[tuple[str, int]], share: float, sizes: dict[str, int]) -> list[tuple[str, int]]:
     if share == 1 or len(set(sizes.values())) <= 1:
-        return best_first[: max(1, round(share * len(best_first)))]
+        return best_first[: _num_heads(share, len(best_first))]
     left, chosen = share * sum(sizes[name] for name, _ in best_first), []
     for name, head in best_first:
         if sizes[name] <= left:

@@ -240,7 +240,8 @@ def ties_delta(deltas: Sequence[torch.Tensor], weights: Sequence[float], density
 
     def elect_and_average(values: list[float]) -> float:
         elected = sum(weight * value for weight, value in zip(weights, values, strict=True))
-        agreeing = [(w, value) for w, value in zip(weights, values, strict=True) if value * elected > 0]
+        sign = 1 if elected >= 0 else -1
+        agreeing = [(w, value) for w, value in zip(weights, values, strict=True) if value * sign > 0]
         total = sum(weight for weight, _ in agreeing)
         return sum(weight * value for weight, value in agreeing) / total if agreeing else 0.0
 

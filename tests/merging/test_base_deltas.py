@@ -4,6 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from peft_ravan.merging import BaseDelta, ClientUpdate, add_base_deltas, merge
@@ -165,13 +166,110 @@ def test_a_bias_of_b_counts_with_the_scaling_of_the_layer(method):
         torch.testing.assert_close(outputs[2], (outputs[0] + outputs[1]) / 2, atol=1e-5, rtol=1e-5)
 
 
+# ---------------------------------------------------------------- half precision
+
+
+LINEAR = "base_model.model.linear"
+
+
+def in_half_precision(dtype: torch.dtype, size: int = 64) -> tuple[nn.Module, torch.Tensor]:
+    """A model with one adapted layer, and its base weight."""
+    torch.manual_seed(0)
+    base = nn.ModuleDict({"linear": nn.Linear(size, size, bias=False)}).to(dtype)
+    nn.init.normal_(base["linear"].weight, std=0.05)
+    model = get_peft_model(base, LoraConfig(target_modules=["linear"], r=2))
+    return model, model.get_submodule(LINEAR).base_layer.weight
+
+
+def half_an_ulp(weight: torch.Tensor) -> torch.Tensor:
+    up = torch.nextafter(weight.abs(), torch.full_like(weight, torch.inf))
+    return (up.double() - weight.abs().double()) / 2
+
+
 def test_base_weights_in_half_precision_get_the_residual_in_their_dtype():
     model = get_peft_model(mixed().to(torch.bfloat16), LoraConfig(target_modules=["linear"], r=2))
     weight = model.base_model.model.linear.base_layer.weight
     before = weight.detach().clone()
     delta = BaseDelta(torch.ones(5, 1), torch.full((1, 8), 2.0))
-    add_base_deltas(model, {"base_model.model.linear": delta})
+    add_base_deltas(model, {LINEAR: delta}, {})
     assert weight.dtype == torch.bfloat16 and torch.equal(weight, before + 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_rounding_leaves_out_is_carried_over_a_hundred_rounds(dtype):
+    model, weight = in_half_precision(dtype)
+    forgetful, forgetful_weight = in_half_precision(dtype)
+    exact, remainders = weight.double(), {}
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(100):
+        left, right = (torch.randn(shape, generator=generator) for shape in ((64, 2), (2, 64)))
+        delta = {LINEAR: BaseDelta(1e-5 * left, right)}
+        exact += delta[LINEAR].dense().double() + 2e-6
+        delta = {LINEAR: BaseDelta(delta[LINEAR].dense() + 2e-6)}
+        remainders = add_base_deltas(model, delta, remainders)
+        with pytest.warns(UserWarning, match="rounding to"):
+            add_base_deltas(forgetful, delta)
+    bound = half_an_ulp(weight.detach())
+    assert ((weight.double() - exact).abs() <= 1.001 * bound).all()
+    # and with what is still left out, all of it
+    assert ((weight.double() + remainders[LINEAR].double() - exact).abs() <= 1e-3 * bound).all()
+    assert remainders[LINEAR].dtype == torch.float32
+    assert (forgetful_weight.double() - exact).norm() > 2 * (weight.double() - exact).norm()
+
+
+def test_a_weight_in_float32_has_no_remainder():
+    model, weight = in_half_precision(torch.float32)
+    assert add_base_deltas(model, {LINEAR: BaseDelta(1e-4 * torch.ones(64, 64))}) == {}
+
+
+def test_the_share_that_rounding_loses_is_told():
+    model, weight = in_half_precision(torch.bfloat16)
+    before = weight.double()
+    change = 5e-5 * torch.randn(64, 64, generator=torch.Generator().manual_seed(1))
+    with pytest.warns(UserWarning) as warned:
+        add_base_deltas(model, {LINEAR: BaseDelta(change)})
+    lost = ((weight.double() - before - change).norm() / change.norm()).item()
+    assert lost > 0.7
+    assert f"Module '{LINEAR}': rounding to torch.bfloat16 loses {lost:.0%} of the update" in str(warned[0].message)
+    assert "`remainders`" in str(warned[0].message)
+
+
+def test_an_update_that_rounding_hardly_changes_gives_no_warning(recwarn):
+    model, weight = in_half_precision(torch.bfloat16)
+    add_base_deltas(model, {LINEAR: BaseDelta(torch.full((64, 64), 0.5))})
+    assert not [warning for warning in recwarn if "rounding" in str(warning.message)]
+
+
+def test_remainders_of_other_modules_are_kept_and_survive_a_file(tmp_path):
+    model, _ = in_half_precision(torch.bfloat16)
+    other = torch.full((2, 2), 1e-4)
+    remainders = add_base_deltas(model, {LINEAR: BaseDelta(torch.full((64, 64), 1e-4))}, {"other": other})
+    assert torch.equal(remainders["other"], other)
+    save_file(remainders, tmp_path / "remainders.safetensors")
+    loaded = load_file(tmp_path / "remainders.safetensors")
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in remainders.items())
+
+
+def test_layers_that_keep_their_weight_transposed_or_as_kernels_carry_over_as_well():
+    config = LoraConfig(target_modules=["emb", "conv1d", "conv2d", "conv1x1", "linear"], r=2)
+    model = get_peft_model(mixed().to(torch.bfloat16), config)
+    generator = torch.Generator().manual_seed(1)
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    deltas = {
+        name: BaseDelta(1e-3 * torch.randn(layer.get_delta_weight("default").flatten(1).shape, generator=generator))
+        for name, layer in layers.items()
+    }
+    # an embedding keeps [num_embeddings, d]
+    deltas["base_model.model.emb"] = BaseDelta(deltas["base_model.model.emb"].left.T.contiguous())
+    before = {name: layer.get_base_layer().weight.double() for name, layer in layers.items()}
+    remainders = {}
+    for _ in range(4):
+        remainders = add_base_deltas(model, deltas, remainders)
+    for name, layer in layers.items():
+        change = deltas[name].left.T if name.endswith("emb") else deltas[name].left
+        expected = before[name] + 4 * change.reshape(before[name].shape)
+        actual = layer.get_base_layer().weight.double() + remainders[name]
+        torch.testing.assert_close(actual, expected, atol=1e-8, rtol=1e-6)
 
 
 # ---------------------------------------------------------------- errors change nothing
@@ -196,6 +294,22 @@ def assert_refused(model: nn.Module, deltas: dict[str, BaseDelta], message: str)
         add_base_deltas(model, deltas)
     for name, tensor in model.state_dict().items():
         assert torch.equal(torch.as_tensor(tensor), before[name]), name
+
+
+def test_a_remainder_of_another_shape_is_told():
+    model = two().to(torch.bfloat16)
+    before = model.get_submodule(GOOD).base_layer.weight.detach().clone()
+    with pytest.raises(
+        ValueError, match=f"Module '{BAD}': its remainder has shape .4, 5., but its base weight .4, 4."
+    ):
+        add_base_deltas(model, {GOOD: ones(), BAD: ones()}, {BAD: torch.zeros(4, 5)})
+    assert torch.equal(model.get_submodule(GOOD).base_layer.weight, before)
+
+
+def test_an_update_that_the_dtype_cannot_hold_is_told():
+    model = two().to(torch.float16)
+    deltas = {GOOD: ones(), BAD: BaseDelta(torch.full((4, 4), 1e6))}
+    assert_refused(model, deltas, f"Module '{BAD}': its base weight would have NaN or infinite entries")
 
 
 def ones(d_out: int = 4, d_in: int = 4) -> BaseDelta:

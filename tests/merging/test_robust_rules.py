@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 
 from peft_ravan.merging import ClientUpdate, merge
+from peft_ravan.merging.distances import squared_distances
 
 from .reference import (
     CONFIG,
@@ -37,6 +38,7 @@ from .reference import (
 
 CORE = next(iter(CORES))
 seeds = st.integers(0, 2**20)
+MAKERS = {"ravan": ravan_state, "lora": lora_state}
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -153,11 +155,44 @@ def test_krum_measures_distances_between_dense_weights(round_, num_bad_clients):
         torch.testing.assert_close(weight_of(result.state, module, round_.config), expected, atol=1e-8, rtol=1e-8)
 
 
+def test_the_nearest_are_found_where_all_have_moved_far():
+    # float64 cannot tell (1e8 + 1) ** 2 from 1e16 + 2e8
+    moved = [1e8 + offset for offset in (-2.0, 2.0, 3.0, -3.0, 0.5)]
+    updates = [
+        ClientUpdate({"w": torch.tensor([value], dtype=torch.float64)}, 1, f"c{i}") for i, value in enumerate(moved)
+    ]
+    result = merge({"w": torch.zeros(1, dtype=torch.float64)}, updates, "krum", num_bad_clients=1)
+    assert list(result.diagnostics["scores"].values()) == [1 + 6.25, 1 + 2.25, 1 + 6.25, 1 + 12.25, 2.25 + 6.25]
+
+
+@few
+@given(seeds, st.sampled_from(["lora", "ravan"]), st.sampled_from([1e3, 1e6]), st.booleans())
+def test_distances_do_not_lose_what_clients_differ_by(seed, adapter, far, attacked):
+    generator, make = seeded(seed), MAKERS[adapter]
+    common = {name: far * tensor for name, tensor in make(generator).items()}
+    updates = [
+        client({name: tensor + 1e-3 * normal(generator, *tensor.shape) for name, tensor in common.items()}, 1, i)
+        for i in range(6)
+    ]
+    if attacked:
+        updates[2] = client({name: 1e4 * tensor for name, tensor in common.items()}, 1, 2)
+    if adapter == "lora":
+        # the same updates in other factors, which differ much
+        updates = [regauged(update, generator) for update in updates]
+    start = make(generator)
+    # as precise as the products themselves are in float64
+    weights = [torch.cat([t.flatten() for t in effective(update.state).values()]) for update in updates]
+    rounding = 1e-13 * weights[0].norm().item()
+    expected = torch.cdist(*[torch.stack(weights)] * 2, compute_mode="donot_use_mm_for_euclid_dist")
+    actual = squared_distances(start, updates, CONFIG).sqrt()
+    torch.testing.assert_close(actual[:2, :2], expected[:2, :2], atol=rounding, rtol=1e-6)
+    torch.testing.assert_close(actual, expected, atol=1e4 * rounding if attacked else rounding, rtol=1e-6)
+
+
 # ---------------------------------------------------------------- poison
 
 
 ROBUST = {"median": {}, "trimmed_mean": {"trim": 1 / 3}, "krum": {}, "multi_krum": {}}
-MAKERS = {"ravan": ravan_state, "lora": lora_state}
 
 
 def poisoned(state: dict[str, torch.Tensor], kind: str, generator: torch.Generator) -> dict[str, torch.Tensor]:

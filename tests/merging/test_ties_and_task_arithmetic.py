@@ -71,8 +71,13 @@ def test_ties_keeps_at_least_one_entry():
     assert merged_row([0.0, 0.0], rows([1.0, 3.0]), "ties", density=1e-6) == [0.0, 3.0]
 
 
-def test_signs_that_cancel_leave_the_global_state():
-    assert merged_row([7.0], rows([9.0], [5.0]), "ties", density=1.0) == [7.0]
+def test_signs_that_cancel_elect_plus():
+    assert merged_row([7.0], rows([9.0], [5.0]), "ties", density=1.0) == [9.0]
+    # 3 * 1 against 1 * -3, and thirds, which no float holds
+    assert merged_row([0.0], rows([1.0], [-3.0], num_examples=(3, 1)), "ties", density=1.0) == [1.0]
+    assert merged_row([0.0], rows([1.0], [1.0], [-2.0]), "ties", density=1.0) == [1.0]
+    # nobody has moved
+    assert merged_row([7.0], rows([7.0], [7.0]), "ties", density=1.0) == [7.0]
 
 
 def test_task_arithmetic_multiplies_the_mean_update():
@@ -131,6 +136,17 @@ def test_ties_is_that_of_peft(density):
     deltas = [normal(generator, 4, 10) for _ in range(5)]
     expected = merge_utils.ties(deltas, weights=torch.ones(5), density=density, majority_sign_method="total")
     merged = merge({A: torch.zeros_like(deltas[0])}, [client({A: d}, 7, i) for i, d in enumerate(deltas)], "ties", density=density)  # fmt: skip
+    torch.testing.assert_close(merged.state[A], expected)
+
+
+@few
+@given(st.integers(0, 2**20), st.integers(2, 7))
+def test_ties_is_that_of_peft_also_where_votes_are_equal(seed, num_clients):
+    # small whole numbers, so that sums are often 0
+    deltas = list(torch.randint(-3, 4, (num_clients, 8, 8), generator=seeded(seed)).float())
+    expected = merge_utils.ties(deltas, weights=torch.ones(num_clients), density=1.0)
+    updates = [client({A: delta}, 7, i) for i, delta in enumerate(deltas)]
+    merged = merge({A: torch.zeros(8, 8)}, updates, "ties", density=1.0)
     torch.testing.assert_close(merged.state[A], expected)
 
 

@@ -1,5 +1,7 @@
 """Budgets of clients and the choice of heads, as pure functions."""
 
+from decimal import ROUND_HALF_UP, Decimal
+
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -26,7 +28,7 @@ SCORES = st.dictionaries(
     min_size=1,
     max_size=6,
 )
-SHARES = st.floats(0.01, 1.0)
+SHARES = st.integers(1, 1000).map(lambda thousandths: thousandths / 1000)
 SEEDS = st.integers(0, 2**32 - 1)
 
 
@@ -96,6 +98,41 @@ def test_budgets_out_of_range_are_told(given, found):
 # ---- Heads ---------------------------------------------------------------------------
 
 
+# shares of 1/8 to 8/8: half a head is rounded up, and one at least is trained
+HEADS_FOR_EIGHTHS = {
+    2: [1, 1, 1, 1, 1, 2, 2, 2],
+    3: [1, 1, 1, 2, 2, 2, 3, 3],
+    4: [1, 1, 2, 2, 3, 3, 4, 4],
+    5: [1, 1, 2, 3, 3, 4, 4, 5],
+    6: [1, 2, 2, 3, 4, 5, 5, 6],
+    7: [1, 2, 3, 4, 4, 5, 6, 7],
+    8: [1, 2, 3, 4, 5, 6, 7, 8],
+}
+
+
+@pytest.mark.parametrize("allocation", HEAD_ALLOCATIONS)
+@pytest.mark.parametrize("num_heads, expected", HEADS_FOR_EIGHTHS.items())
+def test_half_a_head_is_rounded_up(num_heads, expected, allocation):
+    scores = {"layer": torch.ones(num_heads)}
+    assert [count(select_heads(scores, eighths / 8, 0, allocation)) for eighths in range(1, 9)] == expected
+
+
+def test_half_a_head_is_rounded_up_where_a_float_is_just_below():
+    assert 0.29 * 50 < 14.5
+    assert count(select_heads({"layer": torch.ones(50)}, 0.29, 0)) == 15
+
+
+def test_a_larger_share_never_trains_fewer_heads():
+    for num_heads in range(2, 9):
+        scores = {"layer": torch.ones(num_heads)}
+        counts = [count(select_heads(scores, share / 200, 0)) for share in range(1, 201)]
+        assert counts == sorted(counts) and set(counts) == set(range(1, num_heads + 1))
+
+
+def half_up(share: float, num_heads: int) -> int:
+    return max(1, int((Decimal(str(share)) * num_heads).quantize(Decimal(1), ROUND_HALF_UP)))
+
+
 @examples(60)
 @given(scores=SCORES, share=SHARES, seed=SEEDS)
 def test_every_layer_trains_its_share_of_the_best_heads(scores, share, seed):
@@ -103,7 +140,7 @@ def test_every_layer_trains_its_share_of_the_best_heads(scores, share, seed):
     assert masks.keys() == scores.keys()
     for name, mask in masks.items():
         assert mask.dtype == torch.bool and mask.shape == scores[name].shape
-        assert mask.sum() == max(1, round(share * len(mask)))
+        assert mask.sum() == half_up(share, len(mask))
         if not mask.all():
             assert scores[name][mask].min() >= scores[name][~mask].max()
 
@@ -113,7 +150,7 @@ def test_every_layer_trains_its_share_of_the_best_heads(scores, share, seed):
 def test_a_global_budget_is_spent_on_the_best_heads_of_all(scores, share, seed):
     masks = select_heads(scores, share, seed, "global")
     total = sum(map(len, scores.values()))
-    assert count(masks) == max(1, round(share * total))
+    assert count(masks) == half_up(share, total)
     chosen = torch.cat([scores[name][mask] for name, mask in masks.items()])
     others = torch.cat([scores[name][~mask] for name, mask in masks.items()])
     assert not len(others) or chosen.min() >= others.max()

@@ -7,6 +7,7 @@ Merging what clients upload: pure functions that know nothing of rounds, files o
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from .privacy import GaussianMechanism, merge_privately
 from .registry import MERGE_METHODS, SERVER_OPTIMIZERS, get_merge_method, get_server_optimizer, methods_table
 from .robust_pca import RobustPCAInfo, robust_pca
 from .safetensors_state import SafetensorsState
-from .truncation import aligned_factors
+from .server_optimizers import step_between_products
 from .updates import ClientUpdate, MergeResult, UpdateError
 
 
@@ -157,10 +158,9 @@ def merge(
                     f"{merge_method.pretty_name} gives the adapter another configuration in every round, so a server "
                     "optimizer has no difference to follow. Use a merge method that keeps the rank."
                 )
-            if merge_method.decomposes:
-                for target in lora_targets(products):
-                    state.update(aligned_factors(target, state, products))
-            state, remembered = optimizer.function(products, state, server_state or {}, **server_options)
+            step = partial(optimizer.function, server_state=server_state or {}, **server_options)
+            targets = lora_targets(products) if merge_method.decomposes_with(options) else []
+            state, remembered = step_between_products(targets, products, state, step)
             new_server_state.update(remembered)
         check_merged(state)
     diagnostics = {

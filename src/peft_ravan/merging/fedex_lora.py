@@ -33,8 +33,8 @@ def fedex_lora(
 
     Returns:
         [`MergeResult`]: The mean state. `base_deltas` has the residual of each module, scaling included, to be added by
-        [`add_base_deltas`]. It comes as factors of rank C * r (in half precision one r more), or
-        whole where that is smaller.
+        [`add_base_deltas`], which is exact in float32 and can carry over what rounding to half precision leaves out. It
+        comes as factors of rank C * r (in half precision one r more), or whole where that is smaller.
 
     Raises:
         ValueError: if there are no LoRA matrices, or no `config`.

@@ -23,7 +23,7 @@ from .lora import client_factors, is_lora_matrix, product_targets
 from .matrices import Matrix, is_adapter_matrix, join, split
 from .method import MergeMethod
 from .robust_pca import robust_pca
-from .truncation import aligned_factors, truncated_factors
+from .truncation import truncated_factors
 from .updates import ClientUpdate, MergeResult
 
 
@@ -207,7 +207,7 @@ def _merge_products(
         B, A = target.factors(global_state)
         [(merged, matrix_figures)] = _merge_batch([Matrix(target.module, B @ A, updates, read)], options)
         tensors, kept_energy = truncated_factors(target, merged, None, like=global_state)
-        state.update(aligned_factors(target, tensors, like=global_state))
+        state.update(tensors)
         figures[target.module] = {**matrix_figures, "kept_energy": kept_energy}
 
 
@@ -233,5 +233,6 @@ METHOD = MergeMethod(
     exact="with beta = 1 as FedAvg",
     cost="layer by layer; some 50 products with C x C matrices",
     different_heads=True,
+    decomposes={"lora": "products"},
     from_start=True,
 )

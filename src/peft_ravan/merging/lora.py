@@ -46,6 +46,11 @@ class LoraTarget:
         """The checkpoint name of the bias that B has with `lora_bias=True`. In the layer it is scaled like B A."""
         return f"{self.module}.lora_B.bias"
 
+    @property
+    def is_embedding(self) -> bool:
+        """Whether the module is an embedding, where LoRA starts with A = 0 and a random B, and not the other way round."""
+        return self.A_name.endswith(".lora_embedding_A")
+
     def rank(self, state: Mapping[str, torch.Tensor]) -> int:
         """The rank of the module in a state."""
         return state[self.A_name].shape[0]

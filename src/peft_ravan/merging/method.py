@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 
@@ -86,7 +86,8 @@ class MergeMethod(Described):
         different_heads (`bool`): Whether clients may have trained different heads.
         streaming (`bool`): Whether the function takes an iterator and keeps no update.
         changes_model (`bool`): Whether the result is more than a new state: base weights to change, or another rank.
-        decomposes (`bool`): Whether LoRA's A and B are chosen anew from their product.
+        decomposes (`bool` or `dict[str, str]`):
+            Whether LoRA's A and B are chosen anew from their product, or with which option they are.
         from_start (`bool`):
             Whether the result depends on where the adapter's matrices have started from, and not only where they are.
         frozen_parts (`tuple[str, ...]`): Parts of names of tensors that clients must not change and may leave out.
@@ -103,10 +104,22 @@ class MergeMethod(Described):
     different_heads: bool = False
     streaming: bool = False
     changes_model: bool = False
-    decomposes: bool = False
+    decomposes: bool | Mapping[str, str] = False
     from_start: bool = False
     frozen_parts: tuple[str, ...] = ()
     personal_parts: tuple[str, ...] = ()
+
+    def decomposes_with(self, options: Mapping[str, object]) -> bool:
+        """
+        Args:
+            options (`Mapping[str, object]`): The options of a merge.
+
+        Returns:
+            `bool`: Whether LoRA's A and B are chosen anew from their product.
+        """
+        if isinstance(self.decomposes, bool):
+            return self.decomposes
+        return any(options.get(name) == value for name, value in self.decomposes.items())
 
 
 @dataclass(frozen=True)

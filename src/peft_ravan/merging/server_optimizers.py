@@ -6,9 +6,13 @@ What they remember is a dict of tensors, which can be saved as safetensors and g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
+
+from .checking import check_merged
+from .lora import LoraTarget
+from .truncation import aligned_factors, orthonormal_factors
 
 
 State = dict[str, torch.Tensor]
@@ -65,6 +69,45 @@ def step_by_tensor(
         new_state[name] = (start + update).to(merged.dtype)
         new_server_state.update({f"{moment}.{name}": value for moment, value in zip(moments, new, strict=True)})
     return new_state, new_server_state
+
+
+def step_between_products(
+    targets: Sequence[LoraTarget],
+    global_state: Mapping[str, torch.Tensor],
+    merged_state: Mapping[str, torch.Tensor],
+    step: Callable[[State, State], tuple[State, State]],
+) -> tuple[State, State]:
+    """
+    Take a step after a merge that has chosen LoRA's A and B anew from their product.
+
+    A step follows differences of A and B, but only the product has a meaning. So both states are written in factors of one
+    kind before, which are turned towards each other, and the new state afterwards: one of the factors has orthonormal
+    directions. Then a product that has not changed makes no difference, and the norms of A and B do not drift.
+
+    Args:
+        targets (`Sequence[LoraTarget]`): The modules.
+        global_state (`Mapping[str, torch.Tensor]`): The state the clients started from.
+        merged_state (`Mapping[str, torch.Tensor]`): What the merge method made of their updates.
+        step (`Callable`): Takes the step from the one state towards the other.
+
+    Returns:
+        `tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]`: The new state and the new server state.
+
+    Raises:
+        ValueError: if the step has made entries that are NaN or infinite.
+    """
+    start, merged = dict(global_state), dict(merged_state)
+    for target in targets:
+        names = (target.A_name, target.B_name)
+        # not rounded to half precision in between
+        like = {name: start[name].to(torch.promote_types(start[name].dtype, torch.float32)) for name in names}
+        start.update(aligned_factors(target, start, like))
+        merged.update(aligned_factors(target, merged, start))
+    state, server_state = step(start, merged)
+    for target in targets:
+        check_merged({name: state[name] for name in (target.A_name, target.B_name)})
+        state.update(orthonormal_factors(target, state, like=global_state))
+    return state, server_state
 
 
 def step_with_two_moments(

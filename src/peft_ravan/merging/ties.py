@@ -2,7 +2,7 @@
 TIES: trim each client's update to its largest entries, elect a sign for every entry, average those that agree with it.
 
 Yadav et al., TIES-Merging: Resolving Interference When Merging Models, NeurIPS 2023. As in PEFT, an update is
-trimmed matrix by matrix, not over the whole adapter.
+trimmed matrix by matrix, not over the whole adapter, and a tie elects plus.
 """
 
 from __future__ import annotations
@@ -50,8 +50,10 @@ def ties(
     def combine(M: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         kept = torch.topk(M.abs(), max(1, round(density * len(M))), dim=0).indices
         trimmed = torch.zeros_like(M).scatter_(0, kept, M.gather(0, kept))  # [n, C]
-        elected = (trimmed @ weights).sign()  # [n]
-        agreeing = (trimmed.sign() == elected[:, None]) & (trimmed != 0)
+        # in units of the smallest weight, so that equal weights and multiples do not round a tie to a majority
+        votes = trimmed @ (weights / weights.min())  # [n]
+        # plus on a tie, as in PEFT
+        agreeing = torch.where(votes[:, None] >= 0, trimmed > 0, trimmed < 0)  # [n, C]
         total = agreeing.to(M) @ weights
         return scale * ((trimmed * agreeing) @ weights) / torch.where(total > 0, total, 1.0)
 

@@ -1,4 +1,9 @@
-"""From the update of a weight back to LoRA's A and B of a given rank."""
+"""
+From the update of a weight back to LoRA's A and B of a given rank.
+
+LoRA starts one of them with zeros and draws the other one, which is called the frame here: A of a linear layer, B of an
+embedding. Its rows (columns of B) are directions, and are kept orthonormal; the singular values go to the other one.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +22,12 @@ def truncated_factors(
     target: LoraTarget, left: torch.Tensor, right: torch.Tensor | None, like: Mapping[str, torch.Tensor]
 ) -> tuple[dict[str, torch.Tensor], float]:
     """
-    The best approximation of `left @ right` by B A of the global rank: B = U S and A = V^T of the singular value
-    decomposition, sorted by singular value. The rows of A have norm 1, which is the size LoRA starts them with.
+    The best approximation of `left @ right` by B A of the global rank, from the singular value decomposition U S V^T,
+    sorted by singular value: A = V^T and B = U S, or on an embedding B = c U and A = S V^T / c with c = sqrt(d_out). The
+    directions have about the size that LoRA starts them with.
+
+    A product of lower rank than the adapter leaves directions over. They add nothing and can still be trained: the frame
+    gets other orthonormal ones, those of the global frame as far as it has any, and the other factor zeros.
 
     Args:
         target ([`LoraTarget`]): The module.
@@ -29,19 +38,19 @@ def truncated_factors(
     Returns:
         `tuple[dict[str, torch.Tensor], float]`: A and B by their names, and the share of the squared norm they hold.
     """
-    global_B, global_A = target.factors(like)
-    U, S, Vh, kept = svd_of_product(left, right, rank=len(global_A))
-    B, A = torch.zeros_like(global_B), torch.zeros_like(global_A)
-    B[:, : len(S)], A[: len(S)] = U * S, Vh
-    return target.as_state(*keep_trainable(B, A, global_B, global_A), like), kept
+    other, frame, kept = _other_and_frame_of_product(target, left, right, like)
+    B, A = _swapped(target, other, frame)
+    # a rank above d_in or d_out leaves more over than there are directions
+    return target.as_state(*keep_trainable(B, A, *target.factors(like)), like), kept
 
 
 def aligned_factors(
     target: LoraTarget, state: Mapping[str, torch.Tensor], like: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """
-    Other factors of the same product, with an A as near to the global one as the product allows. A decomposition chooses
-    its factors anew in every round, so their difference from the global ones is no update of the weight.
+    The factors of [`truncated_factors`], turned towards the global ones: B Q^T and Q A with the rotation Q that brings both
+    nearest to them (orthogonal Procrustes). A decomposition chooses its factors anew in every round, so their difference
+    from the global ones is no update of the weight. A rotation keeps the product, and what norms A and B have.
 
     Args:
         target ([`LoraTarget`]): The module.
@@ -51,15 +60,86 @@ def aligned_factors(
     Returns:
         `dict[str, torch.Tensor]`: A and B by their names.
     """
-    B, A = (factor.double() for factor in target.factors(state))
-    global_A = target.factors(like)[1].double()
-    _, S, Vh, _ = svd_of_product(B, A, rank=len(A))
-    rows = Vh[S > 1e-6 * S.max()]  # [q, d_in], orthonormal: what every A of this product must span
-    rest = global_A - (global_A @ rows.T) @ rows
-    others = torch.linalg.svd(rest, full_matrices=False).Vh[: len(A) - len(rows)]
-    spanned = torch.cat([rows, others])  # [r, d_in]
-    new_A = (global_A @ spanned.T) @ spanned
-    return target.as_state(B @ (A @ torch.linalg.pinv(new_A)), new_A, like)
+    B, A = target.factors(state)
+    other, frame, _ = _other_and_frame_of_product(target, B, A, like)
+    global_other, global_frame = _other_and_frame(target, like)
+    rotation = _nearest_orthonormal(global_frame @ frame.T + global_other.T @ other)  # [r, r]
+    return target.as_state(*_swapped(target, other @ rotation.T, rotation @ frame), like)
+
+
+def orthonormal_factors(
+    target: LoraTarget, state: Mapping[str, torch.Tensor], like: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """
+    Make the directions of A, or on an embedding of B, orthonormal again after a step, by the nearest that are. The other
+    factor is left as it is.
+
+    Args:
+        target ([`LoraTarget`]): The module.
+        state (`Mapping[str, torch.Tensor]`): The state after the step.
+        like (`Mapping[str, torch.Tensor]`): The global state, whose dtypes and devices are taken.
+
+    Returns:
+        `dict[str, torch.Tensor]`: A and B by their names.
+    """
+    other, frame = _other_and_frame(target, state)
+    frame = _length_of_directions(target, frame) * _nearest_orthonormal(frame)
+    return target.as_state(*_swapped(target, other, frame), like)
+
+
+def _swapped(target: LoraTarget, first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    From B and A to the factor that LoRA starts with zeros, `[d, r]`, and the frame, `[r, d']`, and back: they are B and A
+    themselves, or on an embedding A^T and B^T.
+    """
+    return (second.T, first.T) if target.is_embedding else (first, second)
+
+
+def _other_and_frame(target: LoraTarget, state: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    B, A = target.factors(state)
+    return _swapped(target, B.double(), A.double())
+
+
+def _length_of_directions(target: LoraTarget, frame: torch.Tensor) -> float:
+    # LoRA draws A of linear layers with rows of norm 0.6, and B of embeddings with entries of variance 1
+    return frame.shape[1] ** 0.5 if target.is_embedding else 1.0
+
+
+def _other_and_frame_of_product(
+    target: LoraTarget, left: torch.Tensor, right: torch.Tensor | None, like: Mapping[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    global_other, global_frame = _other_and_frame(target, like)
+    U, S, Vh, kept = svd_of_product(left, right, rank=len(global_frame))
+    U, Vh = (factor.to(global_frame) for factor in _swapped(target, U, Vh))
+    S = S.to(global_frame)
+    # below this it is rounding, and has no direction
+    live = S > 10 * torch.finfo(target.factors(like)[1].dtype).eps * S.max()
+    U, S, Vh = U[:, live], S[live], Vh[live]
+    length = _length_of_directions(target, global_frame)
+    other, frame = torch.zeros_like(global_other), torch.zeros_like(global_frame)
+    other[:, : len(S)] = U * S / length
+    directions = _completed(Vh, global_frame)
+    frame[: len(directions)] = length * directions
+    return other, frame, kept
+
+
+def _completed(rows: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    """Orthonormal rows `[q, d]` and others up to `min(r, d)`: the main directions of a source `[r, d]`, then any."""
+    rank, d = min(source.shape), source.shape[1]
+    if len(rows) == rank:
+        return rows
+    rest = source - (source @ rows.T) @ rows
+    _, S, others = torch.linalg.svd(rest, full_matrices=False)
+    others = others[S > 1e-6 * source.norm()]
+    any_others = torch.randn(rank, d, dtype=rows.dtype, generator=torch.Generator().manual_seed(0)).to(rows)
+    candidates = torch.cat([rows, others, any_others])
+    return torch.cat([rows, torch.linalg.qr(candidates.T).Q.T[len(rows) : rank]])
+
+
+def _nearest_orthonormal(matrix: torch.Tensor) -> torch.Tensor:
+    """The matrix with orthonormal rows, or columns where these are fewer, that is nearest in the Frobenius norm."""
+    U, _, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    return U @ Vh
 
 
 def mean_of_products(
