@@ -3,12 +3,13 @@
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from peft import LoraConfig
 
 from peft_ravan.merging import ClientUpdate, UpdateError, UpdateLimits, merge
 from peft_ravan.merging.changes import change_norm
 
+from ..properties import examples
 from .reference import a_name, b_name, client, every_case, merge_faithfully, random_round
 
 
@@ -96,7 +97,7 @@ def test_limits_that_nobody_reaches_change_nothing(method, adapter):
         assert result.diagnostics["clipped"] == []
 
 
-@settings(deadline=None, max_examples=60)
+@examples(60)
 @given(st.lists(st.floats(-1e6, 1e6), min_size=4, max_size=4), st.floats(0.01, 100.0))
 def test_whatever_a_client_uploads_the_mean_moves_by_its_share_of_the_limit(values, limit):
     start = {"w": torch.zeros(4, dtype=torch.float64)}

@@ -14,15 +14,15 @@ from safetensors.torch import save_file
 
 from peft_ravan.merging import ClientUpdate, SafetensorsState, UpdateError, merge, plain_update
 
+from ..properties import examples, num_uploads
 from .malformed import malformed
 from .reference import CASES, assert_same, effect_of, merge_faithfully, random_round
 
 
-FUZZED_UPLOADS = 2000
 MAX_MALFORMED = 2  # of five: Krum needs three that fit
 
 
-@settings(deadline=None, max_examples=FUZZED_UPLOADS // 2)
+@settings(max_examples=num_uploads() // 2)  # of one or two malformed uploads
 @given(data=st.data(), case=st.sampled_from(CASES), num_malformed=st.integers(1, MAX_MALFORMED))
 def test_malformed_uploads_cost_their_own_contribution(data, case, num_malformed):
     method, adapter = case
@@ -42,7 +42,7 @@ def test_malformed_uploads_cost_their_own_contribution(data, case, num_malformed
         assert_same(effect_of(result), effect_of(merge_faithfully(method, global_state, whole)), 0.0)
 
 
-@settings(deadline=None, max_examples=200)
+@examples(200)
 @given(data=st.data(), case=st.sampled_from(CASES))
 def test_a_malformed_upload_alone_is_an_update_error_or_merged(data, case):
     method, adapter = case
