@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from .checking import check_merged
+from .entries import check_merged
 from .lora import LoraTarget
 from .truncation import aligned_factors, orthonormal_factors
 
