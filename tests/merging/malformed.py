@@ -86,6 +86,11 @@ class Lookalike:
         self.__dict__.update(vars(update))
 
 
+def _changed(tensor: torch.Tensor, change: Callable[[torch.Tensor], Any]) -> Any:
+    # to read memory that was freed ends the process
+    return change(tensor) if tensor.untyped_storage().nbytes() else tensor
+
+
 def _freed(tensor: torch.Tensor) -> torch.Tensor:
     tensor = tensor.clone()
     tensor.untyped_storage().resize_(0)
@@ -261,7 +266,9 @@ def every_kind(update: ClientUpdate) -> Iterator[Callable[[ClientUpdate], Any]]:
     names = list(update.state)
     for name in (names[0], names[-1]):
         for change in TENSORS.values():
-            yield lambda u, name=name, change=change: replace(u, state={**u.state, name: change(u.state[name])})
+            yield lambda u, name=name, change=change: replace(
+                u, state={**u.state, name: _changed(u.state[name], change)}
+            )
     for name in NAMES:
         yield lambda u, name=name: replace(u, state={**u.state, name: u.state[names[0]]})
         yield lambda u, name=name: replace(
