@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from .hub_server import hub  # noqa: F401, a fixture
-from .properties import num_uploads, register_profiles
+from .properties import register_profiles
 
 
 register_profiles()
@@ -38,12 +38,6 @@ VOCAB_SIZE = 64
 def _seed():
     set_seed(0)
     torch.set_num_threads(1)  # the suite runs in two processes on two cores
-
-
-@pytest.fixture(scope="session")
-def fuzz_examples() -> int:
-    """How many malformed uploads to make."""
-    return num_uploads()
 
 
 def tiny_bert() -> BertForSequenceClassification:

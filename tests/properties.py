@@ -13,7 +13,6 @@ from hypothesis import settings
 DEEP_FACTOR = 50
 # what a property is tested with that does not say how many examples it needs
 _NUM_EXAMPLES = 100
-_NUM_UPLOADS = 2_000
 
 
 def register_profiles() -> None:
@@ -36,14 +35,6 @@ def examples(number: int, **options) -> settings:
         `hypothesis.settings`: As a decorator it has the property tested with so many, or with more in `make test-deep`.
     """
     return settings(max_examples=number * _factor(), **options)
-
-
-def num_uploads() -> int:
-    """
-    Returns:
-        `int`: How many malformed uploads the checks are tested with.
-    """
-    return _NUM_UPLOADS * _factor()
 
 
 def _factor() -> int:
