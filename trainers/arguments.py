@@ -264,7 +264,7 @@ class FederatedArgumentsMixin(PartitionerArgumentMixin):
     def _check_merge(self) -> None:
         for name in ("merge_options", "server_optimizer_options"):
             if isinstance(getattr(self, name), str):
-                setattr(self, name, json.loads(getattr(self, name)))
+                setattr(self, name, _parse_json(name, getattr(self, name)))
         if self.server_optimizer is not None:
             get_server_optimizer(self.server_optimizer).check_options(self.server_optimizer_options or {})
         if self.merge_method is None:
@@ -288,7 +288,8 @@ class FederatedArgumentsMixin(PartitionerArgumentMixin):
     def _check_local_training(self) -> None:
         if isinstance(self.local_parameters, str):
             is_list = self.local_parameters.lstrip().startswith("[")
-            self.local_parameters = json.loads(self.local_parameters) if is_list else [self.local_parameters]
+            given = self.local_parameters
+            self.local_parameters = _parse_json("local_parameters", given) if is_list else [given]
         if self.parallel not in PARALLEL_MODES:
             raise ValueError(f"`parallel` must be one of {', '.join(PARALLEL_MODES)}, got {self.parallel!r}.")
         if not self.proximal_mu >= 0:
@@ -364,6 +365,13 @@ def federated_arguments(arguments_class: type[TrainingArguments]) -> type[Traini
         namespace={"__doc__": doc, "__reduce__": _reduce, "__module__": arguments_class.__module__},
         repr=False,
     )
+
+
+def _parse_json(name: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"`{name}` must be JSON where it is a text, got {text!r}: {error}.") from error
 
 
 def _reduce(args: TrainingArguments) -> tuple:
