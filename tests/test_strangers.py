@@ -130,7 +130,7 @@ def test_these_adapters_are_whole(adapter):
 
 
 @pytest.mark.filterwarnings("ignore")
-@examples(60, suppress_health_check=PATIENT)
+@examples(40, suppress_health_check=PATIENT)
 @given(field=st.sampled_from([*FACTS, "history", "more"]), value=JSON | st.just(MISSING))
 def test_facts(saved, tmp_path_factory, field, value):
     folder = Path(shutil.copytree(saved / "lora", tmp_path_factory.mktemp("facts") / "adapter"))
@@ -139,7 +139,7 @@ def test_facts(saved, tmp_path_factory, field, value):
 
 
 @pytest.mark.filterwarnings("ignore")
-@examples(60, suppress_health_check=PATIENT)
+@examples(40, suppress_health_check=PATIENT)
 @given(
     field=st.sampled_from([*RECORD, "num_clients", "heads_trained", "epsilon", "more"]),
     value=JSON | st.just(MISSING),
@@ -155,7 +155,7 @@ def test_rounds(saved, tmp_path_factory, field, value, data):
 
 
 @pytest.mark.filterwarnings("ignore")
-@examples(60, suppress_health_check=PATIENT)
+@examples(40, suppress_health_check=PATIENT)
 @given(field=st.sampled_from([*METADATA, "base_model", "model-index", "more"]), value=JSON | st.just(MISSING))
 def test_metadata(saved, tmp_path_factory, field, value):
     folder = Path(shutil.copytree(saved / "lora", tmp_path_factory.mktemp("metadata") / "adapter"))
@@ -165,7 +165,7 @@ def test_metadata(saved, tmp_path_factory, field, value):
 
 
 @pytest.mark.filterwarnings("ignore")
-@examples(150, suppress_health_check=PATIENT)
+@examples(100, suppress_health_check=PATIENT)
 @given(kind=st.sampled_from(["ravan", "small", "lora"]), value=JSON | st.just(MISSING), data=st.data())
 def test_configurations(saved, tmp_path_factory, kind, value, data):
     folder = Path(shutil.copytree(saved / kind, tmp_path_factory.mktemp("config") / "adapter"))
@@ -176,7 +176,7 @@ def test_configurations(saved, tmp_path_factory, kind, value, data):
 
 
 @pytest.mark.filterwarnings("ignore")
-@examples(60, suppress_health_check=PATIENT)
+@examples(40, suppress_health_check=PATIENT)
 @given(
     name=st.sampled_from(["federation.json", "rounds.jsonl", "README.md", "adapter_config.json"]),
     content=JSON.map(lambda value: json.dumps(value).encode())
@@ -203,7 +203,7 @@ TENSORS = st.sampled_from(
 
 
 @pytest.mark.filterwarnings("ignore")
-@examples(150, suppress_health_check=PATIENT)
+@examples(100, suppress_health_check=PATIENT)
 @given(
     kind=st.sampled_from(["ravan", "small", "lora"]),
     tensor=TENSORS,
