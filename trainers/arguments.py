@@ -294,7 +294,7 @@ class FederatedArgumentsMixin(PartitionerArgumentMixin):
     def _check_merge(self) -> None:
         for name in ("merge_options", "server_optimizer_options"):
             if isinstance(getattr(self, name), str):
-                setattr(self, name, json.loads(getattr(self, name)))
+                setattr(self, name, _parse_json(name, getattr(self, name)))
         if self.server_optimizer is not None:
             get_server_optimizer(self.server_optimizer).check_options(self.server_optimizer_options or {})
         if self.merge_method is None:
@@ -402,6 +402,13 @@ def federated_arguments(arguments_class: type[TrainingArguments]) -> type[Traini
         namespace={"__doc__": doc, "__reduce__": _reduce, "__module__": arguments_class.__module__},
         repr=False,
     )
+
+
+def _parse_json(name: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"`{name}` must be JSON where it is a text, got {text!r}: {error}.") from error
 
 
 def _reduce(args: TrainingArguments) -> tuple:

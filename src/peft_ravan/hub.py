@@ -13,6 +13,7 @@ from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import validate_repo_id
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME
 from torch import nn
@@ -130,7 +131,7 @@ def push_to_hub(
     Raises:
         FileNotFoundError: if the folder lacks a file of an adapter.
         ValueError: if the model has no such adapter, if a file of the folder is damaged or a link that leads outside of it,
-            or if `card_data` do not suit the Hub.
+            or if `repo_id` or `card_data` do not suit the Hub.
         UploadError: if the upload was interrupted.
         HfHubHTTPError: if the Hub refuses it.
 
@@ -177,6 +178,7 @@ def push_folder(
         [`~huggingface_hub.CommitInfo`]: The commit, or a future of it.
     """
     own_folder = checked_folder(adapter_folder(folder, adapter_name))
+    validate_repo_id(destination.repo_id)
     stage = tempfile.TemporaryDirectory(prefix="peft-ravan-")
     try:
         stage_files(folder, stage.name, adapter_name)

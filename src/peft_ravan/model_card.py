@@ -48,7 +48,8 @@ _HEADS_WITH_LABELS = re.compile(r"\.(classifier|score|classifier\.out_proj)\.wei
 # of the figures of an evaluation, those that tell of the machine
 _TIMED = ("_runtime", "_per_second", "_preparation_time")
 # what a card that is made anew takes over from the one before
-_KEPT_METADATA = ("license", "license_name", "license_link", "language", "datasets", "tags", "pipeline_tag")
+_LISTED_METADATA = ("language", "datasets", "tags")
+_KEPT_METADATA = ("license", "license_name", "license_link", *_LISTED_METADATA, "pipeline_tag")
 
 
 def make_model_card(
@@ -316,8 +317,12 @@ def kept_metadata(path: Path) -> dict[str, Any]:
         raise ValueError(f"The metadata of {path} cannot be read: {error}") from error
     kept = {key: data[key] for key in _KEPT_METADATA if data.get(key) is not None}
     for key, value in kept.items():
-        if not isinstance(value, str) and not (isinstance(value, list) and all(isinstance(v, str) for v in value)):
-            raise ValueError(f"The metadata of {path}: `{key}` must be a text or a list of texts, got {value!r:.80}.")
+        is_list = (
+            key in _LISTED_METADATA and isinstance(value, list) and all(isinstance(entry, str) for entry in value)
+        )
+        if not isinstance(value, str) and not is_list:
+            what = "a text or a list of texts" if key in _LISTED_METADATA else "a text"
+            raise ValueError(f"The metadata of {path}: `{key}` must be {what}, got {value!r:.80}.")
     # PEFT's cards repeat the base model there, and its path if it is a folder
     kept["tags"] = [tag for tag in _listed(kept.get("tags")) if not tag.startswith("base_model:")]
     kept["datasets"] = [name for name in _listed(kept.get("datasets")) if name_on_hub(name)]

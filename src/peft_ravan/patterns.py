@@ -24,6 +24,7 @@ LIMIT_IN_SECONDS = 10.0
 _CHOICES = re.compile(r"[*+?{|]")
 _TRY_THEM = """
 import json, re, sys
+print(flush=True)
 patterns, names = json.load(sys.stdin)
 for method, expression in patterns:
     match = getattr(re.compile(expression), method)
@@ -105,17 +106,25 @@ def _strings(value: object) -> Iterator[str]:
 
 
 def _number_finished(patterns: Sequence[Pattern], names: Sequence[str]) -> int:
-    """How many of the patterns, in turn, were matched within the limit."""
+    """How many of the patterns, in turn, were matched within the limit. Where no process can be started, all count as such."""
+    if not sys.executable:
+        return len(patterns)
     given = json.dumps([[(pattern.method, pattern.expression) for pattern in patterns], names])
     # isolated, and without the packages that are installed: it starts faster
     command = [sys.executable, "-I", "-S", "-c", _TRY_THEM]
     try:
-        ended = subprocess.run(command, input=given, capture_output=True, text=True, timeout=LIMIT_IN_SECONDS)
-    except subprocess.TimeoutExpired as error:
-        return (error.stdout or b"").count(b"\n")
-    except OSError:  # where no process can be started, there is nothing to find out
+        # not buffered, so that nothing is read ahead that `communicate` would not see
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+    except OSError:
         return len(patterns)
-    return ended.stdout.count("\n")
+    with process:
+        process.stdout.readline()  # it has started, however long that took
+        try:
+            finished, _ = process.communicate(given.encode(), timeout=LIMIT_IN_SECONDS)
+        except subprocess.TimeoutExpired as error:
+            process.kill()
+            finished = error.stdout or b""
+    return finished.count(b"\n")
 
 
 def _shown(text: str) -> str:

@@ -202,7 +202,9 @@ def read_config(folder: str | os.PathLike) -> PeftConfig:
         # Ravan's configuration has checked itself; of those of others, what is read here
         check_field_types(config, _READ_FIELDS)
         for name in ("rank_pattern", "alpha_pattern"):
-            _check_numbers(name, getattr(config, name, None) or {})
+            if getattr(config, name, {}) is None:
+                setattr(config, name, {})  # PEFT takes both for no pattern
+            _check_numbers(name, getattr(config, name, {}))
     return config
 
 

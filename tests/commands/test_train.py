@@ -185,7 +185,7 @@ def test_sft_trains_a_language_model(folder):
         ({"data_files": "run.yaml"}, [], "got .csv, .yaml"),
         ({"test_files": ...}, [], "The data has no split 'test', but 'train'. Give `test_files`"),
         ({"text_column": "texts"}, [], "has no column 'texts'"),
-        ({"label_column": "text"}, [], "is not in the data to train on"),
+        ({"text_column": "site", "label_column": "text"}, [], "is not in the data to train on"),
         ({"model_name_or_path": "nowhere"}, [], "The model 'nowhere' could not be loaded"),
     ],
 )

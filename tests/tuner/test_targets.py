@@ -89,7 +89,7 @@ def test_patterns_that_end_are_matched_as_by_peft():
 
 
 def test_names_need_no_other_process(monkeypatch):
-    monkeypatch.setattr(patterns.subprocess, "run", lambda *args, **kwargs: pytest.fail("a process was started"))
+    monkeypatch.setattr(patterns.subprocess, "Popen", lambda *args, **kwargs: pytest.fail("a process was started"))
     get_peft_model(tiny_llama(), RavanConfig(target_modules=["q_proj"], rank_pattern={r"^model\.x": 3}, **SMALL))
     get_peft_model(tiny_llama(), RavanConfig(target_modules="all-linear", **SMALL))
 

@@ -104,6 +104,7 @@ def merge_adapters(request: MergeRequest, output_dir: str | os.PathLike, *, over
     read = (*request.adapters, *([request.start] if request.start is not None else []))
     output = OutputFolder(output_dir, overwrite, read)
     output.check()
+    _check_request(request)
     merged = _merge(request, [SavedAdapter.read(name) for name in request.adapters])
     with output.write() as aside:
         write_adapter(merged.config, merged.result.state, aside)
@@ -112,12 +113,25 @@ def merge_adapters(request: MergeRequest, output_dir: str | os.PathLike, *, over
     return merged
 
 
+def _check_request(request: MergeRequest) -> None:
+    for name in request.adapters:
+        same = [other for other in request.adapters if os.path.exists(name) and os.path.exists(other)]
+        same = [other for other in same if other != name and os.path.samefile(name, other)]
+        if same:
+            raise ValueError(f"{name!r} and {same[0]!r} are the same folder, which would count twice. Give it once.")
+    if request.base_model is not None and not request.base_model.strip():
+        raise ValueError("The name of the base model is empty. Give it, or leave --base-model out.")
+
+
 def _merge(request: MergeRequest, adapters: Sequence[SavedAdapter]) -> MergedAdapter:
     check_same_kind(adapters)
     base_model, revision = common_base_model(adapters, request.base_model)
     check_same_bases(adapters)
     num_examples = _num_examples(request, adapters)
-    method = get_merge_method(request.method or ("ravan" if _is_ravan(adapters[0]) else "fedavg"))
+    default = "ravan" if _is_ravan(adapters[0]) else "fedavg"
+    method = get_merge_method(default if request.method is None else request.method)
+    # the merge takes other arguments besides, which are not for here
+    method.check_options(request.options)
     _check_makes_one(method)
     # the one with the largest rank, to which those of others are filled up, or with the bases, if not all have them
     reference = max(adapters, key=lambda adapter: sum(tensor.numel() for tensor in adapter.state.values()))

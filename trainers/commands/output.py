@@ -114,8 +114,14 @@ def check_run_folder(output_dir: str | os.PathLike, overwrite: bool) -> None:
         overwrite (`bool`): Whether an earlier run may be replaced.
 
     Raises:
-        FileExistsError: if it has files of an earlier run that may not be replaced, or something else in its checkpoints.
+        FileExistsError: if it has files of an earlier run that may not be replaced, or something else in its checkpoints, or is
+            a file.
+        ValueError: if it has no name.
     """
+    if not str(output_dir).strip():
+        raise ValueError("`output_dir` is empty. Give the folder that the adapter is written to.")
+    if os.path.lexists(output_dir) and not os.path.isdir(output_dir):
+        raise FileExistsError(f"{str(output_dir)!r} is a file, and a run has a folder. Choose another `output_dir`.")
     found = _files_of_a_run(Path(output_dir))
     if found and not overwrite:
         raise FileExistsError(
@@ -148,8 +154,10 @@ def _files_of_a_run(folder: Path) -> list[str]:
 
 
 def _adapter_files_in(folder: Path) -> list[str]:
-    # a tokenizer is the same after another run, and may have been put there by hand
-    return [name for name in (*ADAPTER_FILES, CARD_FILE, *RECORD_FILES) if os.path.lexists(folder / name)]
+    # A tokenizer is the same after another run, and may have been put there by hand. A run that could not begin leaves a
+    # file without a record.
+    names = [name for name in (*ADAPTER_FILES, CARD_FILE, *RECORD_FILES) if os.path.lexists(folder / name)]
+    return [name for name in names if os.path.islink(folder / name) or os.path.getsize(folder / name)]
 
 
 def _keep(old: Path, new: Path, patterns: Iterable[str]) -> None:

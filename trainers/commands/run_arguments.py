@@ -115,6 +115,14 @@ class TextArguments:
     label_column: str = field(default="label", metadata={"help": "The column with the labels."})
     max_length: int | None = field(default=None, metadata={"help": "How many tokens of a text are kept."})
 
+    def __post_init__(self):
+        if self.text_column == self.label_column:
+            raise ValueError(
+                f"`text_column` and `label_column` must be two columns, got {self.text_column!r} for both."
+            )
+        if self.max_length is not None and self.max_length < 1:
+            raise ValueError(f"`max_length` must be 1 or more, got {self.max_length}.")
+
 
 @dataclass(frozen=True)
 class RunArguments:

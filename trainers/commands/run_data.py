@@ -26,7 +26,7 @@ def load_splits(args: DataArguments, with_test: bool) -> DatasetDict:
 
     Raises:
         FileNotFoundError: if a file is missing.
-        ValueError: if a file is of a kind that is not known, or a split is missing.
+        ValueError: if a file is of a kind that is not known or damaged, or a split is missing.
     """
     if args.data_files:
         splits = _load_files({"train": args.data_files, "test": args.test_files or []})
@@ -55,7 +55,13 @@ def _load_files(files: Mapping[str, list[str]]) -> DatasetDict:
         raise ValueError(
             f"Files must all be of one of the kinds {', '.join(_READERS)}, got {', '.join(sorted(ends))}."
         )
-    return load_dataset(_READERS[ends.pop()], data_files=given)
+    reader = _READERS[ends.pop()]
+    try:
+        return load_dataset(reader, data_files=given)
+    # of many kinds, by the reader and the file; the cause says more
+    except Exception as error:
+        names = ", ".join(repr(name) for names in given.values() for name in names)
+        raise ValueError(f"{names} could not be read as {reader}: {error.__cause__ or error}") from error
 
 
 def tokenize_texts(
@@ -71,7 +77,8 @@ def tokenize_texts(
         `tuple[DatasetDict, list[str]]`: Tokens and `labels`, with all other columns as they were, and the names of the labels.
 
     Raises:
-        ValueError: if a column is missing, or a label is not one of those to train on.
+        ValueError: if a column is missing or has gaps, if there are no texts in it, or fewer than two labels, or if a label
+            is not one of those to train on.
     """
     for split, dataset in splits.items():
         for name in (args.text_column, args.label_column):
@@ -80,7 +87,10 @@ def tokenize_texts(
                     f"The data ({split}) has no column {name!r}, but {', '.join(map(repr, dataset.column_names))}. Give "
                     f"`text_column` and `label_column`.{nearest(name, dataset.column_names)}"
                 )
+        _check_columns(dataset, split, args)
     labels = _label_names(splits["train"], args.label_column)
+    if len(labels) < 2:
+        raise ValueError(f"The data (train) has the label {labels[0]!r} only. A classifier needs two at least.")
     numbers = {name: number for number, name in enumerate(labels)}
 
     def encode(batch: Mapping[str, list]) -> Mapping[str, list]:
@@ -99,6 +109,20 @@ def tokenize_texts(
             encode, batched=True, remove_columns=[args.text_column, args.label_column], desc="Tokenizing"
         )
     return DatasetDict(tokenized), labels
+
+
+def _check_columns(dataset: Dataset, split: str, args: TextArguments) -> None:
+    if not len(dataset):
+        raise ValueError(f"The data ({split}) has no examples.")
+    feature = dataset.features[args.text_column]
+    if getattr(feature, "dtype", None) not in ("string", "large_string"):
+        raise ValueError(f"The column {args.text_column!r} of the data ({split}) has no texts, but {feature}.")
+    for name in (args.text_column, args.label_column):
+        missing = dataset.with_format("arrow", columns=[name])[:][name].null_count
+        if missing:
+            raise ValueError(
+                f"{missing} of {len(dataset)} examples of the data ({split}) have nothing in {name!r}. Leave them out."
+            )
 
 
 def _label_names(dataset: Dataset, column: str) -> list[str]:
