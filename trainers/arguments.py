@@ -2,22 +2,21 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 from dataclasses import dataclass, field, make_dataclass
 from typing import Any
 
 from transformers import SchedulerType, TrainingArguments
-from transformers.trainer_utils import HubStrategy, SaveStrategy
+from transformers.trainer_utils import SaveStrategy
 
 from peft_ravan.merging import SERVER_OPTIMIZERS, UpdateLimits, get_merge_method, get_server_optimizer
 from peft_ravan.merging.limits import LARGE_UPDATES
 
+from .argument_checks import check_counts, check_local_training, check_sharing
 from .client_runners import PARALLEL_MODES
 from .head_selection import BUDGET_DISTRIBUTIONS, HEAD_ALLOCATIONS, HEAD_SELECTIONS, parse_client_budgets
 from .participation import check_participation_arguments
 from .partition import PARTITIONS
 from .partitioner import PartitionerArgumentMixin, is_partitioner
-from .personal import read_patterns
 from .private_rounds import check_privacy_arguments
 
 
@@ -260,14 +259,14 @@ class FederatedArgumentsMixin(PartitionerArgumentMixin):
 
     def __post_init__(self):
         super().__post_init__()
-        self._check_counts()
+        check_counts(self)
         self._check_partition()
         check_participation_arguments(self)
         self._check_merge()
         self.max_update_norm = self.update_limits.max_update_norm
-        self._check_sharing()
+        check_sharing(self)
         self._check_heads()
-        self._check_local_training()
+        check_local_training(self)
         check_privacy_arguments(self)
         if self.federated_seed is None:
             self.federated_seed = self.seed
@@ -308,57 +307,11 @@ class FederatedArgumentsMixin(PartitionerArgumentMixin):
                 "clients trained."
             )
 
-    def _check_sharing(self) -> None:
-        if self.push_to_hub and self.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-            raise ValueError(
-                f"`hub_strategy={self.hub_strategy.value!r}` would upload checkpoints, which have the names of the clients and "
-                "the memory of the server, and no parts of clients to go on from. Use 'every_save' or 'end'."
-            )
-
-    def _check_local_training(self) -> None:
-        self.local_parameters = read_patterns(self.local_parameters)
-        if not 0 <= self.learning_rate < math.inf:
-            raise ValueError(f"`learning_rate` must be a number of 0 or more, got {self.learning_rate!r}.")
-        if self.max_steps <= 0 and not self.num_train_epochs > 0:
-            raise ValueError(
-                f"Clients would train nothing: `num_train_epochs` is {self.num_train_epochs!r} and `max_steps` is "
-                f"{self.max_steps!r}. Set one of the two above 0; they are those of one client in one round."
-            )
-        if self.parallel not in PARALLEL_MODES:
-            raise ValueError(f"`parallel` must be one of {', '.join(PARALLEL_MODES)}, got {self.parallel!r}.")
-        if not self.proximal_mu >= 0:
-            raise ValueError(f"`proximal_mu` must be 0 or more, got {self.proximal_mu!r}.")
-        if self.scaffold and self.client_budgets is not None:
-            raise ValueError(
-                "`scaffold` needs the gradients of all heads, which clients with `client_budgets` do not have. Use one of "
-                "both, or `proximal_mu`."
-            )
-
     def _check_heads(self) -> None:
         self.client_budgets = parse_client_budgets(self.client_budgets)
         for name, choices in (("head_selection", HEAD_SELECTIONS), ("head_allocation", HEAD_ALLOCATIONS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
-
-    def _check_counts(self) -> None:
-        counts = ("num_rounds", "num_clients", "clients_per_round", "min_clients", "labels_per_client")
-        bases = ("bases_clients", "bases_batches", "bases_rank")
-        for name in (*counts, "min_successful_clients", "max_round_attempts", *bases):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be 1 or more, got {value!r}.")
-        for name in ("bases_warmup_steps", "personalization_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"`{name}` must be 0 or more, got {getattr(self, name)!r}.")
-        if self.client_timeout is not None and not self.client_timeout > 0:
-            raise ValueError(f"`client_timeout` must be above 0 seconds, got {self.client_timeout!r}.")
-        for name, most in (
-            ("clients_per_round", "num_clients"), ("bases_clients", "num_clients"),
-            ("min_successful_clients", "clients_per_round"), ("min_successful_clients", "num_clients"),
-        ):  # fmt: skip
-            value, limit = getattr(self, name), getattr(self, most)
-            if limit and value and value > limit:
-                raise ValueError(f"`{name}` must not be above `{most}`, got {value} and {limit}.")
 
 
 @dataclass(repr=False)

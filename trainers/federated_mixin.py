@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -11,7 +10,6 @@ from functools import partial
 from itertools import chain
 from typing import Any, ClassVar
 
-import datasets
 import torch
 from peft import PeftModel, PeftType
 from torch.utils.data import Dataset
@@ -37,7 +35,7 @@ from .participation import Availability, check_participation, sample_clients
 from .partition import make_clients
 from .partition_report import PartitionReportMixin
 from .personal import check_patterns
-from .preparation import PreparationMixin
+from .preparation import PreparationMixin, one_dataset
 from .private_rounds import PrivacyMixin, resolve_privacy
 from .resuming import CheckpointingMixin, Run
 from .round_logs import RoundLogMixin
@@ -91,7 +89,7 @@ class FederatedMixin(
         given = kwargs.get("train_dataset")
         clients = {} if given is None else make_clients(given, args)  # before its columns are dropped
         if given is not None:
-            kwargs["train_dataset"] = self._handed_dataset = _one_dataset(given)
+            kwargs["train_dataset"] = self._handed_dataset = one_dataset(given)
         self._given_eval_dataset = self._handed_eval_dataset = kwargs.get("eval_dataset")
         super().__init__(**kwargs)
         self._check_parent()
@@ -398,9 +396,3 @@ def _by_name(trainer_class: type, positional: tuple) -> dict[str, Any]:
     if len(positional) > len(names):
         raise TypeError(f"{trainer_class.__name__} takes {len(names)} arguments by position, got {len(positional)}.")
     return dict(zip(names, positional, strict=False))
-
-
-def _one_dataset(given: Dataset | Mapping[str, Dataset]) -> Dataset:
-    """What the trainer below takes for its training set: of a kind that it knows, and no other data set of its own."""
-    first = next(iter(given.values())) if isinstance(given, Mapping) else given
-    return copy.copy(first) if isinstance(first, (datasets.Dataset, datasets.IterableDataset)) else first

@@ -9,6 +9,7 @@ client takes part for the first time, since of many clients few train in a round
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
@@ -129,3 +130,9 @@ def _no_progress_bars() -> Iterator[None]:
     finally:
         if not were_disabled:
             datasets.enable_progress_bars()
+
+
+def one_dataset(given: Dataset | Mapping[str, Dataset]) -> Dataset:
+    """What the trainer below takes for its training set: of a kind that it knows, and no other data set of its own."""
+    first = next(iter(given.values())) if isinstance(given, Mapping) else given
+    return copy.copy(first) if isinstance(first, (datasets.Dataset, datasets.IterableDataset)) else first
