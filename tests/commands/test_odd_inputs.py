@@ -53,7 +53,7 @@ def test_push_tells_a_bad_name_before_it_begins(place, hub, name):
         (["--max_length", "-1"], "`max_length` must be 1 or more, got -1"),
         (["--text_column", "label"], "must be two columns, got 'label' for both"),
         (["--merge_options", "{bad"], "`merge_options` must be JSON where it is a text, got '{bad'"),
-        (["--local_parameters", "[bad"], "`local_parameters` must be JSON where it is a text, got '[bad'"),
+        (["--local_parameters", "[bad"], "`local_parameters` must be regular expressions, but '[bad' is none: "),
         (["--adapter.r", "1000000000"], "num_heads * r = 4 * 1000000000 = 4000000000, d_in = 32 and d_out = 32"),
     ],
 )
@@ -91,9 +91,9 @@ def test_data(folder, name, content, message):  # noqa: F811
 
 
 def test_a_run_that_could_not_begin_is_no_earlier_run(folder):  # noqa: F811
-    write(learning_rate="nan")
+    write(adam_beta1=2.0)
     ended = run("train", "run.yaml")
     assert ended.code == 1 and "Round 1: all 3 clients that have tried failed with the same error" in ended.err
-    assert "Invalid learning rate: nan" in ended.err
+    assert "Invalid beta parameter at index 0: 2.0" in ended.err
     write()
     assert run("train", "run.yaml").code == 0

@@ -56,7 +56,7 @@ def test_does_not_recover_high_rank_or_many_hits(rank, share):
     for seed in range(3):
         L, S = planted(1000, 50, rank, share, seed)
         found_L, _, info = robust_pca(L + S)
-        assert info.converged and relative_error(found_L, L) > 3e-3
+        assert info.gap <= 1e-5 and relative_error(found_L, L) > 3e-3
 
 
 def test_with_20_columns_it_gives_what_the_method_gives():
@@ -79,13 +79,78 @@ def test_the_solution_is_optimal():
     assert objective(L, S) >= best - 1e-6 * best  # not even the planted parts
 
 
+def reference_optimum(M: torch.Tensor) -> tuple[float, float]:
+    """A lower and an upper bound of the optimum, by a plain iteration in float64 that shares no code with ours."""
+    M, limit = M.double(), max(M.shape) ** -0.5
+    step = 0.3 * M.abs().mean() / limit
+    Z, low, high = M.clone(), 0.0, float("inf")
+    for iteration in range(20_000):
+        U, s, Vh = torch.linalg.svd(Z, full_matrices=False)
+        L = (U * (s - step).clamp(min=0)) @ Vh
+        if iteration % 50 == 0:
+            Y = ((Z - L) / step).clamp(-limit, limit)
+            low = max(low, ((Y * M).sum() / max(1.0, torch.linalg.matrix_norm(Y, 2).item())).item())
+            high = min(high, objective(L, M - L))
+            if high - low <= 1e-8 * high:
+                break
+        R = M - (2 * L - Z)
+        Z = Z - L + M - (R - R.clamp(-limit * step, limit * step))
+    return low, high
+
+
+KINDS = {
+    "planted": lambda n, C, draw: draw(n, 2) @ draw(2, C) + draw(n, C) * (draw(n, C) > 1.6),
+    "common + noise": lambda n, C, draw: draw(n, 1) * (1 + 0.3 * draw(1, C)) + 0.5 * draw(n, C),
+    "heavy-tailed": lambda n, C, draw: draw(n, 1) + draw(n, C) / (draw(2, n, C) ** 2).mean(dim=0).sqrt(),
+    "unstructured": lambda n, C, draw: draw(n, C),
+}
+
+
+def of_kind(kind: str, n: int, C: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return KINDS[kind](n, C, lambda *shape: torch.randn(*shape, generator=generator))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(5, 2), (60, 8), (200, 20)])
+def test_the_objective_is_the_optimum(kind, shape):
+    for seed in range(3):
+        M = of_kind(kind, *shape, seed)
+        L, S, info = robust_pca(M)
+        low, high = reference_optimum(M)
+        assert low <= high <= (1 + 1e-6) * low
+        assert info.converged and objective(L, S) <= (1 + 1.1e-6) * high  # a tenth for rounding to float32
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_large_matrices_come_to_the_optimum(kind):
+    M = of_kind(kind, 12_288, 50, seed=0)
+    L, S, info = robust_pca(M)
+    assert info.converged and info.gap <= 1e-6
+    assert relative_error(L + S, M) < 1e-6
+
+
+@examples(20)
+@given(n=st.integers(1, 200), C=st.integers(1, 20), kind=st.sampled_from(list(KINDS)), seed=st.integers(0, 2**16))
+def test_it_does_not_say_converged_when_it_is_not(n, C, kind, seed):
+    M = of_kind(kind, n, C, seed).double()
+    for max_iter in (10, 50, 2000):
+        L, S, info = robust_pca(M, max_iter=max_iter)
+        better = robust_pca(M, tol=1e-9, max_iter=4000)[:2]
+        excess = objective(L, S) / objective(*better) - 1
+        assert excess <= info.gap + 1e-12
+        assert info.converged == (info.gap <= 1e-6)
+    assert info.gap <= 1e-5
+
+
 @examples(25)
 @given(n=st.integers(1, 60), C=st.integers(1, 12), seed=st.integers(0, 2**16))
 def test_parts_add_up(n, C, seed):
     M = torch.randn(n, C, generator=torch.Generator().manual_seed(seed))
     L, S, info = robust_pca(M)
-    assert info.converged and info.residual <= 1e-6
-    torch.testing.assert_close(L + S, M, atol=1e-5, rtol=1e-5)
+    assert info.gap <= 1e-5
+    # S = M - L is rounded by the size of L, not by that of the sum
+    assert (L + S - M).abs().max() <= 2e-7 * (M.abs().max() + L.abs().max())
 
 
 @examples(15)
@@ -100,10 +165,9 @@ def test_float32_gives_what_float64_gives(n, C, rank, share, seed):
     M = sum(planted(n, C, rank, share, seed))
     L, S, info = robust_pca(M)
     exact_L, exact_S, exact_info = robust_pca(M.double())
-    assert info.converged and exact_info.converged
-    assert exact_info.residual <= 1e-7
+    assert info.gap <= 1e-5 and exact_info.gap <= 1e-5
     # near the limits of recovery the optimum is flat, so L may differ where the objective does not
-    assert objective(L, S) == pytest.approx(objective(exact_L, exact_S), rel=1e-3)
+    assert objective(L, S) == pytest.approx(objective(exact_L, exact_S), rel=2e-5)
     assert relative_error(L.double(), exact_L) < 0.05
 
 
@@ -148,60 +212,9 @@ def test_memory_of_a_large_matrix():
     assert peak_memory(M) < 4.5  # M, L, S and one more; the requirement is 6
 
 
-@pytest.mark.parametrize("shape, limit", [((1000, 20), 6), ((1000, 200), 6), ((100, 2000, 20), 4)])
+@pytest.mark.parametrize("shape, limit", [((1000, 20), 9), ((1000, 200), 7), ((100, 2000, 20), 4)])
 def test_memory_of_small_matrices_and_of_many(shape, limit):
     assert peak_memory(torch.randn(shape)) < limit
-
-
-def drifted(L: torch.Tensor, S: torch.Tensor, seed: int) -> torch.Tensor:
-    """A matrix not far from L + S: L turned a little, one in a hundred entries of S drawn anew, and noise."""
-    n, C = L.shape
-    generator = torch.Generator().manual_seed(seed)
-    L = L + 0.01 * torch.randn(n, C, generator=generator) @ torch.randn(C, C, generator=generator) / C
-    other = planted(n, C, 1, 0.05, seed)[1]
-    return L + torch.where(torch.rand(n, C, generator=generator) < 0.01, other, S)
-
-
-@pytest.mark.parametrize("shape", [(2000, 50), (50, 2000)])
-def test_a_warm_start_saves_iterations_and_changes_nothing(shape):
-    L, S = planted(*shape, rank=2, share=0.05, seed=1)
-    start = robust_pca(L + S)[:2]
-    M = drifted(*start, seed=5)
-    cold_L, cold_S, cold = robust_pca(M)
-    warm_L, warm_S, warm = robust_pca(M, warm_start=start)
-    assert warm.converged and warm.iterations <= 0.85 * cold.iterations
-    assert relative_error(warm_L, cold_L) < 1e-3 and relative_error(warm_S, cold_S) < 1e-2
-    assert objective(warm_L, warm_S) <= objective(cold_L, cold_S) * (1 + 1e-5)
-
-
-@pytest.mark.parametrize("bad", ["all in S", "all in L", "half each", "another matrix", "zeros", "huge"])
-def test_a_bad_warm_start_is_not_used(bad):
-    L, S = planted(1000, 20, 2, 0.05, seed=0, size=10)
-    M = L + S
-    other_L, other_S = planted(1000, 20, 2, 0.05, seed=1, size=10)
-    zeros = torch.zeros_like(M)
-    start = {
-        "all in S": (zeros, M),
-        "all in L": (M, zeros),
-        "half each": (M / 2, M / 2),
-        "another matrix": (other_L, other_S),
-        "zeros": (zeros, zeros),
-        "huge": (1e6 * L, 1e6 * S),
-    }[bad]
-    cold_L, cold_S, cold = robust_pca(M)
-    warm_L, warm_S, warm = robust_pca(M, warm_start=start)
-    assert warm.iterations == cold.iterations
-    torch.testing.assert_close(warm_L, cold_L, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(warm_S, cold_S, atol=1e-4, rtol=1e-4)
-
-
-def test_in_a_batch_each_matrix_has_its_own_start():
-    parts = [planted(1000, 20, 1, 0.05, seed) for seed in range(2)]
-    M = torch.stack([L + S for L, S in parts])
-    L, S, cold = robust_pca(M)
-    _, _, info = robust_pca(M, warm_start=(torch.stack([L[0], S[1]]), torch.stack([S[0], L[1]])))
-    assert info.iterations[0] < cold.iterations[0] and info.iterations[1] == cold.iterations[1]
-    assert info.converged.all()
 
 
 def test_scale_and_transposition_carry_over():
@@ -239,7 +252,7 @@ HARD = {
 @pytest.mark.parametrize("M", HARD.values(), ids=HARD.keys())
 def test_hard_cases_converge_in_float32(M):
     L, S, info = robust_pca(M)
-    assert info.converged and info.residual <= 1e-6 and info.iterations < 60
+    assert info.gap <= 5e-6 and info.converged == (info.gap <= 1e-6)
     scale = M.abs().max()
     assert relative_error((L + S) / scale, M / scale) <= 2e-6
     assert L.isfinite().all() and S.isfinite().all()
@@ -251,7 +264,7 @@ def test_float32_does_not_depend_on_the_scale(scale):
     scaled_L, scaled_S, scaled_info = robust_pca(scale * base)
     torch.testing.assert_close(scaled_L / scale, L, atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(scaled_S / scale, S, atol=1e-3, rtol=1e-3)
-    assert abs(scaled_info.iterations - info.iterations) <= 1
+    assert abs(scaled_info.iterations - info.iterations) <= 20
 
 
 def test_zeros():
@@ -260,12 +273,11 @@ def test_zeros():
     assert info.converged.all() and not info.iterations.any() and not info.rank.any()
 
 
-def test_zeros_among_others_and_after_others():
+def test_zeros_among_others():
     M = torch.stack([torch.zeros(100, 5), sum(planted(100, 5, 1, 0.05, seed=0))])
-    for start in (None, (M.flip(0), 0 * M), (0 * M, 0 * M), (M, M.flip(0))):
-        L, S, info = robust_pca(M, warm_start=start)
-        assert not L[0].any() and not S[0].any() and info.converged.all()
-        torch.testing.assert_close(L[1], robust_pca(M[1])[0], atol=0.05, rtol=0.05)
+    L, S, info = robust_pca(M)
+    assert not L[0].any() and not S[0].any() and info.converged.all()
+    torch.testing.assert_close(L[1], robust_pca(M[1])[0], atol=1e-4, rtol=1e-4)
 
 
 def test_the_settings_of_training_do_not_matter():
@@ -300,19 +312,13 @@ def test_identical_columns_are_low_rank():
 
 def test_it_says_when_it_does_not_converge():
     *_, info = robust_pca(sum(planted(300, 10, 2, 0.1, seed=0)), max_iter=3)
-    assert not info.converged and info.iterations == 3 and info.residual > 1e-6
+    assert not info.converged and info.iterations == 3 and info.gap > 1e-6
 
 
 @pytest.mark.parametrize(
     "M, options, message",
     [
         (torch.ones(0, 3), {}, "matrix with entries, got the shape .0, 3."),
-        (torch.ones(3, 3), {"warm_start": (torch.ones(3, 2), torch.ones(3, 3))}, ".3, 3., but its L has .3, 2."),
-        (
-            torch.ones(3, 3),
-            {"warm_start": (torch.ones(3, 3), torch.full((3, 3), torch.inf))},
-            "but S of the warm start",
-        ),
         (torch.ones(3), {}, "2 or more dimensions, got torch.float32 of .3,."),
         (torch.ones(3, 3, dtype=torch.int64), {}, "floating point tensor"),
         (torch.full((3, 3), torch.nan), {}, "NaN or infinite"),

@@ -23,11 +23,12 @@ from peft_ravan.adapter_files import (
 )
 
 from ..checkpoints import STATE_FILE, TENSORS_FILE, atomic_folder, find_checkpoints
+from ..run_folder import RUN_FILE
 
 
 # of the files in a folder that is refused, so many are told
 _SHOWN = 5
-_FILES_OF_A_CHECKPOINT = (*KNOWN_FILES, TRAINER_STATE_NAME, TRAINING_ARGS_NAME, STATE_FILE, TENSORS_FILE)
+_FILES_OF_A_CHECKPOINT = (*KNOWN_FILES, TRAINER_STATE_NAME, TRAINING_ARGS_NAME, STATE_FILE, TENSORS_FILE, RUN_FILE)
 
 
 def check_is_free(path: str | os.PathLike, overwrite: bool) -> None:
