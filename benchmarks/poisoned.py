@@ -24,8 +24,8 @@ from transformers import ViTForImageClassification, set_seed
 
 from peft_ravan.examples import federated_digits as digits
 from peft_ravan.merging import ClientUpdate
-from peft_ravan.state import exchange_state
 from peft_ravan.trainers import FederatedArguments, FederatedCallback, FederatedTrainer
+from peft_ravan.tuner.state import exchange_state
 
 
 NUM_CLIENTS, NUM_ROUNDS = 10, 12

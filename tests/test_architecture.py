@@ -1,6 +1,7 @@
 """The two wings: `trainers/` imports `peft_ravan`, never the reverse."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,39 @@ def test_the_tuner_wing_does_not_import_the_trainer_wing():
     assert TUNER_WING and not offenders
 
 
+def imports_among(files: list[Path], folder: Path) -> dict[Path, set[Path]]:
+    """Which of the files of a package each of them imports, also inside functions and for types."""
+    names = {
+        ".".join(path.relative_to(folder).with_suffix("").parts).removesuffix(".__init__"): path for path in files
+    }
+    graph = {}
+    for path in files:
+        imported = imported_modules(path, ".".join(path.relative_to(folder).parent.parts))
+        graph[path] = {names[name] for name in imported if name in names} - {path}
+    return graph
+
+
+def cycle_among(files: list[Path], folder: Path) -> list[str]:
+    try:
+        graphlib.TopologicalSorter(imports_among(files, folder)).prepare()
+    except graphlib.CycleError as error:
+        return [str(path.relative_to(folder)) for path in error.args[1]]
+    return []
+
+
+def test_a_cycle_is_seen(tmp_path):
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "__init__.py").write_text("from .a import f\n")
+    (package / "a.py").write_text("def f():\n    from .b import g\n")
+    (package / "b.py").write_text("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .a import f\n")
+    assert set(cycle_among(sorted(package.glob("*.py")), tmp_path)) == {"package/a.py", "package/b.py"}
+
+
+def test_imports_of_the_tuner_wing_form_no_circle():
+    assert cycle_among(TUNER_WING, ROOT / "src") == []
+
+
 def test_importing_the_tuner_wing_does_not_load_the_trainer_wing():
     code = "import sys, peft_ravan, peft_ravan.merging; sys.exit('peft_ravan.trainers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
@@ -65,4 +99,6 @@ def test_no_module_is_above_400_lines(path):
 
 
 def test_the_card_template_is_at_the_top_level():
-    assert (ROOT / "model_card_template.md").resolve() == ROOT / "src" / "peft_ravan" / "model_card_template.md"
+    assert (
+        ROOT / "model_card_template.md"
+    ).resolve() == ROOT / "src" / "peft_ravan" / "sharing" / "model_card_template.md"

@@ -9,11 +9,11 @@ from peft import PeftConfig
 from torch import nn
 from torch.utils.data import DataLoader
 
-from peft_ravan import RavanConfig, RavanLayer
-from peft_ravan.bases import BASES
+from peft_ravan import RavanConfig, RavanLayer, ravan_config_for_budget
 from peft_ravan.merging import MERGE_METHODS
 from peft_ravan.trainers.head_selection import BUDGET_DISTRIBUTIONS
-from peft_ravan.weighted_adapter import COMBINATION_TYPES
+from peft_ravan.tuner.bases import BASES
+from peft_ravan.tuner.weighted_adapter import COMBINATION_TYPES
 
 from .conftest import classification_dataset
 from .markdown import code_blocks, dead_links, rows, section
@@ -25,9 +25,9 @@ TEXT = PAGE.read_text()
 SNIPPETS = re.findall(r"<!-- run -->\n```python\n(.*?)```", TEXT, flags=re.DOTALL)
 
 
-def from_budget(d_in: int, d_out: int, lora_rank: int) -> RavanConfig:
+def config_of(d_in: int, d_out: int, lora_rank: int) -> RavanConfig:
     model = nn.Sequential(nn.Linear(d_in, d_out, device="meta"))
-    return RavanConfig.from_budget(model, lora_rank=lora_rank, num_heads=4, target_modules=["0"])
+    return ravan_config_for_budget(model, lora_rank=lora_rank, num_heads=4, target_modules=["0"])
 
 
 def number(cell: str) -> int:
@@ -87,14 +87,14 @@ def test_the_table_of_fields_has_every_field_and_its_default():
     assert table == {name: repr(getattr(config, name)).replace("'", '"') for name in table}
 
 
-def test_the_table_of_budgets_is_what_from_budget_gives():
+def test_the_table_of_budgets_is_what_the_function_gives():
     table = rows(TEXT.split("<!-- budget -->\n")[1])
     assert [tuple(map(number, row[:2])) for row in table] == [
         (d, lora_rank) for d in (768, 1024, 2048, 4096) for lora_rank in (4, 8, 16, 32)
     ]
     for row in table:
         d, lora_rank, lora_trained, r, trained, rank = map(number, row)
-        config = from_budget(d, d, lora_rank)
+        config = config_of(d, d, lora_rank)
         assert lora_trained == lora_rank * 2 * d
         assert r == config.r and not config.rank_pattern
         assert trained == 4 * (r**2 + 1) and rank == 4 * r <= d
@@ -108,8 +108,8 @@ def test_where_gram_schmidt_no_longer_fits():
     sizes += [(number(d_in), number(d_out), int(lora_rank)) for d_in, d_out, lora_rank in other]
     assert len(sizes) == 7
     for d_in, d_out, lora_rank in sizes:
-        assert 4 * from_budget(d_in, d_out, lora_rank).r <= min(d_in, d_out)
-        assert 4 * from_budget(d_in, d_out, lora_rank + 1).r > min(d_in, d_out)
+        assert 4 * config_of(d_in, d_out, lora_rank).r <= min(d_in, d_out)
+        assert 4 * config_of(d_in, d_out, lora_rank + 1).r > min(d_in, d_out)
 
 
 def test_the_kinds_of_bases_and_of_combinations_are_all_there():

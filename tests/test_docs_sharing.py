@@ -8,9 +8,9 @@ import torch
 from peft import get_peft_model
 
 from peft_ravan import RavanConfig, to_lora
-from peft_ravan.adapter_files import ADAPTER_FILES, CARD_FILE, TWIN_FOLDER
-from peft_ravan.federation_record import FACTS_FILE, HISTORY_FILE, PLOT_FILE
-from peft_ravan.fingerprint import TOLERANCE
+from peft_ravan.sharing.adapter_files import ADAPTER_FILES, CARD_FILE, TWIN_FOLDER
+from peft_ravan.sharing.federation_record import FACTS_FILE, HISTORY_FILE, PLOT_FILE
+from peft_ravan.tuner.fingerprint import TOLERANCE
 
 from .conftest import randomize_adapter
 from .markdown import dead_links, rows, run_blocks, section

@@ -16,7 +16,7 @@ from safetensors.torch import load
 from transformers import PreTrainedTokenizerFast
 
 from peft_ravan import RavanConfig, UploadError, card_of_folder, inspect_adapter, push_to_hub
-from peft_ravan.federation_record import public_history
+from peft_ravan.sharing.federation_record import public_history
 
 from .conftest import NUM_LABELS, tiny_bert
 

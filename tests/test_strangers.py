@@ -18,9 +18,10 @@ from hypothesis import HealthCheck, given
 from peft import LoraConfig, PeftConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from peft_ravan import RavanConfig, card_of_folder, inspect_adapter, reading, to_lora
-from peft_ravan.federation_record import FederationRecord, public_history, read_history
-from peft_ravan.hub import stage_files
+from peft_ravan import RavanConfig, card_of_folder, inspect_adapter, to_lora
+from peft_ravan.sharing import reading
+from peft_ravan.sharing.federation_record import FederationRecord, public_history, read_history
+from peft_ravan.sharing.hub import stage_files
 from peft_ravan.trainers.commands import MergeRequest, draw_rounds, merge_adapters
 
 from .conftest import randomize_adapter, tiny_bert
@@ -318,7 +319,7 @@ def test_a_record_of_a_layer_beyond_all_memory_is_refused(saved, tmp_path, monke
 
 
 def test_a_pattern_that_does_not_end_is_refused(adapter, monkeypatch):
-    monkeypatch.setattr("peft_ravan.patterns.LIMIT_IN_SECONDS", 1.0)
+    monkeypatch.setattr("peft_ravan.tuner.patterns.LIMIT_IN_SECONDS", 1.0)
     config = json.loads((adapter / "adapter_config.json").read_text())
     config["rank_pattern"] = {r"([\w.]+)+X": 1}
     (adapter / "adapter_config.json").write_text(json.dumps(config))

@@ -4,7 +4,7 @@ Federated training with `transformers`: rounds of clients that train an adapter,
 
 from typing import Any
 
-from peft_ravan.federation_record import read_history
+from peft_ravan.sharing.federation_record import read_history
 
 from .arguments import FederatedArguments, FederatedArgumentsMixin, federated_arguments
 from .callbacks import FederatedCallback

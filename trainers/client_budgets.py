@@ -13,10 +13,10 @@ from torch import nn
 from transformers import set_seed
 
 from peft_ravan import RavanLayer
-from peft_ravan.functional import scaled_cores
 from peft_ravan.merging import MERGE_METHODS, get_merge_method
+from peft_ravan.tuner.functional import scaled_cores
 
-from .head_selection import draw_client_budgets, head_norms, select_heads
+from .head_selection import draw_client_budgets, head_scores, select_heads
 from .rounds import derive_seed
 
 
@@ -97,11 +97,11 @@ def choose_heads(trainer: FederatedTrainer, client: str, round_number: int | str
     layers = _ravan_layers(trainer.model)
     scores = {name: torch.zeros(len(layer.trained_heads(adapter))) for name, (layer, adapter) in layers.items()}
     if args.head_selection == "weight":
-        scores = head_norms(
+        scores = head_scores(
             {name: scaled_cores(*layer.adapter_tensors(adapter)[2:]) for name, (layer, adapter) in layers.items()}
         )
     elif args.head_selection == "gradient":
-        scores = head_norms(_first_gradients(trainer, layers))
+        scores = head_scores(_first_gradients(trainer, layers))
     sizes = {name: layer.r[adapter] ** 2 + 1 for name, (layer, adapter) in layers.items()}
     seed = derive_seed(args.federated_seed, "heads", round_number, client)
     trainer.model.set_trained_heads(select_heads(scores, share, seed, args.head_allocation, sizes))

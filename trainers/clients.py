@@ -15,9 +15,9 @@ from torch import nn
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from peft_ravan import RavanModel
-from peft_ravan.functional import scaled_cores
-from peft_ravan.layer import RavanLayer
-from peft_ravan.state import CORE_NAME, checkpoint_state, exchange_state, is_scaling
+from peft_ravan.tuner.functional import scaled_cores
+from peft_ravan.tuner.layer import RavanLayer
+from peft_ravan.tuner.state import CORE_NAME, checkpoint_state, exchange_state, is_scaling
 
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from transformers import trainer as trainer_module
 from transformers.trainer_utils import SaveStrategy, TrainOutput
 from transformers.utils import logging
 
-from peft_ravan.merging import ClientUpdate, MergeResult, get_merge_method, merge
+from peft_ravan.merging import ClientUpdate, MergeResult, ServerStep, get_merge_method, merge
 
 from .arguments import FederatedArguments, FederatedArgumentsMixin
 from .callbacks import FederatedProgressCallback
@@ -338,9 +338,9 @@ class FederatedMixin(
                 config=self.model.active_peft_config,
                 on_bad_update="drop",
                 limits=args.update_limits if args.update_limits.is_set else None,
-                server_optimizer=args.server_optimizer,
-                server_options=args.server_optimizer_options,
-                server_state=run.server_state,
+                server_step=ServerStep(
+                    args.server_optimizer, args.server_optimizer_options or {}, run.server_state, this_round.number
+                ),
                 mechanism=self._mechanism(this_round),
                 **(args.merge_options or {}),
             )

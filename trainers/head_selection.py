@@ -87,7 +87,7 @@ def _from_json(text: str) -> Any:
         return text
 
 
-def head_norms(matrices: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def head_scores(matrices: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """
     Score heads by the size of their products s*H, or of the gradients of H: by the root mean square of the entries. Within
     a target this is the order of the Frobenius norms. Between targets of different ranks, it is the norm for its cost.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from peft_ravan.federation_record import HISTORY_FILE, history_lines, write_history
+from peft_ravan.sharing.federation_record import HISTORY_FILE, history_lines, write_history
 
 from .callbacks import FederatedCallback
 from .client_metrics import TIMED

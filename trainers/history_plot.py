@@ -13,9 +13,9 @@ import pandas as pd
 from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
 
-from peft_ravan.federation_record import as_number, public_history
-from peft_ravan.plotting import MAX_NAMES, make_figure, name_ticks
-from peft_ravan.state import exchange_state, is_core
+from peft_ravan.sharing.federation_record import as_number, public_history
+from peft_ravan.sharing.plotting import MAX_NAMES, make_figure, name_ticks
+from peft_ravan.tuner.state import exchange_state, is_core
 
 from .client_metrics import TIMED
 

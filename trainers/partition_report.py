@@ -11,7 +11,7 @@ import pandas as pd
 from torch.utils.data import Dataset
 from transformers.trainer_utils import has_length
 
-from peft_ravan.plotting import make_figure, name_ticks
+from peft_ravan.sharing.plotting import make_figure, name_ticks
 
 from .columns import find_label_column, label_names, read_labels
 from .preparation import given_clients

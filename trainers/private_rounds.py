@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.utils import logging
 
-from peft_ravan.gradient_bases import awaits_gradient
 from peft_ravan.merging import GaussianMechanism, get_merge_method
 from peft_ravan.merging.privacy import check_plain_mean
+from peft_ravan.tuner.gradient_bases import awaits_gradient
 
 from .privacy import Privacy, PrivateRounds, import_dp_accounting
 from .rounds import Round, derive_seed

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from peft_ravan.federation_record import FederationRecord, current_versions, public_history
 from peft_ravan.merging import get_merge_method, get_server_optimizer
+from peft_ravan.sharing.federation_record import FederationRecord, current_versions, public_history
 
 from .participation import describe_participation
 from .partition import describe_partition
@@ -25,7 +25,7 @@ def federation_record(trainer: FederatedTrainer) -> FederationRecord | None:
         trainer ([`FederatedTrainer`]): The trainer.
 
     Returns:
-        [`~peft_ravan.federation_record.FederationRecord`]: The facts and the rounds, or `None` if no round has been run.
+        [`~peft_ravan.sharing.federation_record.FederationRecord`]: The facts and the rounds, or `None` if no round has been run.
     """
     history = [record for record in trainer.state.log_history if record.get("round")]
     if not history:

@@ -19,9 +19,9 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from transformers.utils import logging
 
-from peft_ravan.gradient_bases import awaits_gradient
-from peft_ravan.reading import adapter_folder, bases_fingerprint, different_bases
-from peft_ravan.state import is_basis
+from peft_ravan.sharing.reading import adapter_folder, bases_fingerprint, different_bases
+from peft_ravan.tuner.gradient_bases import awaits_gradient
+from peft_ravan.tuner.state import is_basis
 
 from .checkpoints import (
     CheckpointError,

@@ -21,7 +21,8 @@ import torch
 from peft import get_peft_model_state_dict
 from torch import nn
 
-from peft_ravan.gradient_bases import (
+from peft_ravan.merging import ClientUpdate, UpdateLimits, merge
+from peft_ravan.tuner.gradient_bases import (
     awaits_gradient,
     make_sketches,
     set_bases_from_sketches,
@@ -29,8 +30,7 @@ from peft_ravan.gradient_bases import (
     sketch_state,
     sketches_from_state,
 )
-from peft_ravan.merging import ClientUpdate, UpdateLimits, merge
-from peft_ravan.state import CORE_NAME, SCALING_NAME, is_basis, is_core
+from peft_ravan.tuner.state import CORE_NAME, SCALING_NAME, is_basis, is_core
 
 from .client_runners import ClientResult, one_process
 from .faults import RoundFailedError, TimeoutCallback, updates_of

@@ -14,7 +14,7 @@ from transformers import get_scheduler
 from transformers.trainer_utils import IntervalStrategy
 
 from peft_ravan.merging import ClientUpdate
-from peft_ravan.state import is_core
+from peft_ravan.tuner.state import is_core
 
 
 if TYPE_CHECKING:

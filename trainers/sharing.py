@@ -11,11 +11,11 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
-from peft_ravan.adapter_files import CARD_FILE
-from peft_ravan.federation_record import HISTORY_FILE, PLOT_FILE, write_history
-from peft_ravan.hub import Destination, push_folder
-from peft_ravan.model_card import make_model_card
-from peft_ravan.reading import adapter_folder
+from peft_ravan.sharing.adapter_files import CARD_FILE
+from peft_ravan.sharing.federation_record import HISTORY_FILE, PLOT_FILE, write_history
+from peft_ravan.sharing.hub import Destination, push_folder
+from peft_ravan.sharing.model_card import make_model_card
+from peft_ravan.sharing.reading import adapter_folder
 
 from .reporting import federation_record
 

@@ -2,17 +2,17 @@
 Ravan for PEFT, and merging of adapters: importing this package registers RAVAN with PEFT.
 """
 
-from .budget import optimizer_parameter_groups
-from .config import RavanConfig
-from .conversion import to_lora
-from .gradient_bases import GradientSketch, initialize_bases_from_gradient
-from .hub import UploadError, push_to_hub
-from .inspection import AdapterReport, TargetReport, inspect_adapter
-from .layer import RavanLayer
-from .model import RavanModel
-from .model_card import card_of_folder, make_model_card
-from .reading import bases_fingerprint, different_bases
-from .registration import register
+from .sharing.conversion import to_lora
+from .sharing.hub import UploadError, push_to_hub
+from .sharing.inspection import AdapterReport, TargetReport, inspect_adapter
+from .sharing.model_card import card_of_folder, make_model_card
+from .sharing.reading import bases_fingerprint, different_bases
+from .tuner.budget import optimizer_parameter_groups, ravan_config_for_budget
+from .tuner.config import RavanConfig
+from .tuner.gradient_bases import GradientSketch, initialize_bases_from_gradient
+from .tuner.layer import RavanLayer
+from .tuner.model import RavanModel
+from .tuner.registration import register
 
 
 __version__ = "0.1.0.dev0"
@@ -34,6 +34,7 @@ __all__ = [
     "make_model_card",
     "optimizer_parameter_groups",
     "push_to_hub",
+    "ravan_config_for_budget",
     "to_lora",
 ]
 

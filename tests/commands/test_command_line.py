@@ -98,7 +98,7 @@ def test_errors_that_nobody_expected_name_their_kind():
 def test_only_warnings_of_this_package_are_shown(capsys):
     with quiet():
         warnings.warn_explicit("of another", UserWarning, "x.py", 1, module="transformers.x")
-        warnings.warn_explicit("of\nours", UserWarning, "x.py", 1, module="peft_ravan.merging.fedrpca")
+        warnings.warn_explicit("of\nours", UserWarning, "x.py", 1, module="peft_ravan.merging.methods.fedrpca")
     assert capsys.readouterr().err == "Warning: of ours\n"
 
 

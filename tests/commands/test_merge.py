@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from peft_ravan import RavanConfig
-from peft_ravan.conversion import lora_twin
 from peft_ravan.merging.lora import lora_scaling, lora_targets
+from peft_ravan.sharing.conversion import lora_twin
 from peft_ravan.trainers.commands import adapters
 
 from .conftest import SITES, assert_refused, lora_config, ravan_config, run, save_adapter

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from peft_ravan import to_lora
-from peft_ravan.adapter_files import other_files
+from peft_ravan.sharing.adapter_files import other_files
 
 from .conftest import SITES, assert_refused, run
 

@@ -4,9 +4,9 @@ import hypothesis.strategies as st
 import torch
 from hypothesis import given
 
-from peft_ravan.bases import BasesShape, make_bases
-from peft_ravan.functional import delta_weight
 from peft_ravan.merging import ClientUpdate, merge
+from peft_ravan.tuner.bases import BasesShape, make_bases
+from peft_ravan.tuner.functional import delta_weight
 
 from ..properties import examples
 

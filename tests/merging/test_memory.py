@@ -12,7 +12,15 @@ from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from peft_ravan.merging import MERGE_METHODS, SERVER_OPTIMIZERS, ClientUpdate, SafetensorsState, UpdateError, merge
+from peft_ravan.merging import (
+    MERGE_METHODS,
+    SERVER_OPTIMIZERS,
+    ClientUpdate,
+    SafetensorsState,
+    ServerStep,
+    UpdateError,
+    merge,
+)
 
 from .reference import CASES, CONFIG, LORA_SHAPES, a_name, b_name, client, every_case, random_round, upload
 
@@ -114,7 +122,7 @@ def test_streaming_methods_keep_one_client_whatever_their_number(method, adapter
                 yield client(state, index + 1, index)
                 del state
 
-        result = merge(global_state, arriving(), method, server_optimizer=server_optimizer)
+        result = merge(global_state, arriving(), method, server_step=ServerStep(server_optimizer))
         assert alive.reads == num_clients * len(update.state) and alive.now == 0
         assert result.diagnostics["num_clients"] == num_clients
         most.append(alive.most)
@@ -232,7 +240,7 @@ def test_the_memory_of_a_streaming_merge_does_not_grow_with_the_clients(method, 
 @pytest.mark.parametrize("method, adapter", [case for case in CASES if case[0] != "flora"])
 def test_what_a_layer_more_costs_does_not_grow_with_the_clients(method, adapter, monkeypatch):
     # small matrices are solved together, up to a constant size
-    monkeypatch.setattr("peft_ravan.merging.fedrpca.MAX_BATCH_ENTRIES", 1)
+    monkeypatch.setattr("peft_ravan.merging.methods.fedrpca.MAX_BATCH_ENTRIES", 1)
     few_layers, many_layers = (most_bytes(method, adapter, num_layers, num_clients=20) for num_layers in (3, 8))
     # FedEx-LoRA hands back a residual of at most [5, 6] for each layer
     result = 5 * 6 * 4 if method == "fedex_lora" else 0

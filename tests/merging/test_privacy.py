@@ -11,20 +11,19 @@ import torch
 from hypothesis import given
 from scipy.stats import chi2, kstest
 
-from peft_ravan.merging import MERGE_METHODS, ClientUpdate, GaussianMechanism, clip_change, get_merge_method, merge
+from peft_ravan.merging import (
+    MERGE_METHODS,
+    ClientUpdate,
+    GaussianMechanism,
+    ServerStep,
+    clip_change,
+    get_merge_method,
+    merge,
+)
 from peft_ravan.merging.privacy import gaussian_noise
 
 from ..properties import examples
-from .reference import (
-    CASES,
-    CONFIG,
-    CORES,
-    assert_same,
-    client,
-    random_round,
-    ravan_state,
-    trained_some,
-)
+from .reference import CASES, CONFIG, CORES, assert_same, client, random_round, ravan_state, trained_some
 
 
 PRIVATE_CASES = [case for case in CASES if get_merge_method(case[0]).plain_mean]
@@ -245,8 +244,8 @@ def test_a_server_optimizer_sees_only_the_noisy_mean():
     global_state, updates = random_round("ravan", "ravan")
     noisy = merge(global_state, updates, "ravan", mechanism=mechanism(noise_multiplier=1.0))
     half = merge(
-        global_state, updates, "ravan", mechanism=mechanism(noise_multiplier=1.0), server_optimizer="fedavgm",
-        server_options={"learning_rate": 0.5, "momentum": 0.0},
+        global_state, updates, "ravan", mechanism=mechanism(noise_multiplier=1.0),
+        server_step=ServerStep("fedavgm", {"learning_rate": 0.5, "momentum": 0.0}),
     )  # fmt: skip
     expected = {name: (noisy.state[name] + tensor) / 2 for name, tensor in global_state.items()}
     assert_same(half.state, expected)

@@ -1,6 +1,7 @@
 """Server optimizers: the update rules of the papers over two rounds, and what is remembered between rounds."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from peft_ravan.merging import MERGE_METHODS, SERVER_OPTIMIZERS, ClientUpdate, merge
+from peft_ravan.merging import MERGE_METHODS, SERVER_OPTIMIZERS, ClientUpdate, ServerStep, merge
 
 from .reference import (
     CASES,
@@ -29,24 +30,21 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def round_to(value: float, state: float, server_state=None, **options):
+def round_to(value: float, state: float, *server_step):
     """A round in which all clients come to a value."""
     return merge(
         {"w": torch.tensor([state])},
         [ClientUpdate({"w": torch.tensor([value])}, 3)],
         "fedavg",
-        server_state=server_state,
-        **options,
+        server_step=ServerStep(*server_step),
     )
 
 
 def two_rounds(server_optimizer: str, differences: tuple[float, float], **server_options) -> list[float]:
     """The steps of two rounds in which the merged state is ahead of the global one by the differences."""
-    state, server_state, steps = 1.0, None, []
+    state, server_state, steps = 1.0, {}, []
     for difference in differences:
-        result = round_to(
-            state + difference, state, server_state, server_optimizer=server_optimizer, server_options=server_options
-        )
+        result = round_to(state + difference, state, server_optimizer, server_options, server_state)
         new_state, server_state = result.state["w"].item(), result.server_state
         steps.append(new_state - state)
         state = new_state
@@ -98,7 +96,7 @@ def test_defaults_over_several_rounds(name, seed, num_rounds):
     expected = {key: reference_steps(name, [d[key] for d in differences]) for key in state}
     for index, difference in enumerate(differences):
         update = client({key: tensor + difference[key] for key, tensor in state.items()})
-        result = merge(state, [update], "ravan", server_optimizer=name, server_state=server_state)
+        result = merge(state, [update], "ravan", server_step=ServerStep(name, state=server_state))
         assert_same(result.state, {key: tensor + expected[key][index] for key, tensor in state.items()})
         state, server_state = result.state, result.server_state
 
@@ -116,9 +114,9 @@ def test_what_is_remembered_survives_a_file_to_the_last_bit(name, dtype, tmp_pat
     state_of_file = state
     save_file({}, file)
     for round_updates in updates:
-        result = merge(state, round_updates, "ravan", server_optimizer=name, server_state=kept)
+        result = merge(state, round_updates, "ravan", server_step=ServerStep(name, state=kept))
         state, kept = result.state, result.server_state
-        result = merge(state_of_file, round_updates, "ravan", server_optimizer=name, server_state=load_file(file))
+        result = merge(state_of_file, round_updates, "ravan", server_step=ServerStep(name, state=load_file(file)))
         state_of_file = result.state
         save_file(result.server_state, file)
         assert all(torch.equal(state_of_file[key], tensor) for key, tensor in state.items())
@@ -130,11 +128,11 @@ def test_what_is_remembered_survives_a_file_to_the_last_bit(name, dtype, tmp_pat
 @pytest.mark.parametrize("name", SERVER_OPTIMIZERS)
 def test_nothing_that_goes_in_is_changed(name):
     state, updates = ravan_state(seeded()), [client(ravan_state(seeded(1)))]
-    server_state = merge(state, updates, server_optimizer=name).server_state
+    server_state = merge(state, updates, server_step=ServerStep(name)).server_state
     before = [
         {key: tensor.clone() for key, tensor in part.items()} for part in (state, updates[0].state, server_state)
     ]
-    result = merge(state, updates, server_optimizer=name, server_state=server_state)
+    result = merge(state, updates, server_step=ServerStep(name, state=server_state))
     for tensor in (*result.state.values(), *result.server_state.values()):
         tensor.zero_()
     for part, copy in zip((state, updates[0].state, server_state), before, strict=True):
@@ -142,18 +140,18 @@ def test_nothing_that_goes_in_is_changed(name):
 
 
 def test_moments_of_one_optimizer_are_not_taken_for_those_of_another():
-    remembered = round_to(3.0, 1.0, server_optimizer="fedadam").server_state
-    fresh = round_to(3.0, 1.0, server_optimizer="fedyogi")
-    assert torch.equal(round_to(3.0, 1.0, remembered, server_optimizer="fedyogi").state["w"], fresh.state["w"])
+    remembered = round_to(3.0, 1.0, "fedadam").server_state
+    fresh = round_to(3.0, 1.0, "fedyogi")
+    assert torch.equal(round_to(3.0, 1.0, "fedyogi", {}, remembered).state["w"], fresh.state["w"])
 
 
 def test_the_server_state_of_another_adapter_is_told():
-    remembered = round_to(3.0, 1.0, server_optimizer="fedavgm").server_state
+    remembered = round_to(3.0, 1.0, "fedavgm").server_state
     update = ClientUpdate({"w": torch.ones(2)}, 1)
     with pytest.raises(
         ValueError, match=r"Server state fedavgm.velocity.'w': has shape \(1,\), .*the tensor has \(2,\)"
     ):
-        merge({"w": torch.zeros(2)}, [update], "fedavg", server_optimizer="fedavgm", server_state=remembered)
+        merge({"w": torch.zeros(2)}, [update], "fedavg", server_step=ServerStep("fedavgm", state=remembered))
 
 
 # ---------------------------------------------------------------- around every method
@@ -172,9 +170,9 @@ def round_for(name: str):
 def test_an_optimizer_steps_towards_what_the_method_merges(name, optimizer):
     global_state, updates, options = round_for(name)
     plain = merge(global_state, updates, name, **options)
-    result = merge(global_state, updates, name, server_optimizer=optimizer, **options)
+    result = merge(global_state, updates, name, server_step=ServerStep(optimizer), **options)
     # what the server moves by is what an optimizer makes of one client that uploads the merged state
-    expected = merge(global_state, [client(plain.state)], "fedavg", server_optimizer=optimizer)
+    expected = merge(global_state, [client(plain.state)], "fedavg", server_step=ServerStep(optimizer))
     assert_same(result.state, expected.state)
     assert set(result.base_deltas) == set(plain.base_deltas)
     assert result.diagnostics["server_optimizer"] == optimizer
@@ -188,8 +186,8 @@ def test_an_optimizer_steps_towards_what_the_method_merges(name, optimizer):
 def test_without_momentum_and_with_a_rate_of_one_it_is_the_plain_merge(name):
     global_state, updates, options = round_for(name)
     plain = merge(global_state, updates, name, **options).state
-    server = dict(server_optimizer="fedavgm", server_options={"momentum": 0.0, "learning_rate": 1.0})
-    assert_same(effective(merge(global_state, updates, name, **server, **options).state), effective(plain))
+    step = ServerStep("fedavgm", {"momentum": 0.0, "learning_rate": 1.0})
+    assert_same(effective(merge(global_state, updates, name, server_step=step, **options).state), effective(plain))
 
 
 @pytest.mark.parametrize("num_clients", [1, 3])
@@ -199,7 +197,7 @@ def test_flora_is_refused_since_its_adapter_is_another_one_in_every_round(optimi
     with pytest.raises(
         ValueError, match="a server optimizer has no difference to follow. Use a merge method that keeps"
     ):
-        merge(global_state, updates[:num_clients], "flora", server_optimizer=optimizer, **options)
+        merge(global_state, updates[:num_clients], "flora", server_step=ServerStep(optimizer), **options)
 
 
 @pytest.mark.parametrize("optimizer", ["fedadam", "fedyogi"])
@@ -208,7 +206,7 @@ def test_clients_that_did_not_move_leave_the_weights_where_they_are(name, optimi
     # the factors come out of a decomposition: their difference from the global ones is no update of the weight
     global_state = lora_state(seeded())
     updates = [client(global_state, 1, i) for i in range(3)]
-    result = merge(global_state, updates, name, server_optimizer=optimizer, config=CONFIG)
+    result = merge(global_state, updates, name, server_step=ServerStep(optimizer), config=CONFIG)
     assert_same(effective(result.state), effective(global_state))
 
 
@@ -229,15 +227,15 @@ def test_clients_that_did_not_move_leave_the_weights_where_they_are(name, optimi
 )
 def test_options_out_of_range(optimizer, options, message):
     with pytest.raises(ValueError, match=message):
-        round_to(2.0, 1.0, server_optimizer=optimizer, server_options=options)
+        round_to(2.0, 1.0, optimizer, options)
 
 
 def test_unknown_optimizers_and_options_are_told_with_those_that_exist():
     with pytest.raises(ValueError, match="no server optimizer 'adam'. Choose one of: fedavgm, fedadam, fedyogi"):
-        round_to(2.0, 1.0, server_optimizer="adam")
+        round_to(2.0, 1.0, "adam")
     with pytest.raises(TypeError, match="'fedavgm' has no option 'beta_1'. Its options are: learning_rate, momentum"):
-        round_to(2.0, 1.0, server_optimizer="fedavgm", server_options={"beta_1": 0.5})
-    with pytest.raises(ValueError, match="'fedadam' is a server optimizer.*Use `server_optimizer='fedadam'`"):
+        round_to(2.0, 1.0, "fedavgm", {"beta_1": 0.5})
+    with pytest.raises(ValueError, match="'fedadam' is a server optimizer.*Use `server_step=ServerStep..fedadam.."):
         merge({"w": torch.zeros(1)}, [], "fedadam")
 
 
@@ -245,17 +243,17 @@ def test_momentum_is_not_rounded_like_the_state():
     # the next number of bfloat16 after 1 is 1.0078125
     state = {"w": torch.ones(1, dtype=torch.bfloat16)}
     update = ClientUpdate({"w": torch.tensor([1.0078125], dtype=torch.bfloat16)}, 1)
-    options = dict(server_optimizer="fedavgm", server_options={"learning_rate": 0.25, "momentum": 0.5})
-    server_state = merge(state, [update], "fedavg", **options).server_state
-    result = merge(state, [update], "fedavg", server_state=server_state, **options)
+    step = ServerStep("fedavgm", {"learning_rate": 0.25, "momentum": 0.5})
+    server_state = merge(state, [update], "fedavg", server_step=step).server_state
+    result = merge(state, [update], "fedavg", server_step=replace(step, state=server_state))
     assert result.server_state["fedavgm.velocity.w"].item() == 1.5 * 0.0078125
     assert result.state["w"].item() == 1.0  # 1 + 0.0029 rounds to 1
-    options["server_options"]["learning_rate"] = 0.5
-    assert merge(state, [update], "fedavg", server_state=server_state, **options).state["w"].item() == 1.0078125
+    step = ServerStep("fedavgm", {"learning_rate": 0.5, "momentum": 0.5}, server_state)
+    assert merge(state, [update], "fedavg", server_step=step).state["w"].item() == 1.0078125
 
 
 def test_residuals_of_fedex_lora_are_those_without_an_optimizer():
     global_state, updates, options = round_for("fedex_lora")
     plain = merge(global_state, updates, "fedex_lora", **options).base_deltas
-    stepped = merge(global_state, updates, "fedex_lora", server_optimizer="fedavgm", **options).base_deltas
+    stepped = merge(global_state, updates, "fedex_lora", server_step=ServerStep("fedavgm"), **options).base_deltas
     assert all(torch.equal(stepped[module].dense(), plain[module].dense()) for module in LORA_SHAPES)

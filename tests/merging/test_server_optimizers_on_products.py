@@ -5,14 +5,14 @@ Clients fit a linear map each, by least squares with A and B.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
 
-from peft_ravan.merging import MERGE_METHODS, SERVER_OPTIMIZERS, merge
+from peft_ravan.merging import MERGE_METHODS, SERVER_OPTIMIZERS, ServerStep, merge
 from peft_ravan.merging.lora import LoraTarget
 from peft_ravan.merging.truncation import aligned_factors, orthonormal_factors
 
@@ -30,7 +30,7 @@ METHODS = {
 LINEAR = LoraTarget("layer", "layer.lora_A.weight", "layer.lora_B.weight")
 EMBEDDING = LoraTarget("layer", "layer.lora_embedding_A", "layer.lora_embedding_B")
 KINDS = {"linear": LINEAR, "embedding": EMBEDDING}
-PLAIN = {"server_optimizer": "fedavgm", "server_options": {"momentum": 0.0, "learning_rate": 1.0}}
+PLAIN = ServerStep("fedavgm", {"momentum": 0.0, "learning_rate": 1.0})
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -89,12 +89,13 @@ class LeastSquares:
         states = zip(*(factor.detach() for factor in factors), strict=True)
         return [self.target.as_state(B, A, like=state) for B, A in states]
 
-    def rounds(self, method: str, num_rounds: int, **options) -> Iterator[State]:
+    def rounds(self, method: str, num_rounds: int, step: ServerStep | None = None) -> Iterator[State]:
         """The global state after each round."""
+        step = step or ServerStep()
         state, server_state = lora_start(self.target, self.d_out, self.d_in, self.r), {}
         for _ in range(num_rounds):
             updates = [client(own, 1, index) for index, own in enumerate(self.train(state))]
-            result = merge(state, updates, method, server_state=server_state, **METHODS[method], **options)
+            result = merge(state, updates, method, server_step=replace(step, state=server_state), **METHODS[method])
             state, server_state = result.state, result.server_state
             yield state
 
@@ -112,7 +113,7 @@ def test_a_step_without_momentum_is_the_plain_merge_round_after_round(method, ki
     problem = LeastSquares(KINDS[kind])
     num_rounds = 15 if method == "fedrpca" else 40
     plain = list(problem.rounds(method, num_rounds))
-    stepped = list(problem.rounds(method, num_rounds, **PLAIN))
+    stepped = list(problem.rounds(method, num_rounds, PLAIN))
     assert problem.loss(plain[-1]) < 0.6 * problem.loss(lora_start(KINDS[kind], 12, 16, 4))
     for one, other in zip(plain, stepped, strict=True):
         expected = product(problem.target, one)
@@ -134,7 +135,7 @@ def test_a_step_without_momentum_is_the_plain_merge_round_after_round(method, ki
 def test_many_rounds_are_stable(method, optimizer, options, kind):
     problem = LeastSquares(KINDS[kind], adam=True)
     num_rounds = 40 if method != "fedrpca" else 20
-    states = list(problem.rounds(method, num_rounds, server_optimizer=optimizer, server_options=options))
+    states = list(problem.rounds(method, num_rounds, ServerStep(optimizer, options)))
     losses = [problem.loss(lora_start(problem.target, 12, 16, 4)), *map(problem.loss, states)]
     # what the best map of rank 4 leaves is a sixteenth; momentum goes too far at first
     assert max(losses) == losses[0] and losses[-1] < losses[0] / 10
@@ -155,17 +156,17 @@ def test_clients_that_did_not_move_leave_the_product(method, kind, optimizer):
     }
     for state in (moved, lora_start(target, 7, 9, 3)):
         updates = [client(state, 1, index) for index in range(3)]
-        result = merge(state, updates, method, server_optimizer=optimizer, **METHODS[method])
+        result = merge(state, updates, method, server_step=ServerStep(optimizer), **METHODS[method])
         torch.testing.assert_close(product(target, result.state), product(target, state), atol=1e-5, rtol=1e-5)
 
 
 def test_a_step_beyond_the_dtype_is_told_by_name():
     start = lora_start(LINEAR, 7, 9, 3)
-    options = {"server_optimizer": "fedavgm", "server_options": {"learning_rate": 1e300}}
+    step = ServerStep("fedavgm", {"learning_rate": 1e300})
     with pytest.raises(
         ValueError, match="Tensor 'layer.lora_A.weight': the merge has made entries that are NaN or inf"
     ):
-        merge(start, [client(start)], "flexlora", **options)
+        merge(start, [client(start)], "flexlora", server_step=step)
 
 
 def test_half_precision_loses_no_more_than_the_rounding_of_a_and_b():
@@ -175,7 +176,7 @@ def test_half_precision_loses_no_more_than_the_rounding_of_a_and_b():
         client({name: t.bfloat16() for name, t in own.items()}, 1, i) for i, own in enumerate(problem.train(state))
     ]
     state = {name: tensor.bfloat16() for name, tensor in state.items()}
-    plain, stepped = (merge(state, updates, "flexlora", **options).state for options in ({}, PLAIN))
+    plain, stepped = (merge(state, updates, "flexlora", server_step=step).state for step in (None, PLAIN))
     assert all(tensor.dtype == torch.bfloat16 for tensor in stepped.values())
     expected = product(LINEAR, plain)
     assert (product(LINEAR, stepped) - expected).norm() <= 2**-7 * expected.norm()
@@ -242,7 +243,7 @@ def test_directions_that_the_product_leaves_over_come_from_the_random_factor(see
     moved = target.as_state(B @ turn.T, turn @ A, like=start)
     for state in (
         merge(start, [client(moved)], "flexlora").state,
-        merge(start, [client(moved)], "flexlora", **PLAIN).state,
+        merge(start, [client(moved)], "flexlora", server_step=PLAIN).state,
         aligned_factors(target, moved, start),
     ):
         torch.testing.assert_close(product(target, state), product(target, moved))
@@ -266,8 +267,8 @@ def test_no_product_is_left_without_directions(kind, zero):
     for name, part in ((target.A_name, "A"), (target.B_name, "B")):
         if zero in (part, "both"):
             start[name].zero_()
-    for options in ({}, PLAIN, {"server_optimizer": "fedadam"}):
-        state = merge(start, [client(start)], "flexlora", **options).state
+    for step in (None, PLAIN, ServerStep("fedadam")):
+        state = merge(start, [client(start)], "flexlora", server_step=step).state
         assert not product(target, state).any()
         assert torch.linalg.matrix_rank(frame(target, state)) == 3
 
@@ -276,6 +277,6 @@ def test_kernels_of_convolutions_keep_their_shape():
     generator = seeded()
     start = {LINEAR.A_name: normal(generator, 2, 3, 5, 5), LINEAR.B_name: normal(generator, 6, 2, 1, 1)}
     moved = {name: tensor + 0.1 * normal(generator, *tensor.shape) for name, tensor in start.items()}
-    state = merge(start, [client(moved)], "flexlora", **PLAIN).state
+    state = merge(start, [client(moved)], "flexlora", server_step=PLAIN).state
     assert {name: tensor.shape for name, tensor in state.items()} == {name: t.shape for name, t in start.items()}
     torch.testing.assert_close(product(LINEAR, state), product(LINEAR, moved))

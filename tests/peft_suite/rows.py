@@ -8,8 +8,8 @@ from typing import Any
 from peft import LoraConfig
 
 from peft_ravan import RavanConfig, RavanLayer
-from peft_ravan.model import TRANSFORMERS_MODELS_TO_RAVAN_TARGET_MODULES_MAPPING
-from peft_ravan.param_wrapper import ParamWrapper
+from peft_ravan.tuner.model import TRANSFORMERS_MODELS_TO_RAVAN_TARGET_MODULES_MAPPING
+from peft_ravan.tuner.param_wrapper import ParamWrapper
 
 
 # The layers of PEFT's custom models are as small as 20 x 2: only bases that need not be orthonormal fit into them.

@@ -11,7 +11,7 @@ from peft_ravan.trainers.head_selection import (
     BUDGET_DISTRIBUTIONS,
     HEAD_ALLOCATIONS,
     draw_client_budgets,
-    head_norms,
+    head_scores,
     parse_client_budgets,
     select_heads,
 )
@@ -221,7 +221,7 @@ def test_an_undefined_score_does_not_disturb_the_others():
 
 def test_norms_order_the_heads_of_a_target_as_frobenius_does_and_do_not_grow_with_the_rank():
     cores = {"a": torch.randn(5, 3, 3), "b": torch.ones(2, 8, 8, dtype=torch.bfloat16)}
-    scores = head_norms(cores)
+    scores = head_scores(cores)
     assert torch.equal(scores["a"].argsort(), cores["a"].flatten(1).norm(dim=1).argsort())
     torch.testing.assert_close(scores["a"], cores["a"].flatten(1).norm(dim=1) / 3)
     assert torch.equal(scores["b"], torch.ones(2))

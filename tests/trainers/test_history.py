@@ -13,8 +13,8 @@ import torch
 from transformers import TrainerCallback
 from transformers import trainer as trainer_module
 
-from peft_ravan.federation_record import HISTORY_FILE, history_lines, write_history
-from peft_ravan.plotting import MAX_NAMES
+from peft_ravan.sharing.federation_record import HISTORY_FILE, history_lines, write_history
+from peft_ravan.sharing.plotting import MAX_NAMES
 from peft_ravan.trainers import FederatedTrainer, callbacks, history_table, plot_history, read_history
 from peft_ravan.trainers.history_plot import BLUE, FAILED, TRAINED, _participation, head_norms
 

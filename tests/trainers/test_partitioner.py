@@ -14,13 +14,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
-from peft_ravan.trainers import (
-    FederatedArguments,
-    FederatedTrainer,
-    federated,
-    federated_arguments,
-    make_clients,
-)
+from peft_ravan.trainers import FederatedArguments, FederatedTrainer, federated, federated_arguments, make_clients
 
 from ..conftest import classification_dataset, tiny_bert
 

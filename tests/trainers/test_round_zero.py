@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForSequenceClassification
 
 from peft_ravan import RavanConfig, initialize_bases_from_gradient, optimizer_parameter_groups
-from peft_ravan.gradient_bases import awaits_gradient, make_sketches, sketch_state
 from peft_ravan.trainers import CheckpointError, FederatedCallback, FederatedTrainer, RoundFailedError
 from peft_ravan.trainers.checkpoints import OWN_DIGEST, content_digest, file_digest
 from peft_ravan.trainers.reporting import federation_record
 from peft_ravan.trainers.round_zero import sample_bases_clients
+from peft_ravan.tuner.gradient_bases import awaits_gradient, make_sketches, sketch_state
 
 from ..conftest import VOCAB_SIZE, classification_dataset, tiny_bert, tiny_llama
 from .test_federated_trainer import adapter_state, arguments, assert_same, lora, make_trainer, ravan

@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers.utils.hub import PushInProgress
 
 from peft_ravan import RavanConfig
-from peft_ravan.federation_record import read_history
+from peft_ravan.sharing.federation_record import read_history
 from peft_ravan.trainers import history_table, plot_history
 
 from ..conftest import tiny_bert

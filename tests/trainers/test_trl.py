@@ -10,9 +10,9 @@ from peft import get_peft_model
 from transformers import TrainerCallback
 
 from peft_ravan import RavanConfig
-from peft_ravan.state import exchange_state
 from peft_ravan.trainers import FederatedArguments, FederatedCallback
 from peft_ravan.trainers.rounds import derive_seed
+from peft_ravan.tuner.state import exchange_state
 
 from ..conftest import sentence, tiny_llama
 from .test_federated_trainer import adapter_state, assert_same, trainable_checkpoint
@@ -20,12 +20,7 @@ from .test_resuming import StopAfter, comparable
 
 
 trl = pytest.importorskip("trl")
-from peft_ravan.trainers import (  # noqa: E402
-    FederatedDPOConfig,
-    FederatedDPOTrainer,
-    FederatedSFTConfig,
-    FederatedSFTTrainer,
-)
+from peft_ravan.trainers import FederatedDPOConfig, FederatedDPOTrainer, FederatedSFTConfig, FederatedSFTTrainer  # noqa: E402
 
 
 COMMON = {

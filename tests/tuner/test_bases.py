@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from peft_ravan.bases import BasesShape, make_bases
+from peft_ravan.tuner.bases import BasesShape, make_bases
 
 
 SHAPE = BasesShape(d_in=48, d_out=40, num_heads=3, r=8)

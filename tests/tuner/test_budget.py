@@ -3,7 +3,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from peft_ravan import RavanConfig, optimizer_parameter_groups
+from peft_ravan import RavanConfig, optimizer_parameter_groups, ravan_config_for_budget
 
 from ..conftest import tiny_bert
 
@@ -17,7 +17,7 @@ def trained(model) -> int:
 def test_an_adapter_has_the_parameters_of_a_lora_rank(lora_rank, target_modules):
     fields = {"target_modules": target_modules, "task_type": "SEQ_CLS"}
     lora = trained(get_peft_model(tiny_bert(), LoraConfig(r=lora_rank, **fields)))
-    config = RavanConfig.from_budget(tiny_bert(), lora_rank=lora_rank, num_heads=2, init_bases="normal", **fields)
+    config = ravan_config_for_budget(tiny_bert(), lora_rank=lora_rank, num_heads=2, init_bases="normal", **fields)
     ravan = trained(get_peft_model(tiny_bert(), config))
     # one more rank would be too much: the budget is used but for 2 r + 1 a head
     assert 0.75 * lora < ravan <= lora
@@ -25,7 +25,7 @@ def test_an_adapter_has_the_parameters_of_a_lora_rank(lora_rank, target_modules)
 
 def test_print_trainable_parameters_agrees(capsys):
     model = nn.Sequential(nn.Linear(768, 768))
-    config = RavanConfig.from_budget(model, lora_rank=8, num_heads=4, target_modules=["0"])
+    config = ravan_config_for_budget(model, lora_rank=8, num_heads=4, target_modules=["0"])
     assert config.r == 55 and not config.rank_pattern  # 4 * (55**2 + 1) = 12,104 of 8 * 1,536 = 12,288
     get_peft_model(model, config).print_trainable_parameters()
     assert "trainable params: 12,104" in capsys.readouterr().out
@@ -33,14 +33,14 @@ def test_print_trainable_parameters_agrees(capsys):
 
 def test_targets_of_other_sizes_get_ranks_of_their_own():
     model = nn.ModuleDict({"query": nn.Linear(64, 64), "key": nn.Linear(64, 64), "fc": nn.Linear(64, 256)})
-    config = RavanConfig.from_budget(model, lora_rank=4, num_heads=2, target_modules=["query", "key", "fc"])
+    config = ravan_config_for_budget(model, lora_rank=4, num_heads=2, target_modules=["query", "key", "fc"])
     assert config.r == 15 and config.size_of("query") == (15, 2) and config.size_of("fc") == (25, 2)
 
 
 def test_a_budget_that_is_too_small_is_told():
     model = nn.Sequential(nn.Linear(4, 4))
     with pytest.raises(ValueError, match="'0' .4 x 4. has a budget of 8 parameters.*too little for num_heads=8"):
-        RavanConfig.from_budget(model, lora_rank=1, num_heads=8, target_modules=["0"])
+        ravan_config_for_budget(model, lora_rank=1, num_heads=8, target_modules=["0"])
 
 
 def test_parameter_groups():

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from peft_ravan import RavanConfig, to_lora
-from peft_ravan.conversion import lora_twin
-from peft_ravan.linalg import svd_of_heads
+from peft_ravan.sharing.conversion import lora_twin
+from peft_ravan.tuner.linalg import svd_of_heads
 
 from ..conftest import randomize_adapter, tiny_bert, tiny_gpt2, tiny_llama
 from ..properties import examples

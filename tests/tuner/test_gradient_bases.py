@@ -6,7 +6,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from peft_ravan import GradientSketch, RavanConfig, initialize_bases_from_gradient
-from peft_ravan.bases import BasesShape, make_bases
+from peft_ravan.tuner.bases import BasesShape, make_bases
 
 from ..conftest import classification_dataset, tiny_bert
 

@@ -7,7 +7,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_ravan import RavanConfig, RavanLayer
-from peft_ravan.functional import delta_weight
+from peft_ravan.tuner.functional import delta_weight
 
 from ..conftest import randomize_adapter
 

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from peft_ravan import RavanConfig
-from peft_ravan.param_wrapper import ParamWrapper
+from peft_ravan.tuner.param_wrapper import ParamWrapper
 
 from ..conftest import randomize_adapter
 

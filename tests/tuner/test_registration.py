@@ -11,7 +11,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 
 import peft_ravan
 from peft_ravan import RavanConfig, RavanModel
-from peft_ravan.registration import ensure_peft_type, register
+from peft_ravan.tuner.registration import ensure_peft_type, register
 
 
 def test_member_behaves_like_any_other():

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from peft_ravan import RavanConfig, bases_fingerprint, different_bases, to_lora
-from peft_ravan.bases import BASES, BasesShape, make_bases
-from peft_ravan.fingerprint import TOLERANCE, fingerprint_distance, make_fingerprint
+from peft_ravan.tuner.bases import BASES, BasesShape, make_bases
+from peft_ravan.tuner.fingerprint import TOLERANCE, fingerprint_distance, make_fingerprint
 
 from ..conftest import randomize_adapter, tiny_llama
 from .small_files import FOLDER, KINDS, make_base, make_input
@@ -218,7 +218,7 @@ def test_a_broken_basis_is_no_match():
 
 
 def test_what_travels_has_no_records():
-    from peft_ravan.state import checkpoint_state, exchange_state
+    from peft_ravan.tuner.state import checkpoint_state, exchange_state
 
     checkpoint = get_peft_model_state_dict(adapted())
     state = exchange_state(checkpoint)

@@ -1,6 +1,6 @@
 import torch
 
-from peft_ravan.state import checkpoint_state, exchange_state
+from peft_ravan.tuner.state import checkpoint_state, exchange_state
 
 
 def test_exchange_state_forms_products_and_leaves_out_the_rest():

@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import FalconMambaConfig, FalconMambaForCausalLM
 
-from peft_ravan import RavanConfig, patterns
-from peft_ravan.bases import MAX_EXCESS, BasesShape, check_bases_fit
-from peft_ravan.layer import RavanLayer
+from peft_ravan import RavanConfig
+from peft_ravan.tuner import patterns
+from peft_ravan.tuner.bases import MAX_EXCESS, BasesShape, check_bases_fit
+from peft_ravan.tuner.layer import RavanLayer
 
 from ..conftest import tiny_bert, tiny_llama
 

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from peft_ravan import RavanConfig, optimizer_parameter_groups
-from peft_ravan.functional import adapted_linear, delta_output
+from peft_ravan.tuner.functional import adapted_linear, delta_output
 
 from ..conftest import classification_dataset, randomize_adapter, tiny_bert, tiny_llama
 from .test_functional import random_layer

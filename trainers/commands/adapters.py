@@ -14,9 +14,9 @@ from peft import LoraConfig, PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from peft_ravan import card_of_folder, to_lora
-from peft_ravan.adapter_files import CARD_FILE
-from peft_ravan.federation_record import HISTORY_FILE, PLOT_FILE, read_history, replace_file
-from peft_ravan.reading import read_adapter
+from peft_ravan.sharing.adapter_files import CARD_FILE
+from peft_ravan.sharing.federation_record import HISTORY_FILE, PLOT_FILE, read_history, replace_file
+from peft_ravan.sharing.reading import read_adapter
 
 from ..history_plot import plot_public_history
 from .output import OutputFolder, check_is_free

@@ -12,11 +12,11 @@ import torch
 from peft import LoraConfig, PeftConfig
 
 from peft_ravan import RavanConfig, bases_fingerprint, card_of_folder, different_bases
-from peft_ravan.adapter_files import CARD_FILE
-from peft_ravan.federation_record import FederationRecord
 from peft_ravan.merging import ClientUpdate, MergeMethod, MergeResult, get_merge_method, merge
-from peft_ravan.reading import write_adapter
-from peft_ravan.state import exchange_state, is_core, is_scaling
+from peft_ravan.sharing.adapter_files import CARD_FILE
+from peft_ravan.sharing.federation_record import FederationRecord
+from peft_ravan.sharing.reading import write_adapter
+from peft_ravan.tuner.state import exchange_state, is_core, is_scaling
 
 from .adapters import SavedAdapter
 from .output import OutputFolder

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
-from peft_ravan.adapter_files import (
+from peft_ravan.sharing.adapter_files import (
     ADAPTER_FILES,
     CARD_FILE,
     KNOWN_FILES,

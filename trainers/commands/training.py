@@ -16,7 +16,7 @@ from transformers import (
     set_seed,
 )
 
-from peft_ravan.model_card import name_on_hub
+from peft_ravan.sharing.model_card import name_on_hub
 
 from ..federated_trainer import FederatedTrainer
 from .output import check_run_folder, remove_run

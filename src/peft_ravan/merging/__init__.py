@@ -4,29 +4,26 @@ Merging what clients upload: pure functions that know nothing of rounds, files o
     merge(global_state, updates, method="ravan") -> MergeResult(state, diagnostics)
 """
 
-from __future__ import annotations
-
-from collections.abc import Iterable, Mapping
-from functools import partial
-from typing import Any
-
-import torch
-from peft import PeftConfig
-
-from ..state import checkpoint_state, exchange_state
+from ..tuner.state import checkpoint_state, exchange_state
 from .base_deltas import BaseDelta, add_base_deltas
 from .changes import clip_change
 from .checking import UpdateChecker
-from .entries import check_global, check_merged, is_finite_state
 from .limits import UpdateLimits
-from .lora import lora_state_for_client, lora_targets
+from .lora import lora_state_for_client
+from .merge import merge
 from .method import MergeMethod, ServerOptimizer
+from .methods.registry import (
+    MERGE_METHODS,
+    SERVER_OPTIMIZERS,
+    get_merge_method,
+    get_server_optimizer,
+    methods_table,
+)
 from .plain import plain_update
-from .privacy import GaussianMechanism, merge_privately
-from .registry import MERGE_METHODS, SERVER_OPTIMIZERS, get_merge_method, get_server_optimizer, methods_table
+from .privacy import GaussianMechanism
 from .robust_pca import RobustPCAInfo, robust_pca
 from .safetensors_state import SafetensorsState
-from .server_optimizers import step_between_products
+from .server_step import ServerStep
 from .updates import ClientUpdate, MergeResult, UpdateError
 
 
@@ -41,11 +38,14 @@ __all__ = [
     "RobustPCAInfo",
     "SafetensorsState",
     "ServerOptimizer",
+    "ServerStep",
     "UpdateChecker",
     "UpdateError",
     "UpdateLimits",
     "add_base_deltas",
+    "checkpoint_state",
     "clip_change",
+    "exchange_state",
     "get_merge_method",
     "get_server_optimizer",
     "lora_state_for_client",
@@ -54,142 +54,3 @@ __all__ = [
     "plain_update",
     "robust_pca",
 ]
-
-
-def merge(
-    global_state: Mapping[str, torch.Tensor],
-    updates: Iterable[ClientUpdate],
-    method: str = "ravan",
-    *,
-    config: PeftConfig | None = None,
-    on_bad_update: str = "raise",
-    limits: UpdateLimits | None = None,
-    server_optimizer: str | None = None,
-    server_options: Mapping[str, Any] | None = None,
-    server_state: Mapping[str, torch.Tensor] | None = None,
-    mechanism: GaussianMechanism | None = None,
-    **options,
-) -> MergeResult:
-    """
-    Merge what clients uploaded into a new global state.
-
-    Args:
-        global_state (`Mapping[str, torch.Tensor]`):
-            The state the clients started from: checkpoint names of the adapter to tensors. Names that end in `ravan_H`
-            hold the products s*H of all heads, `[h, r, r]`. A whole Ravan checkpoint, with scalings and bases, can be
-            given too: its products are formed, its bases kept, and its scalings returned as 1.
-        updates (`Iterable[ClientUpdate]`):
-            What the clients uploaded. Methods that stream take one update after the other from an iterator and keep none.
-        method (`str`, *optional*, defaults to `"ravan"`):
-            The name of a merge method, one of `MERGE_METHODS`.
-        config ([`~peft.PeftConfig`], *optional*):
-            The configuration of the adapter. Some LoRA methods need it for alpha / r.
-        on_bad_update (`str`, *optional*, defaults to `"raise"`):
-            What happens to an update that does not fit: `"raise"`, or `"drop"` to merge the others and say so in the
-            diagnostics.
-        limits ([`UpdateLimits`], *optional*):
-            What one client can do at most: the norm of its change, and the examples that it counts with. By default
-            anything finite.
-        server_optimizer (`str`, *optional*):
-            The name of a server optimizer, one of `SERVER_OPTIMIZERS`, which takes a step towards the merged state.
-        server_options (`Mapping[str, Any]`, *optional*):
-            The options of the server optimizer.
-        server_state (`Mapping[str, torch.Tensor]`, *optional*):
-            The `server_state` of the last round's result, for server optimizers and methods that remember something.
-        mechanism ([`GaussianMechanism`], *optional*):
-            Clips what each client has changed and adds noise to the mean, which has uniform weights then. What comes after,
-            such as a server optimizer, sees only that mean. There may be no updates left: the noise is added all the same.
-        **options:
-            The options of the method.
-
-    Returns:
-        [`MergeResult`]: The new state, with the names and shapes of `global_state`, and the diagnostics of the method:
-        plain numbers and strings, among them `dropped`, the `client` and `reason` of the updates left out. Neither
-        `global_state` nor the updates are changed.
-
-    Raises:
-        UpdateError: if an update does not fit the global state: tensors that are missing, not expected or not dense, other
-            shapes or dtypes, entries that are NaN, infinite or so large that products overflow, heads that the method
-            cannot leave out, no examples, a client that is there twice; or if no update is left. Nothing is merged then.
-        TypeError: if the method does not have one of the options.
-        ValueError: if the method does not exist, does not suit the adapter or the mechanism, or an option is out of range;
-            or if the global state has NaN or infinite entries, or the new one would have them.
-
-    Example:
-
-        ```py
-        >>> import torch
-        >>> from peft_ravan.merging import ClientUpdate, merge
-
-        >>> name = "base_model.model.layer.ravan_H"
-        >>> global_state = {name: torch.zeros(1, 2, 2)}
-        >>> updates = [
-        ...     ClientUpdate({name: torch.full((1, 2, 2), 1.0)}, num_examples=30, client_id="ward_a"),
-        ...     ClientUpdate({name: torch.full((1, 2, 2), 5.0)}, num_examples=10, client_id="ward_b"),
-        ... ]
-        >>> merge(global_state, updates).state[name]
-        tensor([[[2., 2.],
-                 [2., 2.]]])
-        ```
-    """
-    merge_method = get_merge_method(method)
-    merge_method.check_options(options)
-    optimizer = None if server_optimizer is None else get_server_optimizer(server_optimizer)
-    server_options = dict(server_options or {})
-    if optimizer is not None:
-        optimizer.check_options(server_options)
-    context = {"config": config, "server_state": server_state or {}}
-    options.update({name: value for name, value in context.items() if merge_method.takes(name)})
-
-    products = exchange_state(global_state)
-    check_global(products)
-    with torch.no_grad():
-        checker = UpdateChecker(
-            products, merge_method, on_bad_update, config, limits, may_be_empty=mechanism is not None
-        )
-        if mechanism is None:
-            result = _merge_checked(merge_method, products, updates, checker, options)
-        else:
-            result = merge_privately(merge_method, products, checker.passing(updates), mechanism, options)
-        state, new_server_state = result.state, dict(result.server_state)
-        if optimizer is not None:
-            if result.config is not None:
-                raise ValueError(
-                    f"{merge_method.pretty_name} gives the adapter another configuration in every round, so a server "
-                    "optimizer has no difference to follow. Use a merge method that keeps the rank."
-                )
-            step = partial(optimizer.function, server_state=server_state or {}, **server_options)
-            targets = lora_targets(products) if merge_method.decomposes_with(options) else []
-            state, remembered = step_between_products(targets, products, state, step)
-            new_server_state.update(remembered)
-        check_merged(state)
-    diagnostics = {
-        "method": method,
-        **({} if optimizer is None else {"server_optimizer": server_optimizer}),
-        "num_clients": len(checker.accepted),
-        "num_examples": sum(num_examples for _, num_examples in checker.accepted),
-        "dropped": checker.dropped,
-        **({} if limits is None else {"clipped": checker.clipped}),
-        **result.diagnostics,
-    }
-    return MergeResult(
-        checkpoint_state(state, global_state), diagnostics, result.base_deltas, result.config, new_server_state
-    )
-
-
-def _merge_checked(
-    method: MergeMethod,
-    global_state: Mapping[str, torch.Tensor],
-    updates: Iterable[ClientUpdate],
-    checker: UpdateChecker,
-    options: Mapping[str, Any],
-) -> MergeResult:
-    passing = checker.passing(updates)
-    if method.streaming:
-        return method.function(global_state, passing, **options)
-    kept = list(passing)
-    result = method.function(global_state, kept, **options)
-    while not is_finite_state(result.state):
-        kept = checker.without_the_largest(kept)
-        result = method.function(global_state, kept, **options)
-    return result

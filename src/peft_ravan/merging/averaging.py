@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from ..state import is_core
+from ..tuner.state import is_core
 from .updates import ClientUpdate
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from peft import LoraConfig, PeftConfig
 
-from ..state import is_basis, is_core, is_scaling
+from ..tuner.state import is_basis, is_core, is_scaling
 from .changes import change_norm
 from .entries import check_entries
 from .limits import UpdateLimits

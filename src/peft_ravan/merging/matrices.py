@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 
-from ..state import is_core
+from ..tuner.state import is_core
 from .averaging import client_weights, mean_state, weighted_mean
 from .updates import ClientUpdate
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 
 # what `merge` itself hands to a function that has such a parameter; all others are the user's options
-CONTEXT = ("global_state", "updates", "merged_state", "config", "server_state")
+CONTEXT = ("global_state", "updates", "merged_state", "config", "server_state", "round_number")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch
 
 from .changes import clip_change, working_dtype
 from .method import MergeMethod
-from .registry import MERGE_METHODS
+from .methods.registry import MERGE_METHODS
 from .updates import ClientUpdate, MergeResult
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from peft import LoraConfig
 
-from ..linalg import svd_of_product
+from ..tuner.linalg import svd_of_product
 from .averaging import client_weights, mean_state
 from .lora import LoraTarget, is_lora_matrix, keep_trainable, product_targets, stacked_factors
 from .updates import ClientUpdate

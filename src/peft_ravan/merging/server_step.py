@@ -1,0 +1,76 @@
+"""What a server does besides merging: a step of its own towards the merged state, and what it remembers for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+
+from .lora import lora_targets
+from .method import MergeMethod
+from .methods.registry import get_server_optimizer
+from .server_optimizers import State, step_between_products
+from .updates import MergeResult
+
+
+@dataclass(frozen=True)
+class ServerStep:
+    """
+    The server's part in a merge.
+
+    Args:
+        optimizer (`str`, *optional*):
+            The name of a server optimizer, one of `SERVER_OPTIMIZERS`, which takes a step towards the merged state. By
+            default the merged state is the new one.
+        options (`Mapping[str, Any]`, *optional*):
+            The options of the server optimizer.
+        state (`Mapping[str, torch.Tensor]`, *optional*):
+            The `server_state` of the last round's result, for server optimizers and methods that remember something.
+        round_number (`int`, *optional*, defaults to 1):
+            The round, for methods that do not do the same in all of them.
+    """
+
+    optimizer: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    state: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    round_number: int = 1
+
+    def check(self) -> None:
+        """
+        Raises:
+            TypeError: if the server optimizer does not have one of the options.
+            ValueError: if there is no such server optimizer.
+        """
+        if self.optimizer is not None:
+            get_server_optimizer(self.optimizer).check_options(dict(self.options))
+
+    def take(
+        self, method: MergeMethod, options: Mapping[str, Any], global_state: State, result: MergeResult
+    ) -> tuple[State, State]:
+        """
+        Args:
+            method ([`MergeMethod`]): The method that has merged.
+            options (`Mapping[str, Any]`): Its options.
+            global_state (`dict[str, torch.Tensor]`): The state the clients started from.
+            result ([`MergeResult`]): What was merged.
+
+        Returns:
+            `tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]`: The new state, and what the optimizer remembers.
+
+        Raises:
+            ValueError: if the method changes the adapter, so that there is no difference to follow.
+        """
+        if self.optimizer is None:
+            return result.state, {}
+        if result.config is not None:
+            raise ValueError(
+                f"{method.pretty_name} gives the adapter another configuration in every round, so a server optimizer has no "
+                "difference to follow. Use a merge method that keeps the rank."
+            )
+        optimizer = get_server_optimizer(self.optimizer)
+        step = partial(optimizer.function, server_state=self.state, **self.options)
+        targets = lora_targets(global_state) if method.decomposes_with(options) else []
+        return step_between_products(targets, global_state, result.state, step)

@@ -1,0 +1,384 @@
+"""The model card of an adapter."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from peft import PeftConfig
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+
+from .adapter_files import CARD_FILE, TWIN_FOLDER
+from .federation_record import HISTORY_FILE, PLOT_FILE, FederationRecord, as_number, current_versions
+from .markdown_text import plain_text, table_cell
+from .reading import checked_folder, read_config
+
+
+TEMPLATE_PATH = Path(__file__).parent / "model_card_template.md"
+# by the task type of the configuration: the class of transformers that loads the base model, and the task on the Hub
+AUTO_CLASSES = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+}
+TASKS = {
+    "SEQ_CLS": "text-classification",
+    "SEQ_2_SEQ_LM": "text2text-generation",
+    "CAUSAL_LM": "text-generation",
+    "TOKEN_CLS": "token-classification",
+    "QUESTION_ANS": "question-answering",
+    "FEATURE_EXTRACTION": "feature-extraction",
+}
+_CLASSIFIERS = re.compile(r"For(Image|Audio)Classification$")  # which PEFT has no task type for
+# saved task heads whose number of rows is that of the labels
+_HEADS_WITH_LABELS = re.compile(r"\.(classifier|score|classifier\.out_proj)\.weight$")
+# of the figures of an evaluation, those that tell of the machine
+_TIMED = ("_runtime", "_per_second", "_preparation_time")
+# what a card that is made anew takes over from the one before
+_LISTED_METADATA = ("language", "datasets", "tags")
+_KEPT_METADATA = ("license", "license_name", "license_link", *_LISTED_METADATA, "pipeline_tag")
+
+
+def make_model_card(
+    config: PeftConfig,
+    federation: FederationRecord | None = None,
+    auto_class: str | None = None,
+    *,
+    folder: str | os.PathLike | None = None,
+    repo_id: str | None = None,
+    **card_data,
+) -> ModelCard:
+    """
+    Make the model card of an adapter from `model_card_template.md`.
+
+    Args:
+        config ([`~peft.PeftConfig`]):
+            The configuration of the adapter.
+        federation ([`~peft_ravan.sharing.federation_record.FederationRecord`], *optional*):
+            How it was trained, if by a federation.
+        auto_class (`str`, *optional*):
+            The class of transformers that loads the base model. By default chosen by the task of the configuration.
+        folder (`str` or `os.PathLike`, *optional*):
+            The folder with the adapter's files: of these the card has the SHA-256, the picture of the rounds, and how to
+            load the LoRA twin, if it is there.
+        repo_id (`str`, *optional*):
+            The repository on the Hub that the adapter is loaded from.
+        **card_data:
+            Metadata for the Hub, as [`~huggingface_hub.ModelCardData`] takes it: `license`, `language`, `tags`,
+            `datasets`, `model_name`, ... Besides, `base_model`, by default that of the configuration, and for the results
+            of the evaluation `task`, `dataset_name` and `dataset_config`. The metadata have the results if the task and one
+            data set are known, and the adapter was evaluated after the round that it comes from.
+
+    Returns:
+        [`~huggingface_hub.ModelCard`]: The card. Of a base model in a local folder it does not tell the path.
+
+    Raises:
+        ValueError: if `base_model` or one of `datasets` is no name on the Hub.
+    """
+    auto_class = auto_class or _auto_class(config)
+    facts = _CardFacts(config, federation, auto_class, Path(folder) if folder is not None else None, card_data)
+    rounds = _rounds_table(federation.history) if federation else None
+    return ModelCard.from_template(
+        facts.metadata(),
+        template_path=str(TEMPLATE_PATH),
+        title=plain_text(facts.title),
+        method=facts.method,
+        base_model=facts.base_model,
+        has_local_base_model=facts.has_local_base_model,
+        datasets=facts.datasets,
+        auto_class=auto_class,
+        num_labels=facts.num_labels(),
+        adapter_path=repo_id or "path/to/this/adapter",
+        twin_folder=TWIN_FOLDER if facts.has(f"{TWIN_FOLDER}/{CONFIG_NAME}") else None,
+        is_federated=federation is not None,
+        num_clients=federation.num_clients if federation else None,
+        is_merged=federation is not None and "Merged from" in federation.facts,
+        facts={table_cell(name): table_cell(value) for name, value in federation.facts.items()} if federation else {},
+        adapter_round=federation.adapter_round if federation else None,
+        evaluated_round=facts.evaluation[0],
+        metrics={table_cell(name): f"{value:.4f}" for name, value in facts.evaluation[1].items()},
+        has_results_in_metadata=bool(facts.eval_results()),
+        rounds=rounds,
+        plot=PLOT_FILE if facts.has(PLOT_FILE) else None,
+        history_file=HISTORY_FILE if facts.has(HISTORY_FILE) else None,
+        adapter_config=_config_json(config, facts.base_model),
+        checksums=facts.checksums(),
+        versions={table_cell(name): table_cell(value) for name, value in federation.versions.items()}
+        if federation
+        else None,
+        versions_now=current_versions(),
+    )
+
+
+def card_of_folder(
+    folder: str | os.PathLike, *, repo_id: str | None = None, auto_class: str | None = None, **card_data
+) -> ModelCard:
+    """
+    Make the model card of a saved adapter from its files: the configuration, the weights, `federation.json`, `rounds.jsonl`
+    and `rounds.png` of a federation, and the LoRA twin in `lora/`. From a card that is there, license, language, data sets
+    and tags are taken over.
+
+    Args:
+        folder (`str` or `os.PathLike`): The folder of the adapter. Nothing is written into it.
+        repo_id (`str`, *optional*): As for [`make_model_card`].
+        auto_class (`str`, *optional*): As for [`make_model_card`].
+        **card_data: As for [`make_model_card`].
+
+    Returns:
+        [`~huggingface_hub.ModelCard`]: The card.
+
+    Raises:
+        FileNotFoundError: if the folder lacks a file of an adapter.
+        ValueError: as for [`make_model_card`], or if a file is not what it should be; the message names it.
+    """
+    folder = checked_folder(folder)
+    return make_model_card(
+        read_config(folder),
+        FederationRecord.from_folder(folder),
+        auto_class,
+        folder=folder,
+        repo_id=repo_id,
+        **{**kept_metadata(folder / CARD_FILE), **_without_none(card_data)},
+    )
+
+
+def name_on_hub(name: str | None) -> str | None:
+    """
+    Args:
+        name (`str`, *optional*): The name or the path of a model, as a configuration has it.
+
+    Returns:
+        `str`: The name, if it is one on the Hub and not a folder on this machine.
+    """
+    if not isinstance(name, str) or not name or os.path.exists(name):
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name
+
+
+@dataclass(frozen=True)
+class _CardFacts:
+    """What the parts of a card have in common."""
+
+    config: PeftConfig
+    federation: FederationRecord | None
+    auto_class: str
+    folder: Path | None
+    card_data: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        for key in ("base_model", "datasets"):
+            for name in _listed(self.card_data.get(key)):
+                if name_on_hub(name) is None:
+                    raise ValueError(
+                        f"`{key}` goes into the metadata of the card and must be a name on the Hub, got {name!r}. Leave "
+                        "it out if it is not there; the card then says that it is not known."
+                    )
+
+    @property
+    def method(self) -> str:
+        return self.config.peft_type.value
+
+    @property
+    def title(self) -> str:
+        return self.card_data.get("model_name") or f"{self.method.capitalize()} adapter"
+
+    @property
+    def base_model(self) -> str | None:
+        return self.card_data.get("base_model") or name_on_hub(self.config.base_model_name_or_path)
+
+    @property
+    def has_local_base_model(self) -> bool:
+        return self.base_model is None and bool(self.config.base_model_name_or_path)
+
+    @property
+    def datasets(self) -> list[str]:
+        return _listed(self.card_data.get("datasets"))
+
+    @property
+    def task(self) -> str | None:
+        given = self.card_data.get("task") or self.card_data.get("pipeline_tag")
+        of_class = _CLASSIFIERS.search(self.auto_class)
+        by_default = TASKS.get(self.config.task_type) or (of_class and f"{of_class[1].lower()}-classification")
+        return given or by_default or None
+
+    @cached_property
+    def evaluation(self) -> tuple[int | None, dict[str, float]]:
+        """The last evaluation up to the round that the adapter comes from: its round, and its metrics."""
+        for record in reversed(self.federation.history if self.federation else ()):
+            values = {name.removeprefix("eval_"): as_number(record[name]) for name in _metrics_of([record])}
+            values = {name: value for name, value in values.items() if value is not None}
+            if values and record["round"] <= self.federation.adapter_round:
+                return record["round"], values
+        return None, {}
+
+    def has(self, name: str) -> bool:
+        return self.folder is not None and (self.folder / name).is_file()
+
+    def metadata(self) -> ModelCardData:
+        own = ("model_name", "base_model", "datasets", "tags", "task", "dataset_name", "dataset_config")
+        tags = [self.method.lower(), "peft-ravan", *(["federated-learning"] if self.federation else [])]
+        given = {key: value for key, value in _without_none(self.card_data).items() if key not in own}
+        results = self.eval_results()
+        return ModelCardData(
+            **{
+                "base_model": self.base_model,
+                "library_name": "peft",
+                "pipeline_tag": self.task,
+                "tags": list(dict.fromkeys([*tags, *_listed(self.card_data.get("tags"))])),
+                "datasets": self.datasets or None,
+                # needed with results only, and then the name of the model in them
+                **({"model_name": self.title, "eval_results": results} if results else {}),
+                **given,
+            }
+        )
+
+    def eval_results(self) -> list[EvalResult]:
+        """The evaluation of this adapter, where the Hub would take it: with a task and one data set."""
+        evaluated_round, metrics = self.evaluation
+        if self.task is None or len(self.datasets) != 1 or not metrics:
+            return []
+        if evaluated_round != self.federation.adapter_round:
+            return []
+        [dataset] = self.datasets
+        return [
+            EvalResult(
+                task_type=self.task,
+                dataset_type=dataset,
+                dataset_name=self.card_data.get("dataset_name") or dataset,
+                dataset_config=self.card_data.get("dataset_config"),
+                metric_type=name,
+                metric_value=value,
+            )
+            for name, value in metrics.items()
+        ]
+
+    def checksums(self) -> dict[str, str]:
+        """The SHA-256 of the weights."""
+        names = (SAFETENSORS_WEIGHTS_NAME, f"{TWIN_FOLDER}/{SAFETENSORS_WEIGHTS_NAME}")
+        return {name: _sha256(self.folder / name) for name in names if self.has(name)}
+
+    def num_labels(self) -> int | None:
+        """How many labels the saved task head has, without which the base model would get another one."""
+        if self.config.task_type not in ("SEQ_CLS", "TOKEN_CLS") or not self.has(SAFETENSORS_WEIGHTS_NAME):
+            return None
+        path = self.folder / SAFETENSORS_WEIGHTS_NAME
+        try:
+            with safe_open(path, framework="pt") as file:
+                heads = [name for name in file.keys() if _HEADS_WITH_LABELS.search(name)]  # noqa: SIM118, it is no dict
+                shapes = [file.get_slice(name).get_shape() for name in heads]
+        except SafetensorError as error:
+            raise ValueError(f"{path} is cut off, or is not a safetensors file: {error}") from error
+        return shapes[0][0] if len(shapes) == 1 and shapes[0] else None
+
+
+def _auto_class(config: PeftConfig) -> str:
+    mapping = config.auto_mapping or {}
+    if config.task_type in AUTO_CLASSES or not str(mapping.get("parent_library")).startswith("transformers."):
+        return AUTO_CLASSES.get(config.task_type, "AutoModel")
+    name = mapping.get("base_model_class")
+    # it goes into code that people copy
+    return name if isinstance(name, str) and name.isidentifier() else "AutoModel"
+
+
+def kept_metadata(path: Path) -> dict[str, Any]:
+    """
+    Args:
+        path (`Path`): A card, which need not be there.
+
+    Returns:
+        `dict[str, Any]`: What a card that is made anew takes over of its metadata.
+
+    Raises:
+        ValueError: if it has no metadata that can be read, or they are not what the Hub takes. The message names the file.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        data = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
+    # YAML can fail in many ways, and the metadata are the arguments of a class
+    except Exception as error:
+        raise ValueError(f"The metadata of {path} cannot be read: {error}") from error
+    kept = {key: data[key] for key in _KEPT_METADATA if data.get(key) is not None}
+    for key, value in kept.items():
+        is_list = (
+            key in _LISTED_METADATA and isinstance(value, list) and all(isinstance(entry, str) for entry in value)
+        )
+        if not isinstance(value, str) and not is_list:
+            what = "a text or a list of texts" if key in _LISTED_METADATA else "a text"
+            raise ValueError(f"The metadata of {path}: `{key}` must be {what}, got {value!r:.80}.")
+    # PEFT's cards repeat the base model there, and its path if it is a folder
+    kept["tags"] = [tag for tag in _listed(kept.get("tags")) if not tag.startswith("base_model:")]
+    kept["datasets"] = [name for name in _listed(kept.get("datasets")) if name_on_hub(name)]
+    return kept
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _config_json(config: PeftConfig, base_model: str | None) -> str:
+    values = {**config.to_dict(), "base_model_name_or_path": base_model}
+    return json.dumps(_without_none(values), indent=2, default=_json_default, sort_keys=True)
+
+
+def _json_default(value: Any) -> Any:
+    return sorted(value, key=str) if isinstance(value, (set, frozenset)) else str(value)
+
+
+def _listed(value: Any) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or [])
+
+
+def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _metrics_of(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [
+        key
+        for key in dict.fromkeys(key for record in records for key in record)
+        if key.startswith("eval_")
+        and not key.endswith(_TIMED)
+        # of the many figures of the clients, those that the mean over all examples hides
+        and (not key.startswith("eval_clients_") or key.startswith("eval_clients_worst_decile_"))
+    ]
+
+
+def _rounds_table(history: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    # an evaluation before the first round is no round; one in which clients made the bases is
+    records = [record for record in history if record.get("round") or ("round" in record and "clients" in record)]
+    if not records:
+        return None
+    measured = [*(["train_loss"] if any("train_loss" in r for r in records) else []), *_metrics_of(records)]
+    rows = [
+        [
+            record["round"],
+            len(record["clients"]) if "clients" in record else record.get("num_clients", ""),
+            # a round in which nobody took part has no loss
+            *("" if value is None else f"{value:.4f}" for value in (as_number(record.get(key)) for key in measured)),
+            f"{record['upload_bytes'] / 1e6:.3f}" if "upload_bytes" in record else "",
+        ]
+        for record in records
+    ]
+    return {"columns": ["round", "clients", *map(table_cell, measured), "upload (MB)"], "rows": rows}

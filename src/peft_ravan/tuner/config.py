@@ -1,0 +1,225 @@
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from peft.config import PeftConfig
+from peft.utils.other import get_pattern_key
+
+from .bases import BASES, check_bases_name
+from .field_types import check_field_types
+from .registration import ensure_peft_type
+
+
+@dataclass
+class RavanConfig(PeftConfig):
+    """
+    This is the configuration class to store the configuration of a [`RavanModel`].
+
+    Ravan adds `sum_i s_i * B_i @ H_i @ A_i` to each targeted weight, over `num_heads` heads of rank `r`. The bases `B_i`
+    and `A_i` are frozen after initialisation; the cores `H_i` (`r x r`) and the scalings `s_i` are trained. The number of
+    trained parameters of one target is `num_heads * (r**2 + 1)`, whatever the size of the layer, and the rank of the
+    update is up to `num_heads * r`.
+
+    The method is described in https://huggingface.co/papers/2506.05568.
+
+    Args:
+        r (`int`, *optional*, defaults to `16`):
+            The rank of one head.
+        num_heads (`int`, *optional*, defaults to `4`):
+            The number of heads, h.
+        target_modules (`list[str]` or `str`, *optional*):
+            The names of the modules to apply the adapter to. A string is a regular expression, or `"all-linear"`. By
+            default chosen by the architecture of the model, as for the other methods of PEFT.
+        exclude_modules (`list[str]` or `str`, *optional*):
+            The names of the modules not to apply the adapter to; a string is a regular expression.
+        init_bases (`str`, *optional*, defaults to `"gram_schmidt"`):
+            How the frozen bases are made. `"gram_schmidt"`: the `num_heads * r` columns of all B and the rows of all A
+            are orthonormal, which needs `num_heads * r <= min(d_in, d_out)`. `"normal"`: independent normal entries
+            with variance `1 / d`, so that a row of A and a column of B have an expected norm of 1. `"constant"` (every
+            head has the same bases) and `"shared"` (random mixtures of one pair) are controls, with an update of rank
+            `r`. `"weight_svd"`: the i-th head takes the i-th block of `r` singular directions of the weight; with one
+            head this is LoRA-XS. `"gradient_svd"`: the same of a gradient, which has to be given by
+            [`initialize_bases_from_gradient`], or by the clients of a federation; with one head this is the adapter of
+            LoRA-SB and Fed-SB.
+        projection_seed (`int`, *optional*, defaults to `0`):
+            The seed of the bases. Together with the name of the target it determines them, so everybody who uses the
+            same seed has the same bases.
+        save_projection (`bool`, *optional*, defaults to `True`):
+            Whether to save the bases with the adapter. Without them the file is much smaller and they are made again
+            from `projection_seed` when it is loaded, where a fingerprint tells whether they are the same. All adapters of
+            a model must agree on it.
+        ravan_dropout (`float`, *optional*, defaults to `0.0`):
+            The dropout probability of the input of the adapter.
+        fan_in_fan_out (`bool`, *optional*, defaults to `False`):
+            Whether the layer to replace stores its weight as `(fan_in, fan_out)`. Set by itself for
+            `transformers.pytorch_utils.Conv1D`.
+        bias (`str`, *optional*, defaults to `"none"`):
+            Which biases are trained: `"none"`, `"all"` or `"ravan_only"`. If not `"none"`, the model does not give the
+            output of the base model when the adapter is disabled.
+        modules_to_save (`list[str]`, *optional*):
+            The modules apart from the adapter that are trained and saved, for example the classification head.
+        init_weights (`bool`, *optional*, defaults to `True`):
+            Whether the cores start at zero, so that a new adapter does not change the output. `False` gives random
+            cores, which is only useful for testing.
+        layers_to_transform (`list[int]` or `int`, *optional*):
+            The indices of the layers to transform. By default all of them.
+        layers_pattern (`list[str]` or `str`, *optional*):
+            The name of the `nn.ModuleList` that holds the layers, used with `layers_to_transform`.
+        rank_pattern (`dict[str, int]`, *optional*):
+            Ranks of a head that differ from `r`, by the name of the target or a regular expression for it.
+        heads_pattern (`dict[str, int]`, *optional*):
+            Numbers of heads that differ from `num_heads`, likewise.
+        trainable_token_indices (`list[int]` or `dict[str, list[int]]`, *optional*):
+            The tokens whose embeddings are trained besides the adapter: indices for the input embeddings, or the names
+            of layers to indices.
+        ensure_weight_tying (`bool`, *optional*, defaults to `False`):
+            Whether layers that the base model ties stay tied when they are in `modules_to_save`. For tied layers that
+            are adapted there is a warning: their adapters stay apart.
+        target_parameters (`list[str]`, *optional*):
+            The names of parameters to adapt that are not weights of layers, such as those of a mixture of experts,
+            `[experts, d_out, d_in]`, or `[experts, d_in, d_out]` if their module says `is_transposed`. The experts share
+            the bases, and each has its own cores. All adapters of a model must name the same.
+        layer_replication (`list[tuple[int, int]]`, *optional*):
+            Ranges of layers to stack to a deeper model with shared weights, of which each layer gets an adapter of its
+            own, as for LoRA.
+
+    Raises:
+        TypeError: if `target_parameters` is a string, which `target_modules` may be.
+        ValueError: if a field has a value of another type or outside its range, or if fields exclude each other.
+    """
+
+    r: int = field(default=16, metadata={"help": "Rank of one head."})
+    num_heads: int = field(default=4, metadata={"help": "Number of heads."})
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Names of the modules to adapt, a regular expression, or 'all-linear'."},
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names of the modules not to adapt, or a regular expression."}
+    )
+    init_bases: str = field(
+        default="gram_schmidt", metadata={"help": f"How the frozen bases are made: {', '.join(BASES)}."}
+    )
+    projection_seed: int = field(default=0, metadata={"help": "Seed of the frozen bases."})
+    save_projection: bool = field(
+        default=True, metadata={"help": "Save the bases with the adapter, or make them again from the seed."}
+    )
+    ravan_dropout: float = field(default=0.0, metadata={"help": "Dropout probability of the adapter's input."})
+    fan_in_fan_out: bool = field(
+        default=False, metadata={"help": "Set this if the layer stores its weight as (fan_in, fan_out)."}
+    )
+    bias: str = field(default="none", metadata={"help": "Which biases are trained: 'none', 'all' or 'ravan_only'."})
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules apart from the adapter to train and save, such as the head."}
+    )
+    init_weights: bool = field(
+        default=True, metadata={"help": "Start the cores at zero. False is only useful for testing."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the layers to transform. By default all."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the nn.ModuleList of the layers, with layers_to_transform."}
+    )
+
+    rank_pattern: dict[str, int] | None = field(
+        default_factory=dict, metadata={"help": "Ranks of a head that differ from `r`, by target name or regex."}
+    )
+    heads_pattern: dict[str, int] | None = field(
+        default_factory=dict, metadata={"help": "Numbers of heads that differ, by target name or regex."}
+    )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Tokens whose embeddings are trained besides the adapter."}
+    )
+    ensure_weight_tying: bool = field(default=False, metadata={"help": "Keep layers tied that the base model ties."})
+
+    def size_of(self, target_name: str) -> tuple[int, int]:
+        """
+        The size of the adapter at one target.
+
+        Args:
+            target_name (`str`): The name of the target within the base model.
+
+        Returns:
+            `tuple[int, int]`: The rank of a head and the number of heads.
+        """
+        rank_pattern, heads_pattern = self.rank_pattern or {}, self.heads_pattern or {}
+        return (
+            rank_pattern.get(get_pattern_key(rank_pattern, target_name), self.r),
+            heads_pattern.get(get_pattern_key(heads_pattern, target_name), self.num_heads),
+        )
+
+    target_parameters: list[str] | None = field(
+        default=None, metadata={"help": "Names of parameters to adapt that are not weights of layers."}
+    )
+    layer_replication: list[tuple[int, int]] | None = field(
+        default=None, metadata={"help": "Ranges of layers to stack to a deeper model with shared weights."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = ensure_peft_type()
+        self._check_numbers()
+        if isinstance(self.target_parameters, str):
+            raise TypeError("`target_parameters` must be a list of strings or None.")
+        check_field_types(self)
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, (list, tuple)):
+                setattr(self, name, set(value))
+        if self.ensure_weight_tying:
+            # filled in by the model, and never saved
+            self.modules_to_tie = None
+            self.target_modules_to_tie = None
+        self._check_values()
+        self._check_layers()
+        self._check_target_parameters()
+
+    def _check_numbers(self) -> None:
+        sizes = {"r": self.r, "num_heads": self.num_heads}
+        for name in ("rank_pattern", "heads_pattern"):
+            pattern = getattr(self, name) or {}
+            if not isinstance(pattern, Mapping):
+                raise ValueError(f"`{name}` must be names or patterns to integers, got {pattern!r:.80}.")
+            sizes |= {f"{name}[{key!r}]": value for key, value in pattern.items()}
+        for name, value in sizes.items():
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"`{name}` must be an integer of 1 or more, got {value!r}.")
+
+    def _check_values(self) -> None:
+        if not 0.0 <= self.ravan_dropout < 1.0:
+            raise ValueError(f"`ravan_dropout` must be at least 0 and below 1, got {self.ravan_dropout!r}.")
+        if self.bias not in ("none", "all", "ravan_only"):
+            raise ValueError(f"`bias` must be 'none', 'all' or 'ravan_only', got {self.bias!r}.")
+        check_bases_name(self.init_bases)
+        if BASES[self.init_bases].from_matrix == "gradient" and not self.save_projection:
+            raise ValueError(
+                f"`init_bases={self.init_bases!r}` needs `save_projection=True`: bases from a gradient cannot be made "
+                "again from the seed when the adapter is loaded."
+            )
+
+    def _check_target_parameters(self) -> None:
+        if not self.target_parameters:
+            return
+        if self.ravan_dropout:
+            raise ValueError(
+                "`target_parameters` does not work with `ravan_dropout` other than 0, since the input is not known, got "
+                f"{self.ravan_dropout!r}."
+            )
+        if BASES[self.init_bases].from_matrix:
+            raise ValueError(
+                f"`target_parameters` does not work with init_bases={self.init_bases!r}: experts share their bases. Use "
+                "'gram_schmidt' or 'normal'."
+            )
+
+    def _check_layers(self) -> None:
+        if isinstance(self.target_modules, str):
+            for name in ("layers_to_transform", "layers_pattern"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"`{name}` cannot be used when `target_modules` is a str. Put the layers into the regular "
+                        "expression, or pass `target_modules` as a list."
+                    )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
