@@ -71,8 +71,9 @@ def test_a_cycle_is_seen(tmp_path):
     assert set(cycle_among(sorted(package.glob("*.py")), tmp_path)) == {"package/a.py", "package/b.py"}
 
 
-def test_imports_of_the_tuner_wing_form_no_circle():
-    assert cycle_among(TUNER_WING, ROOT / "src") == []
+@pytest.mark.parametrize("files, folder", [(TUNER_WING, ROOT / "src"), (TRAINER_WING, ROOT)], ids=["tuner", "trainer"])
+def test_imports_of_a_wing_form_no_circle(files, folder):
+    assert cycle_among(files, folder) == []
 
 
 def test_importing_the_tuner_wing_does_not_load_the_trainer_wing():

@@ -7,8 +7,12 @@ import math
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
+from peft_ravan.merging import get_merge_method
+from peft_ravan.merging.privacy import check_plain_mean
+
 from .client_runners import PARALLEL_MODES
 from .personal import read_patterns
+from .privacy import Privacy
 
 
 def check_counts(args: TrainingArguments) -> None:
@@ -61,3 +65,50 @@ def check_local_training(args: TrainingArguments) -> None:
             "`scaffold` needs the gradients of all heads, which clients with `client_budgets` do not have. Use one of "
             "both, or `proximal_mu`."
         )
+
+
+def check_privacy(args: TrainingArguments) -> None:
+    """
+    Check what can be checked without the clients, and read `privacy` into a dict.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]): The arguments.
+
+    Raises:
+        ValueError: if `privacy` has a value that it cannot have, or does not go with other arguments.
+        TypeError: if `privacy` is not what it must be.
+    """
+    if args.privacy is None:
+        return
+    privacy = Privacy.parse(args.privacy)
+    if args.merge_method is not None:
+        check_plain_mean(get_merge_method(args.merge_method))
+    if args.scaffold:
+        raise ValueError(
+            "`privacy` does not go with `scaffold`: clients upload control variates then, which are not clipped and get no "
+            "noise. Use `proximal_mu` against clients that drift apart."
+        )
+    if args.update_limits.is_set:
+        raise ValueError(
+            "`privacy` does not go with `max_update_norm` and `max_examples`: it clips every update to `clip_norm` and gives "
+            "all clients the same weight. Leave them out."
+        )
+    if args.participation_weights == "examples":
+        raise ValueError(
+            "`privacy` does not go with `participation_weights='examples'`: who takes part would tell how much data clients "
+            "have. Give weights by client that may be known, or none."
+        )
+    if args.min_successful_clients > 1:
+        raise ValueError(
+            f"`privacy` does not go with min_successful_clients={args.min_successful_clients}: a round that is repeated "
+            "with others because clients failed has another result for a reason that their data may be. Leave it at 1; a "
+            "client that fails counts as one that has changed nothing."
+        )
+    if privacy.secret_sampling and (args.participation_weights is not None or args.clients_per_round is None):
+        found = "all take part" if args.clients_per_round is None else "`participation_weights` are given"
+        raise ValueError(
+            f"`secret_sampling` counts on clients that are drawn with equal chances, but {found}. Set `clients_per_round` and "
+            "no weights, or leave `secret_sampling` out, so that every client counts as one that takes part in every round."
+        )
+    # as JSON has it: the arguments are written into checkpoints and logs
+    args.privacy = privacy.to_dict()

@@ -11,13 +11,12 @@ from transformers.trainer_utils import SaveStrategy
 from peft_ravan.merging import SERVER_OPTIMIZERS, UpdateLimits, get_merge_method, get_server_optimizer
 from peft_ravan.merging.limits import LARGE_UPDATES
 
-from .argument_checks import check_counts, check_local_training, check_sharing
+from .argument_checks import check_counts, check_local_training, check_privacy, check_sharing
 from .client_runners import PARALLEL_MODES
 from .head_selection import BUDGET_DISTRIBUTIONS, HEAD_ALLOCATIONS, HEAD_SELECTIONS, parse_client_budgets
-from .participation import check_participation_arguments
-from .partition import PARTITIONS
-from .partitioner import PartitionerArgumentMixin, is_partitioner
-from .private_rounds import check_privacy_arguments
+from .participation import Participation
+from .partition import PARTITIONS, PartitionSettings
+from .partitioner import PartitionerArgumentMixin
 
 
 # without a `repr` of its own: that of TrainingArguments hides tokens
@@ -259,17 +258,17 @@ class FederatedArgumentsMixin(PartitionerArgumentMixin):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.federated_seed is None:
+            self.federated_seed = self.seed
         check_counts(self)
-        self._check_partition()
-        check_participation_arguments(self)
+        self.participation_weights = self.participation.weights
+        _ = self.partition_settings  # which checks itself
         self._check_merge()
         self.max_update_norm = self.update_limits.max_update_norm
         check_sharing(self)
         self._check_heads()
         check_local_training(self)
-        check_privacy_arguments(self)
-        if self.federated_seed is None:
-            self.federated_seed = self.seed
+        check_privacy(self)
         if self.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY):
             raise ValueError(
                 f"`lr_scheduler_type={self.lr_scheduler_type.value!r}` follows a metric, which is not supported over rounds. "
@@ -281,14 +280,28 @@ class FederatedArgumentsMixin(PartitionerArgumentMixin):
         """What one client can do to a merge at most."""
         return UpdateLimits(self.max_update_norm, self.large_updates, self.max_examples)
 
-    def _check_partition(self) -> None:
-        if self.partition not in PARTITIONS and not is_partitioner(self.partition):
-            raise ValueError(
-                f"`partition` must be one of {', '.join(PARTITIONS)}, or an object with `load_partition` and "
-                f"`num_partitions` as flwr-datasets' partitioners have, got {self.partition!r}."
-            )
-        if not self.partition_alpha > 0:
-            raise ValueError(f"`partition_alpha` must be above 0, got {self.partition_alpha!r}.")
+    @property
+    def partition_settings(self) -> PartitionSettings:
+        """How one training set is split."""
+        return PartitionSettings(
+            self.partition,
+            self.partition_alpha,
+            self.labels_per_client,
+            self.partition_column,
+            self.num_clients,
+            self.federated_seed,
+        )
+
+    @property
+    def participation(self) -> Participation:
+        """Who takes part in which round."""
+        return Participation(
+            self.clients_per_round,
+            self.participation_weights,
+            self.min_clients,
+            self.min_successful_clients,
+            self.federated_seed,
+        )
 
     def _check_merge(self) -> None:
         for name in ("merge_options", "server_optimizer_options"):

@@ -3,33 +3,57 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from peft import PeftType
+from peft import PeftConfig, PeftType
 from torch import nn
-from transformers import set_seed
+from transformers import Trainer, set_seed
 
 from peft_ravan import RavanLayer
 from peft_ravan.merging import MERGE_METHODS, get_merge_method
 from peft_ravan.tuner.functional import scaled_cores
 
 from .head_selection import draw_client_budgets, head_scores, select_heads
-from .rounds import derive_seed
 
 
-if TYPE_CHECKING:
-    from .federated_trainer import FederatedTrainer
+@dataclass(frozen=True)
+class HeadChoice:
+    """
+    Which heads a client trains.
+
+    Args:
+        share (`float`): The share of the heads that it can train, above 0 and up to 1.
+        selection (`str`): How they are chosen, one of `HEAD_SELECTIONS`.
+        allocation (`str`): How the share is spent over targets, one of `HEAD_ALLOCATIONS`.
+        seed (`int`): The seed of the choice.
+    """
+
+    share: float
+    selection: str
+    allocation: str
+    seed: int
 
 
-def resolve_client_budgets(trainer: FederatedTrainer) -> dict[str, float] | None:
+def resolve_client_budgets(
+    budgets: float | str | Mapping[str, float] | None,
+    clients: Sequence[str],
+    seed: int,
+    config: PeftConfig,
+    merge_method: str,
+) -> dict[str, float] | None:
     """
     Find the share of heads of each client.
 
     Args:
-        trainer ([`FederatedTrainer`]): The trainer, of which the arguments, the clients and the model are read.
+        budgets (`float`, `str` or `Mapping[str, float]`, *optional*): `client_budgets` of the arguments.
+        clients (`Sequence[str]`): The names of the clients.
+        seed (`int`): The seed of the run.
+        config ([`~peft.PeftConfig`]): The configuration of the adapter.
+        merge_method (`str`): The name of the merge method.
 
     Returns:
         `dict[str, float]`: Client names to shares, above 0 and up to 1, or `None` if `client_budgets` is not set.
@@ -38,19 +62,17 @@ def resolve_client_budgets(trainer: FederatedTrainer) -> dict[str, float] | None
         ValueError: if the adapter has no heads, if clients are named that there are not, or if the merge method needs all
             heads of every client.
     """
-    budgets, clients = trainer.args.client_budgets, list(trainer.clients)
     if budgets is None:
         return None
-    config = trainer.model.active_peft_config
     if config.peft_type != PeftType.RAVAN:
         raise ValueError(
             f"`client_budgets` are shares of the heads of a Ravan adapter, but this adapter is {config.peft_type.value}, "
             "which has no heads. Use `RavanConfig`, or leave `client_budgets` out."
         )
     if isinstance(budgets, str):
-        shares = draw_client_budgets(clients, budgets, trainer.args.federated_seed)
-    elif isinstance(budgets, dict):
-        unknown = [client for client in budgets if client not in trainer.clients]
+        shares = draw_client_budgets(clients, budgets, seed)
+    elif isinstance(budgets, Mapping):
+        unknown = [client for client in budgets if client not in clients]
         if unknown:
             raise ValueError(
                 f"`client_budgets` names the client {unknown[0]!r}, but the clients are {_some(clients)}."
@@ -59,7 +81,7 @@ def resolve_client_budgets(trainer: FederatedTrainer) -> dict[str, float] | None
     else:
         shares = dict.fromkeys(clients, budgets)
     if any(share < 1 for share in shares.values()):
-        _check_partial_heads(trainer)
+        _check_partial_heads(config, merge_method)
     return shares
 
 
@@ -67,44 +89,41 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def _check_partial_heads(trainer: FederatedTrainer) -> None:
-    if not get_merge_method(trainer.merge_method).different_heads:
+def _check_partial_heads(config: PeftConfig, merge_method: str) -> None:
+    if not get_merge_method(merge_method).different_heads:
         able = ", ".join(name for name, method in MERGE_METHODS.items() if method.different_heads)
         raise ValueError(
-            f"`client_budgets` below 1 let clients train different heads, but merge_method={trainer.merge_method!r} needs "
-            f"all heads of every client. Choose one of: {able}."
+            f"`client_budgets` below 1 let clients train different heads, but merge_method={merge_method!r} needs all heads "
+            f"of every client. Choose one of: {able}."
         )
-    if trainer.model.active_peft_config.target_parameters:
+    if config.target_parameters:
         raise ValueError(
             "`client_budgets` below 1 do not work with `target_parameters`, which train all their heads. Adapt layers "
             "(`target_modules`) only."
         )
 
 
-def choose_heads(trainer: FederatedTrainer, client: str, round_number: int | str) -> None:
+def choose_heads(trainer: Trainer, choice: HeadChoice) -> None:
     """
-    Let the model train the heads that a client can afford, as `head_selection` and `head_allocation` say. To be called
-    when the trainer is that of the client, right before its training, whose random numbers are left as they were.
+    Let the model train the heads that a client can afford. To be called when the trainer is that of the client, right
+    before its training, whose random numbers are left as they were.
 
     Args:
-        trainer ([`FederatedTrainer`]): The trainer, with a model that trains all heads.
-        client (`str`): The name of the client.
-        round_number (`int` or `str`): The round, from 1, or a name for what is not one, which tells its draws from others.
+        trainer ([`~transformers.Trainer`]): The trainer, with a model that trains all heads.
+        choice ([`HeadChoice`]): How many, and how they are chosen.
     """
-    args, share = trainer.args, trainer.client_budgets[client]
-    if share == 1:
+    if choice.share == 1:
         return
     layers = _ravan_layers(trainer.model)
     scores = {name: torch.zeros(len(layer.trained_heads(adapter))) for name, (layer, adapter) in layers.items()}
-    if args.head_selection == "weight":
+    if choice.selection == "weight":
         scores = head_scores(
             {name: scaled_cores(*layer.adapter_tensors(adapter)[2:]) for name, (layer, adapter) in layers.items()}
         )
-    elif args.head_selection == "gradient":
+    elif choice.selection == "gradient":
         scores = head_scores(_first_gradients(trainer, layers))
     sizes = {name: layer.r[adapter] ** 2 + 1 for name, (layer, adapter) in layers.items()}
-    seed = derive_seed(args.federated_seed, "heads", round_number, client)
-    trainer.model.set_trained_heads(select_heads(scores, share, seed, args.head_allocation, sizes))
+    trainer.model.set_trained_heads(select_heads(scores, choice.share, choice.seed, choice.allocation, sizes))
     if trainer.optimizer_cls_and_kwargs is not None:
         optimizer_cls, kwargs = trainer.optimizer_cls_and_kwargs
         trainer.optimizer_cls_and_kwargs = (optimizer_cls, _with_trained_heads(kwargs, layers.values()))
@@ -115,7 +134,7 @@ def _ravan_layers(model: nn.Module) -> dict[str, tuple[RavanLayer, str]]:
     return {name: (model.get_base_model().get_submodule(name), adapter) for name in model.trained_heads()}
 
 
-def _first_gradients(trainer: FederatedTrainer, layers: dict[str, tuple[RavanLayer, str]]) -> dict[str, torch.Tensor]:
+def _first_gradients(trainer: Trainer, layers: dict[str, tuple[RavanLayer, str]]) -> dict[str, torch.Tensor]:
     """The gradients of the cores of all heads, `[h, r, r]`, on the batches of the client's first optimizer step."""
     model = trainer.model
     with _undisturbed(model, trainer.args.seed):

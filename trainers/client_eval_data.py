@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -14,17 +13,13 @@ from transformers.trainer_utils import has_length
 
 from .columns import find_label_column, read_labels
 from .data_checks import check_client_names
-from .partition import ClientParts, partition_indices
+from .partition import ClientParts, PartitionSettings, partition_indices
 from .preparation import given_clients
-from .rounds import derive_seed
-
-
-if TYPE_CHECKING:
-    from .arguments import FederatedArguments
+from .seeds import derive_seed
 
 
 def make_client_eval_datasets(
-    eval_dataset: Dataset | Mapping[str, Dataset], clients: Mapping[str, Dataset], args: FederatedArguments
+    eval_dataset: Dataset | Mapping[str, Dataset], clients: Mapping[str, Dataset], settings: PartitionSettings
 ) -> Mapping[str, Dataset]:
     """
     Split an evaluation set among clients as their training data is, or check what is given by client.
@@ -39,8 +34,8 @@ def make_client_eval_datasets(
             One data set with a length, or client names to data sets.
         clients (`Mapping[str, Dataset]`):
             Client names to training sets.
-        args ([`FederatedArguments`]):
-            The arguments, of which `partition`, `partition_column` and `federated_seed` are read.
+        settings ([`PartitionSettings`]):
+            How the training data is split.
 
     Returns:
         `Mapping[str, Dataset]`: Client names to data sets, in the order of `clients`, without clients that have no
@@ -57,7 +52,7 @@ def make_client_eval_datasets(
             "as a dict of client name -> dataset."
         )
     else:
-        indices = _indices(eval_dataset, given_clients(clients), args)
+        indices = _indices(eval_dataset, given_clients(clients), settings)
         parts = ClientParts(eval_dataset, {client: indices[client] for client in clients if len(indices[client])})
     if not parts:
         raise ValueError("No client has an example to be evaluated on. Give `client_eval_dataset` more examples.")
@@ -79,13 +74,15 @@ def _given(datasets: Mapping[str, Dataset], clients: Mapping[str, Dataset]) -> d
     return {client: given[client] for client in clients if client in has_some}
 
 
-def _indices(dataset: Dataset, clients: Mapping[str, Dataset], args: FederatedArguments) -> Mapping[str, np.ndarray]:
+def _indices(
+    dataset: Dataset, clients: Mapping[str, Dataset], settings: PartitionSettings
+) -> Mapping[str, np.ndarray]:
     nothing = np.empty(0, dtype=int)
-    if args.partition == "column" and isinstance(clients, ClientParts):
-        by_client = partition_indices(dataset, args)
+    if settings.partition == "column" and isinstance(clients, ClientParts):
+        by_client = partition_indices(dataset, settings)
         return {client: by_client.get(client, nothing) for client in clients}
-    rng = np.random.default_rng(derive_seed(args.federated_seed, "client_eval_dataset"))
-    labels, counts = _labels_and_counts(dataset, clients, args)
+    rng = np.random.default_rng(derive_seed(settings.seed, "client_eval_dataset"))
+    labels, counts = _labels_and_counts(dataset, clients, settings)
     parts = {client: [nothing] for client in clients}
     for label in counts.columns:
         examples = rng.permutation(np.flatnonzero(labels == label))
@@ -96,12 +93,12 @@ def _indices(dataset: Dataset, clients: Mapping[str, Dataset], args: FederatedAr
 
 
 def _labels_and_counts(
-    dataset: Dataset, clients: Mapping[str, Dataset], args: FederatedArguments
+    dataset: Dataset, clients: Mapping[str, Dataset], settings: PartitionSettings
 ) -> tuple[np.ndarray, pd.DataFrame]:
     """The label of each example, and how many training examples of each label clients have: one label, if there are none."""
     column = find_label_column(dataset)
-    if args.partition in ("dirichlet", "pathological") and isinstance(clients, ClientParts):
-        column = args.partition_column or column
+    if settings.is_by_label and isinstance(clients, ClientParts):
+        column = settings.column or column
     if column is not None and all(map(has_length, clients.values())):
         # a column that nobody asked for may have several labels for each example, or be missing where clients train
         with contextlib.suppress(ValueError):

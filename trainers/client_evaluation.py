@@ -81,7 +81,9 @@ class ClientEvaluationMixin:
 
     def _datasets_to_evaluate(self, given: Dataset | Mapping[str, Dataset] | None = None) -> Mapping[str, Dataset]:
         if given is not None:
-            return self._prepared_for_evaluation(make_client_eval_datasets(given, self.clients, self.args))
+            return self._prepared_for_evaluation(
+                make_client_eval_datasets(given, self.clients, self.args.partition_settings)
+            )
         if self._client_eval_datasets is None:
             # as it was given: a preparation drops columns that the split may go by, and may pack clients together
             own = self._given_eval_dataset if self._eval_preparations else self.eval_dataset
@@ -91,7 +93,7 @@ class ClientEvaluationMixin:
                     "There is nothing to evaluate the clients on. Give the trainer a `client_eval_dataset`, or an "
                     "`eval_dataset` that is one data set, which is then split among the clients."
                 )
-            parts = make_client_eval_datasets(dataset, self.clients, self.args)
+            parts = make_client_eval_datasets(dataset, self.clients, self.args.partition_settings)
             self._client_eval_datasets = self._prepared_for_evaluation(parts)
         return self._client_eval_datasets
 
@@ -121,7 +123,7 @@ class ClientEvaluationMixin:
         with self._as_client(client, number, TimeoutCallback(None)):
             self.args.max_steps = steps  # of the client's arguments, which are a copy
             if self.client_budgets is not None:
-                choose_heads(self, client, number)
+                choose_heads(self, self._head_choice(client, number))
             super().train()
 
     def _evaluate_client(self, dataset: Dataset, ignore_keys: list[str] | None) -> dict[str, float]:

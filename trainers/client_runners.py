@@ -140,6 +140,11 @@ class ClientRunner:
             tensors (`Iterable[torch.Tensor]`): The tensors, which are written into.
         """
 
+    @property
+    def num_processes_sharing(self) -> int:
+        """How many processes train a client together."""
+        return 1
+
     def alone(self) -> contextlib.AbstractContextManager[None]:
         """
         Returns:
@@ -178,6 +183,10 @@ class _ManyProcesses(ClientRunner):
 
 class DataParallelRunner(_ManyProcesses):
     """Runs one client after the other, each by all processes together, as Trainer trains with several processes."""
+
+    @property
+    def num_processes_sharing(self) -> int:
+        return self.state.num_processes
 
     def agree_on_time(self, seconds: float) -> float:
         return self.agree(seconds)

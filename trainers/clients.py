@@ -6,34 +6,35 @@ import contextlib
 import copy
 import gc
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from peft_ravan import RavanModel
 from peft_ravan.tuner.functional import scaled_cores
+from peft_ravan.tuner.gradient_bases import awaits_gradient
 from peft_ravan.tuner.layer import RavanLayer
 from peft_ravan.tuner.state import CORE_NAME, checkpoint_state, exchange_state, is_scaling
 
 
-if TYPE_CHECKING:
-    from .arguments import FederatedArguments
+Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
 
-def local_arguments(args: FederatedArguments, seed: int) -> FederatedArguments:
+def local_arguments(args: Arguments, seed: int) -> Arguments:
     """
     The arguments of a client's local training: nothing is logged, evaluated, saved or pushed there.
 
     Args:
-        args ([`FederatedArguments`]): The arguments of the federation.
+        args ([`~transformers.TrainingArguments`]): The arguments of the federation.
         seed (`int`): The seed of the local training.
 
     Returns:
-        [`FederatedArguments`]: A changed copy.
+        [`~transformers.TrainingArguments`]: A changed copy.
     """
     local = copy.copy(args)
     local.seed = seed
@@ -129,6 +130,11 @@ class LiveAdapter:
             for name, buffer in model.named_buffers()
             if buffer.data_ptr() not in travelling and ".ravan_" not in name
         ]
+
+    @property
+    def awaits_gradient(self) -> bool:
+        """Whether its bases are to come from a gradient, and have not."""
+        return awaits_gradient(self._model, self.adapter_name)
 
     def load(self, state: Mapping[str, torch.Tensor]) -> None:
         """

@@ -43,7 +43,7 @@ class RoundFailedError(RuntimeError):
 _MISTAKES = {"AttributeError", "IndexError", "KeyError", "NotImplementedError", "TypeError", "ValueError"}
 
 
-def common_mistake(this_round: Round, num_clients: int) -> str | None:
+def check_for_a_mistake(this_round: Round, num_clients: int) -> None:
     """
     Tell a mistake in the data, the model or the arguments from faults of clients, which others may not have.
 
@@ -51,15 +51,18 @@ def common_mistake(this_round: Round, num_clients: int) -> str | None:
         this_round ([`Round`]): A round that has failed, in a run in which no client has succeeded yet.
         num_clients (`int`): How many clients there are.
 
-    Returns:
-        `str`: What all have failed with, if all clients that have tried, two at least if there are as many, had an error of
-        the same kind, of those that do not pass.
+    Raises:
+        RoundFailedError: if all clients that have tried, two at least if there are as many, had an error of the same kind, of
+            those that do not pass.
     """
     failures = list(this_round.failures.values())
     kinds = {reason.partition(":")[0] for reason in failures}
     if this_round.num_examples or len(failures) < min(2, num_clients) or len(kinds) != 1 or not kinds <= _MISTAKES:
-        return None
-    return failures[0]
+        return
+    raise RoundFailedError(
+        f"Round {this_round.number}: all {len(failures)} clients that have tried failed with the same error, as others "
+        f"would, so the round is not repeated. Look into the data, the model and the arguments. {failures[0]}"
+    ) from this_round.first_error
 
 
 class TimeoutCallback(TrainerCallback):

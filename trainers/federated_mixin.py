@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -27,15 +26,16 @@ from .client_evaluation import ClientEvaluationMixin
 from .client_runners import make_runner
 from .clients import LiveAdapter, freeze, frozen_heap
 from .data_checks import check_labels
-from .faults import ClientFault, RoundFailedError, common_mistake, merge_of, updates_of
+from .faults import ClientFault, RoundFailedError, check_for_a_mistake, merge_of, updates_of
+from .federation import Federation
 from .history import HistoryFileCallback, HistoryMixin
 from .local_objective import ControlVariates
 from .local_training import LocalTrainingMixin
-from .participation import Availability, check_participation, sample_clients
+from .participation import Availability
 from .partition import make_clients
 from .partition_report import PartitionReportMixin
 from .personal import check_patterns
-from .preparation import PreparationMixin, one_dataset
+from .preparation import PreparationMixin, by_name, one_dataset
 from .private_rounds import PrivacyMixin, resolve_privacy
 from .resuming import CheckpointingMixin, Run
 from .round_logs import RoundLogMixin
@@ -84,7 +84,7 @@ class FederatedMixin(
         client_eval_dataset: Dataset | Mapping[str, Dataset] | None = None,
         **kwargs,
     ):
-        kwargs = {**_by_name(type(self), trainer_args), **kwargs}
+        kwargs = {**by_name(type(self), FederatedMixin, trainer_args), **kwargs}
         kwargs["args"] = args = self._checked_arguments(kwargs.get("args"))
         given = kwargs.get("train_dataset")
         clients = {} if given is None else make_clients(given, args)  # before its columns are dropped
@@ -101,11 +101,17 @@ class FederatedMixin(
         if given is not None:
             adapter = self._live_adapter()  # raises if the model cannot be trained this way
             self.clients = self._prepared(clients)
-            self.client_budgets = resolve_client_budgets(self)
+            self.client_budgets = resolve_client_budgets(
+                args.client_budgets,
+                list(self.clients),
+                args.federated_seed,
+                self.model.active_peft_config,
+                self.merge_method,
+            )
             check_labels(self, given)
-            check_participation(self._client_sizes(), args, availability)
+            args.participation.check(self._client_sizes(), availability)
             self._check_batches()
-            self.privacy = resolve_privacy(self, adapter, availability)
+            self.privacy = resolve_privacy(args, len(self.clients), adapter, availability)
         self.availability = availability
         self.client_eval_dataset = client_eval_dataset
         if args.eval_clients and self.clients:
@@ -195,7 +201,9 @@ class FederatedMixin(
 
     def _run_rounds(self, run: Run, ignore_keys_for_eval: list[str] | None, trial: Any) -> None:
         self._open_run(run, trial)
-        for number, factor in list(enumerate(learning_rate_factors(self.args), start=1))[run.round :]:
+        for number, factor in list(enumerate(learning_rate_factors(self.args, self.args.num_rounds), start=1))[
+            run.round :
+        ]:
             self._stop_if_spent()
             if self._runner.agree(self.control.should_training_stop):
                 break
@@ -218,7 +226,7 @@ class FederatedMixin(
         self.is_in_train = True
         self.state = TrainerState(stateful_callbacks=self._stateful_callbacks())
         if resume_from_checkpoint or self._saves_checkpoints:
-            run.facts = run_facts(self, run.state())
+            run.facts = run_facts(self.federation, run.state())
         if resume_from_checkpoint:
             self._load_checkpoint(resume_from_checkpoint, run, trial)
             self._restore_callbacks()
@@ -238,7 +246,7 @@ class FederatedMixin(
         self._finish_current_push()
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
         records = [record for record in self.state.log_history if record.get("round")]
-        train_loss = mean_train_loss(records, self.args)
+        train_loss = mean_train_loss(records, self.args.min_clients)
         metrics = {
             "train_runtime": time.time() - start_time,
             "train_loss": train_loss,
@@ -282,7 +290,7 @@ class FederatedMixin(
         is nothing to merge if too few clients are available.
         """
         sizes = self._client_sizes()
-        this_round = Round(number, sample_clients(sizes, self.args, number, self.availability))
+        this_round = Round(number, self.args.participation.sample(sizes, number, self.availability))
         while True:
             needed = self._needed_clients(this_round)
             self._tell("on_round_begin", clients=this_round.clients)
@@ -291,7 +299,8 @@ class FederatedMixin(
             self._settle(run, this_round, counts)
             if counts:
                 return this_round, result
-            self._check_for_a_mistake(this_round)
+            if not any(record.get("clients") for record in self.state.log_history):
+                check_for_a_mistake(this_round, len(self.clients))  # what works for some is no mistake of all
             if this_round.attempts == self.args.max_round_attempts:
                 raise RoundFailedError(
                     f"Round {number}: fewer than {needed} clients (`min_successful_clients`) succeeded in each of "
@@ -300,21 +309,10 @@ class FederatedMixin(
             logger.warning(f"Round {number} is repeated with other clients. {this_round.failed()}")
             others = {client: size for client, size in sizes.items() if client not in this_round.failures}
             enough = len(others) >= max(needed, self.args.min_clients)
-            clients = sample_clients(
-                others if enough else sizes, self.args, number, self.availability, attempt=this_round.attempts
+            clients = self.args.participation.sample(
+                others if enough else sizes, number, self.availability, attempt=this_round.attempts
             )
             this_round = this_round.again(clients)
-
-    def _check_for_a_mistake(self, this_round: Round) -> None:
-        if any(record.get("clients") for record in self.state.log_history):
-            return  # what works for some is no mistake of all
-        mistake = common_mistake(this_round, len(self.clients))
-        if mistake is not None:
-            raise RoundFailedError(
-                f"Round {this_round.number}: all {len(this_round.failures)} clients that have tried failed with the same "
-                f"error, as others would, so the round is not repeated. Look into the data, the model and the arguments. "
-                f"{mistake}"
-            ) from this_round.first_error
 
     def _merge(self, run: Run, this_round: Round) -> MergeResult | None:
         args = self.args
@@ -378,21 +376,23 @@ class FederatedMixin(
             return self.args.merge_method
         return "ravan" if self.model.active_peft_config.peft_type == PeftType.RAVAN else "fedavg"
 
+    @property
+    def federation(self) -> Federation:
+        """What the federation is made with."""
+        return Federation(
+            self.args,
+            self.model,
+            self.clients,
+            self._client_sizes(),
+            self.merge_method,
+            self.client_budgets,
+            self.privacy,
+            self.optimizer_cls_and_kwargs,
+            is_given_by_client=isinstance(self.train_dataset, Mapping),
+            num_processes_sharing=self._runner.num_processes_sharing,
+        )
+
     def _live_adapter(self) -> LiveAdapter:
         if isinstance(self.model, PeftModel):
             freeze(self.model, get_merge_method(self.merge_method).frozen_parts)
         return LiveAdapter(self.model)
-
-
-def _by_name(trainer_class: type, positional: tuple) -> dict[str, Any]:
-    """What the trainer below is given by position, by its names."""
-    below = trainer_class.__mro__[trainer_class.__mro__.index(FederatedMixin) + 1 :]
-    names: list[str] = []
-    for cls in [cls for cls in below if "__init__" in vars(cls)]:
-        _, *parameters = inspect.signature(cls.__init__).parameters.values()
-        names += [p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD and p.name not in names]
-        if not any(p.kind == p.VAR_POSITIONAL for p in parameters):  # else it passes the others on
-            break
-    if len(positional) > len(names):
-        raise TypeError(f"{trainer_class.__name__} takes {len(names)} arguments by position, got {len(positional)}.")
-    return dict(zip(names, positional, strict=False))

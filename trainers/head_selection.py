@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .rounds import derive_seed
+from .seeds import derive_seed
 
 
 # The names follow the paper; the form is ours and was not checked against it. Beta distributions of the share of heads lie

@@ -19,7 +19,7 @@ from peft_ravan.merging import ClientUpdate, UpdateError, get_merge_method, plai
 from peft_ravan.merging.entries import is_finite
 
 from .callbacks import LocalCallbackHandler
-from .client_budgets import choose_heads
+from .client_budgets import HeadChoice, choose_heads
 from .client_runners import ClientResult, DataParallelRunner, one_process
 from .clients import local_arguments
 from .faults import NothingTrainedError, TimeoutCallback
@@ -28,7 +28,8 @@ from .partition import ClientParts
 from .personal import ClientStore, split_state
 from .preparation import PreparedClients, given_clients
 from .resuming import Run
-from .rounds import Round, derive_seed, serialized_bytes
+from .rounds import Round, serialized_bytes
+from .seeds import derive_seed
 
 
 # what a client's local training replaces, and what is put back after it
@@ -194,13 +195,22 @@ class LocalTrainingMixin:
             try:
                 if self.client_budgets is not None:
                     with one_process():  # all processes that train a client choose the same
-                        choose_heads(self, client, round_number)
+                        choose_heads(self, self._head_choice(client, round_number))
                 output = self._train_locally()
                 return output.training_loss, self.lr_scheduler.get_last_lr()[0]
             except Exception as error:
                 if hasattr(error, "add_note"):  # Python 3.11 and later
                     error.add_note(f"This happened in round {round_number}, while client {client!r} trained.")
                 raise
+
+    def _head_choice(self, client: str, round_number: int | str) -> HeadChoice:
+        args = self.args
+        return HeadChoice(
+            self.client_budgets[client],
+            args.head_selection,
+            args.head_allocation,
+            derive_seed(args.federated_seed, "heads", round_number, client),
+        )
 
     def _train_locally(self) -> TrainOutput:
         """The training of the trainer below, which may say nothing if there was nothing to train on."""

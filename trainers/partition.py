@@ -8,7 +8,8 @@ needed here are written out; `partitioner.py` takes any other of theirs.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import datasets
 import numpy as np
@@ -18,12 +19,8 @@ from transformers.trainer_utils import has_length
 
 from .columns import LABEL_COLUMNS, find_label_column, label_names, read_column, read_labels
 from .data_checks import check_client_names, check_train_dataset
-from .partitioner import load_partitions
-from .rounds import derive_seed
-
-
-if TYPE_CHECKING:
-    from .arguments import FederatedArguments
+from .partitioner import is_partitioner, load_partitions
+from .seeds import derive_seed
 
 
 PARTITIONS = ("iid", "dirichlet", "pathological", "column")
@@ -32,6 +29,68 @@ DEFAULT_NUM_CLIENTS = 10
 MAX_KEPT_PARTS = 256
 # a draw that leaves a client without data is thrown away, as flwr-datasets and the papers do
 MAX_DIRICHLET_DRAWS = 1000
+
+
+@dataclass(frozen=True)
+class PartitionSettings:
+    """
+    How one training set is split among clients.
+
+    Args:
+        partition (`str` or `Partitioner`, *optional*, defaults to `"iid"`):
+            One of `PARTITIONS`, or an object with the interface of flwr-datasets' `Partitioner`.
+        alpha (`float`, *optional*, defaults to 0.5): The concentration of the Dirichlet distribution.
+        labels_per_client (`int`, *optional*, defaults to 2): The labels of each client in the pathological partition.
+        column (`str`, *optional*): The column with the labels or, for `"column"`, the names of the clients.
+        num_clients (`int`, *optional*): The number of clients. By default 10, or as many as the data comes from.
+        seed (`int`, *optional*, defaults to 42): The seed of the split.
+
+    Raises:
+        ValueError: if there is no such partition, or `alpha` is not above 0.
+    """
+
+    partition: Any = "iid"
+    alpha: float = 0.5
+    labels_per_client: int = 2
+    column: str | None = None
+    num_clients: int | None = None
+    seed: int = 42
+
+    def __post_init__(self):
+        if self.partition not in PARTITIONS and not is_partitioner(self.partition):
+            raise ValueError(
+                f"`partition` must be one of {', '.join(PARTITIONS)}, or an object with `load_partition` and "
+                f"`num_partitions` as flwr-datasets' partitioners have, got {self.partition!r}."
+            )
+        if not self.alpha > 0:
+            raise ValueError(f"`partition_alpha` must be above 0, got {self.alpha!r}.")
+
+    @property
+    def is_by_label(self) -> bool:
+        """Whether the labels decide who has what."""
+        return self.partition in ("dirichlet", "pathological")
+
+    def describe(self) -> str:
+        """
+        Returns:
+            `str`: How one training set is split, in words.
+        """
+        words = {
+            "iid": "equal random parts",
+            "dirichlet": f"labels from a Dirichlet distribution, alpha = {self.alpha}",
+            "pathological": f"at most {self.labels_per_client} labels each",
+            "column": f"by the column {self.column!r}",
+        }
+        return words[self.partition] if isinstance(self.partition, str) else f"by a {type(self.partition).__name__}"
+
+
+class HasPartition(Protocol):
+    """What is read of [`FederatedArguments`] to split data."""
+
+    clients_per_round: int | None
+
+    @property
+    def partition_settings(self) -> PartitionSettings: ...
 
 
 class KeptParts(Mapping):
@@ -110,7 +169,7 @@ class ClientParts(KeptParts):
         return len(self._sources[client])
 
 
-def make_clients(train_dataset: Dataset | Mapping[str, Dataset], args: FederatedArguments) -> Mapping[str, Dataset]:
+def make_clients(train_dataset: Dataset | Mapping[str, Dataset], args: HasPartition) -> Mapping[str, Dataset]:
     """
     Split a training set among clients, or check clients that are given.
 
@@ -128,6 +187,7 @@ def make_clients(train_dataset: Dataset | Mapping[str, Dataset], args: Federated
         ValueError: if a client has no data or no name, if it is not said which client has which data set, if the data
             cannot be split that way, or if there are fewer clients than `clients_per_round`.
     """
+    settings = args.partition_settings
     check_train_dataset(train_dataset)
     if isinstance(train_dataset, Mapping):
         check_client_names(train_dataset)
@@ -138,22 +198,22 @@ def make_clients(train_dataset: Dataset | Mapping[str, Dataset], args: Federated
             f"A {type(train_dataset).__name__} without a length cannot be split among clients. Pass `train_dataset` as a "
             "dict of client name -> dataset instead."
         )
-    elif isinstance(args.partition, str):
-        clients = ClientParts(train_dataset, partition_indices(train_dataset, args))
+    elif isinstance(settings.partition, str):
+        clients = ClientParts(train_dataset, partition_indices(train_dataset, settings))
     else:
-        parts = load_partitions(args.partition, train_dataset)
+        parts = load_partitions(settings.partition, train_dataset)
         clients = dict(zip(_client_names(len(parts)), parts, strict=True))
-    _check_clients(clients, args)
+    _check_clients(clients, settings.num_clients, args.clients_per_round)
     return clients
 
 
-def partition_indices(dataset: Dataset, args: FederatedArguments) -> dict[str, np.ndarray]:
+def partition_indices(dataset: Dataset, settings: PartitionSettings) -> dict[str, np.ndarray]:
     """
     Decide which example goes to which client.
 
     Args:
         dataset (`Dataset`): A data set with a length.
-        args ([`FederatedArguments`]): The arguments, as for [`make_clients`], with the name of a partition.
+        settings ([`PartitionSettings`]): How, with the name of a partition.
 
     Returns:
         `dict[str, np.ndarray]`: Client names to the indices of their examples. Every index is in exactly one of them.
@@ -161,42 +221,25 @@ def partition_indices(dataset: Dataset, args: FederatedArguments) -> dict[str, n
     Raises:
         ValueError: if the data cannot be split that way.
     """
-    rng = np.random.default_rng(derive_seed(args.federated_seed, "partition"))
-    if args.partition == "column":
-        if args.partition_column is None:
+    rng = np.random.default_rng(derive_seed(settings.seed, "partition"))
+    if settings.partition == "column":
+        if settings.column is None:
             raise ValueError("`partition='column'` needs `partition_column`, the column that names the client.")
-        return _by_column(dataset, args.partition_column)
+        return _by_column(dataset, settings.column)
 
-    num_clients = args.num_clients or DEFAULT_NUM_CLIENTS
+    num_clients = settings.num_clients or DEFAULT_NUM_CLIENTS
     if num_clients > len(dataset):
         raise ValueError(
             f"{len(dataset)} examples cannot be split among num_clients={num_clients}: every client needs at least one. "
             "Use fewer clients."
         )
-    if args.partition == "iid":
+    if settings.partition == "iid":
         parts = np.array_split(rng.permutation(len(dataset)), num_clients)
-    elif args.partition == "dirichlet":
-        parts = _dirichlet(_labels(dataset, args), num_clients, args.partition_alpha, rng)
+    elif settings.partition == "dirichlet":
+        parts = _dirichlet(_labels(dataset, settings), num_clients, settings.alpha, rng)
     else:
-        parts = _pathological(_labels(dataset, args), num_clients, args.labels_per_client, rng)
+        parts = _pathological(_labels(dataset, settings), num_clients, settings.labels_per_client, rng)
     return dict(zip(_client_names(num_clients), parts, strict=True))
-
-
-def describe_partition(args: FederatedArguments) -> str:
-    """
-    Args:
-        args ([`FederatedArguments`]): The arguments.
-
-    Returns:
-        `str`: How one training set is split, in words.
-    """
-    words = {
-        "iid": "equal random parts",
-        "dirichlet": f"labels from a Dirichlet distribution, alpha = {args.partition_alpha}",
-        "pathological": f"at most {args.labels_per_client} labels each",
-        "column": f"by the column {args.partition_column!r}",
-    }
-    return words[args.partition] if isinstance(args.partition, str) else f"by a {type(args.partition).__name__}"
 
 
 def _client_names(num_clients: int) -> list[str]:
@@ -279,17 +322,17 @@ def _by_column(dataset: Dataset, column: str) -> dict[str, np.ndarray]:
     return {str(client): np.flatnonzero(clients == client) for client in np.unique(clients)}
 
 
-def _labels(dataset: Dataset, args: FederatedArguments) -> np.ndarray:
-    column = args.partition_column or find_label_column(dataset)
+def _labels(dataset: Dataset, settings: PartitionSettings) -> np.ndarray:
+    column = settings.column or find_label_column(dataset)
     if column is None:
         raise ValueError(
-            f"`partition={args.partition!r}` needs the labels, but the training set has none of the columns "
+            f"`partition={settings.partition!r}` needs the labels, but the training set has none of the columns "
             f"{LABEL_COLUMNS}. Name the column in `partition_column`."
         )
     labels = read_labels(dataset, column)
     if pd.isna(labels).any():
         raise ValueError(
-            f"`partition={args.partition!r}` needs a label for every example, but {pd.isna(labels).sum()} of {len(labels)} "
+            f"`partition={settings.partition!r}` needs a label for every example, but {pd.isna(labels).sum()} of {len(labels)} "
             f"have none in {column!r}. Give them one, or leave them out."
         )
     return labels
@@ -307,13 +350,11 @@ def _check_not_empty(clients: Mapping[str, Dataset]) -> None:
             raise ValueError(f"client {name!r} has no training examples. Leave it out of `train_dataset`.")
 
 
-def _check_clients(clients: Mapping[str, Dataset], args: FederatedArguments) -> None:
-    if args.num_clients is not None and args.num_clients != len(clients):
+def _check_clients(clients: Mapping[str, Dataset], num_clients: int | None, clients_per_round: int | None) -> None:
+    if num_clients is not None and num_clients != len(clients):
         raise ValueError(
-            f"`num_clients` is {args.num_clients}, but the data has {len(clients)} clients. Leave `num_clients` out when "
-            "the data comes by client."
+            f"`num_clients` is {num_clients}, but the data has {len(clients)} clients. Leave `num_clients` out when the data "
+            "comes by client."
         )
-    if args.clients_per_round is not None and args.clients_per_round > len(clients):
-        raise ValueError(
-            f"`clients_per_round` is {args.clients_per_round}, but there are only {len(clients)} clients."
-        )
+    if clients_per_round is not None and clients_per_round > len(clients):
+        raise ValueError(f"`clients_per_round` is {clients_per_round}, but there are only {len(clients)} clients.")

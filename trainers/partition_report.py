@@ -216,5 +216,5 @@ class PartitionReportMixin:
         return plot_partition(given_clients(self.clients), label_column or self._split_by(), path)
 
     def _split_by(self) -> str | None:
-        by_label = self.args.partition in ("dirichlet", "pathological") and not isinstance(self.train_dataset, Mapping)
-        return self.args.partition_column if by_label else None
+        settings = self.args.partition_settings
+        return settings.column if settings.is_by_label and not isinstance(self.train_dataset, Mapping) else None

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from typing import Any
 
 import datasets
 from torch.utils.data import Dataset
@@ -136,3 +138,17 @@ def one_dataset(given: Dataset | Mapping[str, Dataset]) -> Dataset:
     """What the trainer below takes for its training set: of a kind that it knows, and no other data set of its own."""
     first = next(iter(given.values())) if isinstance(given, Mapping) else given
     return copy.copy(first) if isinstance(first, (datasets.Dataset, datasets.IterableDataset)) else first
+
+
+def by_name(trainer_class: type, mixin: type, positional: tuple) -> dict[str, Any]:
+    """What the trainer below a mixin is given by position, by its names."""
+    below = trainer_class.__mro__[trainer_class.__mro__.index(mixin) + 1 :]
+    names: list[str] = []
+    for cls in [cls for cls in below if "__init__" in vars(cls)]:
+        _, *parameters = inspect.signature(cls.__init__).parameters.values()
+        names += [p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD and p.name not in names]
+        if not any(p.kind == p.VAR_POSITIONAL for p in parameters):  # else it passes the others on
+            break
+    if len(positional) > len(names):
+        raise TypeError(f"{trainer_class.__name__} takes {len(names)} arguments by position, got {len(positional)}.")
+    return dict(zip(names, positional, strict=False))

@@ -2,83 +2,32 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers.utils import logging
 
-from peft_ravan.merging import GaussianMechanism, get_merge_method
-from peft_ravan.merging.privacy import check_plain_mean
-from peft_ravan.tuner.gradient_bases import awaits_gradient
+from peft_ravan.merging import GaussianMechanism
 
+from .arguments import FederatedArguments
+from .clients import LiveAdapter
+from .participation import Availability
 from .privacy import Privacy, PrivateRounds, import_dp_accounting
-from .rounds import Round, derive_seed
-
-
-if TYPE_CHECKING:
-    from .arguments import FederatedArguments
-    from .clients import LiveAdapter
-    from .federated_trainer import FederatedTrainer
-    from .participation import Availability
+from .rounds import Round
+from .seeds import derive_seed
 
 
 logger = logging.get_logger(__name__)
 
 
-def check_privacy_arguments(args: FederatedArguments) -> None:
-    """
-    Check what can be checked without the clients, and read `privacy` into a dict.
-
-    Args:
-        args ([`FederatedArguments`]): The arguments.
-
-    Raises:
-        ValueError: if `privacy` has a value that it cannot have, or does not go with other arguments.
-        TypeError: if `privacy` is not what it must be.
-    """
-    if args.privacy is None:
-        return
-    privacy = Privacy.parse(args.privacy)
-    if args.merge_method is not None:
-        check_plain_mean(get_merge_method(args.merge_method))
-    if args.scaffold:
-        raise ValueError(
-            "`privacy` does not go with `scaffold`: clients upload control variates then, which are not clipped and get no "
-            "noise. Use `proximal_mu` against clients that drift apart."
-        )
-    if args.update_limits.is_set:
-        raise ValueError(
-            "`privacy` does not go with `max_update_norm` and `max_examples`: it clips every update to `clip_norm` and gives "
-            "all clients the same weight. Leave them out."
-        )
-    if args.participation_weights == "examples":
-        raise ValueError(
-            "`privacy` does not go with `participation_weights='examples'`: who takes part would tell how much data clients "
-            "have. Give weights by client that may be known, or none."
-        )
-    if args.min_successful_clients > 1:
-        raise ValueError(
-            f"`privacy` does not go with min_successful_clients={args.min_successful_clients}: a round that is repeated "
-            "with others because clients failed has another result for a reason that their data may be. Leave it at 1; a "
-            "client that fails counts as one that has changed nothing."
-        )
-    if privacy.secret_sampling and (args.participation_weights is not None or args.clients_per_round is None):
-        found = "all take part" if args.clients_per_round is None else "`participation_weights` are given"
-        raise ValueError(
-            f"`secret_sampling` counts on clients that are drawn with equal chances, but {found}. Set `clients_per_round` and "
-            "no weights, or leave `secret_sampling` out, so that every client counts as one that takes part in every round."
-        )
-    # as JSON has it: the arguments are written into checkpoints and logs
-    args.privacy = privacy.to_dict()
-
-
 def resolve_privacy(
-    trainer: FederatedTrainer, adapter: LiveAdapter, availability: Availability | None
+    args: FederatedArguments, num_clients: int, adapter: LiveAdapter, availability: Availability | None
 ) -> PrivateRounds | None:
     """
     Check that a federation can be private, and work out its noise.
 
     Args:
-        trainer ([`FederatedTrainer`]): The trainer, of which the arguments, the clients and the model are read.
+        args ([`FederatedArguments`]): The arguments.
+        num_clients (`int`): The number of all clients.
         adapter ([`LiveAdapter`]): What travels.
         availability (`Callable[[str, int], bool]`, *optional*): Whether a client is available in a round.
 
@@ -89,7 +38,6 @@ def resolve_privacy(
         ImportError: if dp-accounting is not installed.
         ValueError: if the federation cannot be private as it is asked to be.
     """
-    args, num_clients = trainer.args, len(trainer.clients)
     if args.privacy is None:
         return None
     import_dp_accounting()
@@ -99,7 +47,7 @@ def resolve_privacy(
             "`secret_sampling` counts on clients that are drawn from all with equal chances, but `availability` decides who "
             "can be drawn. Leave one of the two out."
         )
-    if awaits_gradient(trainer.model, adapter.adapter_name):
+    if adapter.awaits_gradient:
         raise ValueError(
             "`privacy` does not go with bases that are made from the clients' gradients in a round 0, which has neither "
             "clipping nor noise. Make them from public data before (`initialize_bases_from_gradient`), or use other bases."

@@ -2,74 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from peft_ravan.merging import get_merge_method, get_server_optimizer
 from peft_ravan.sharing.federation_record import FederationRecord, current_versions, public_history
 
-from .participation import describe_participation
-from .partition import describe_partition
+from .arguments import FederatedArguments
+from .federation import Federation
 
 
-if TYPE_CHECKING:
-    from .arguments import FederatedArguments
-    from .federated_trainer import FederatedTrainer
-
-
-def federation_record(trainer: FederatedTrainer) -> FederationRecord | None:
+def federation_record(
+    federation: Federation, log_history: Sequence[Mapping[str, Any]], best_round: int | None = None
+) -> FederationRecord | None:
     """
     Sum up a federation for the adapter's card.
 
     Args:
-        trainer ([`FederatedTrainer`]): The trainer.
+        federation ([`Federation`]): What it is made with.
+        log_history (`Sequence[Mapping[str, Any]]`): What was logged.
+        best_round (`int`, *optional*): The round that the adapter is of, if it is not the last one.
 
     Returns:
         [`~peft_ravan.sharing.federation_record.FederationRecord`]: The facts and the rounds, or `None` if no round has been run.
     """
-    history = [record for record in trainer.state.log_history if record.get("round")]
+    history = [record for record in log_history if record.get("round")]
     if not history:
         return None
-    args, method = trainer.args, get_merge_method(trainer.merge_method)
-    given = isinstance(trainer.train_dataset, Mapping)
+    args, method = federation.args, get_merge_method(federation.merge_method)
+    num_clients = len(federation.clients)
     steps = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
     batch_size = args.train_batch_size * args.gradient_accumulation_steps
     skipped = sum(not record["clients"] for record in history)
     # with `eval_on_start` alone, round 0 has an evaluation and no clients
-    opening = [r for r in trainer.state.log_history if r.get("round") == 0 and "clients" in r]
+    opening = [r for r in log_history if r.get("round") == 0 and "clients" in r]
     uploaded, downloaded = (
         sum(record[name] for record in [*opening, *history]) for name in ("upload_bytes", "download_bytes")
     )
     facts = {
-        "Clients": len(trainer.clients),
-        "Clients per round": describe_participation(args, len(trainer.clients)),
-        "Data of the clients": "given by client" if given else describe_partition(args),
+        "Clients": num_clients,
+        "Clients per round": args.participation.describe(num_clients),
+        "Data of the clients": "given by client"
+        if federation.is_given_by_client
+        else args.partition_settings.describe(),
         "Rounds": f"{len(history)}, {skipped} of them skipped" if skipped else len(history),
-        "Local training": f"{steps} of {batch_size} examples, {_optimizer(trainer)}",
-        "Learning rate": f"{_learning_rates(trainer)}, {args.lr_scheduler_type.value} over the rounds",
+        "Local training": f"{steps} of {batch_size} examples, {_optimizer(federation)}",
+        "Learning rate": f"{_learning_rates(federation)}, {args.lr_scheduler_type.value} over the rounds",
         "Merge method": f"[{method.pretty_name}]({method.reference})",
         "Merge options": {**method.options, **(args.merge_options or {})} or "none",
         **_server_optimizer(args),
-        **_client_budgets(trainer),
-        **_privacy(trainer, history),
+        **_client_budgets(federation),
+        **_privacy(federation, history),
         **_common_bases(opening),
         "Uploaded": f"{uploaded / 1e6:.2f} MB by all clients",
         "Downloaded": f"{downloaded / 1e6:.2f} MB by all clients",
-        **_seeds(trainer),
+        **_seeds(federation),
     }
     return FederationRecord(
-        len(trainer.clients),
+        len(federation.clients),
         facts,
         public_history([*opening, *history]),
         current_versions(),
-        best_round=_best_round(trainer),
+        best_round=best_round,
     )
-
-
-def _best_round(trainer: FederatedTrainer) -> int | None:
-    # only at its end a run goes back to its best round
-    is_taken = trainer.args.load_best_model_at_end and not trainer.is_in_train
-    return trainer.state.best_global_step if is_taken and trainer.state.best_model_checkpoint else None
 
 
 def _server_optimizer(args: FederatedArguments) -> dict[str, str]:
@@ -80,10 +75,10 @@ def _server_optimizer(args: FederatedArguments) -> dict[str, str]:
     return {"Server optimizer": f"[{optimizer.pretty_name}]({optimizer.reference}), {options}"}
 
 
-def _client_budgets(trainer: FederatedTrainer) -> dict[str, str]:
-    if trainer.client_budgets is None:
+def _client_budgets(federation: Federation) -> dict[str, str]:
+    if federation.client_budgets is None:
         return {}
-    args, shares = trainer.args, trainer.client_budgets.values()
+    args, shares = federation.args, federation.client_budgets.values()
     mean = sum(shares) / len(shares)
     spent = "at every target" if args.head_allocation == "layer" else "over all targets"
     return {
@@ -91,28 +86,28 @@ def _client_budgets(trainer: FederatedTrainer) -> dict[str, str]:
     }
 
 
-def _seeds(trainer: FederatedTrainer) -> dict[str, int]:
-    args = trainer.args
-    if _is_secret(trainer):
+def _seeds(federation: Federation) -> dict[str, int]:
+    args = federation.args
+    if _is_secret(federation):
         return {}
     return {"Seed": args.federated_seed} | (
         {} if args.seed == args.federated_seed else {"Seed of the trainer": args.seed}
     )
 
 
-def _is_secret(trainer: FederatedTrainer) -> bool:
+def _is_secret(federation: Federation) -> bool:
     """Whether the guarantee needs that nobody can work out who took part."""
-    return trainer.privacy is not None and trainer.privacy.privacy.secret_sampling
+    return federation.privacy is not None and federation.privacy.privacy.secret_sampling
 
 
-def _privacy(trainer: FederatedTrainer, history: list[dict[str, Any]]) -> dict[str, str]:
-    if trainer.privacy is None:
+def _privacy(federation: Federation, history: list[dict[str, Any]]) -> dict[str, str]:
+    if federation.privacy is None:
         return {}
-    privacy, noisy = trainer.privacy.privacy, trainer.privacy.round
-    counted = "takes part in secret" if _is_secret(trainer) else "takes part in every round"
+    privacy, noisy = federation.privacy.privacy, federation.privacy.round
+    counted = "takes part in secret" if _is_secret(federation) else "takes part in every round"
     seed = "the operating system" if privacy.noise_seed is None else "a seed, which must be secret"
     return {
-        "Differential privacy": f"ε = {trainer.privacy.epsilon(history):.3g} at δ = {privacy.delta:g}, for the data of one "
+        "Differential privacy": f"ε = {federation.privacy.epsilon(history):.3g} at δ = {privacy.delta:g}, for the data of one "
         f"client being replaced, if it {counted}",
         "Clipping and noise": f"norm {privacy.clip_norm:g} of a whole upload, noise multiplier "
         f"{noisy.noise_multiplier:.4g} from {seed}, uniform weights",
@@ -129,14 +124,14 @@ def _common_bases(opening: list[dict[str, Any]]) -> dict[str, str]:
     }
 
 
-def _optimizer(trainer: FederatedTrainer) -> str:
-    chosen = trainer.optimizer_cls_and_kwargs
-    return trainer.args.optim.value if chosen is None else chosen[0].__name__
+def _optimizer(federation: Federation) -> str:
+    chosen = federation.optimizer
+    return federation.args.optim.value if chosen is None else chosen[0].__name__
 
 
-def _learning_rates(trainer: FederatedTrainer) -> str:
-    _, kwargs = trainer.optimizer_cls_and_kwargs or (None, {})
-    default = kwargs.get("lr", trainer.args.learning_rate)
+def _learning_rates(federation: Federation) -> str:
+    _, kwargs = federation.optimizer or (None, {})
+    default = kwargs.get("lr", federation.args.learning_rate)
     groups = [group for group in kwargs.get("params", []) if isinstance(group, dict)]
     rates = [group.get("lr", default) for group in groups] or [default]
     return " and ".join(f"{rate:g}" for rate in rates) + (" by parameter group" if len(rates) > 1 else "")

@@ -9,7 +9,6 @@ plain weighted ones: a server that adds up securely would do.
 from __future__ import annotations
 
 import contextlib
-import copy
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -34,12 +33,12 @@ from peft_ravan.tuner.state import CORE_NAME, SCALING_NAME, is_basis, is_core
 
 from .client_runners import ClientResult, one_process
 from .faults import RoundFailedError, TimeoutCallback, updates_of
-from .participation import sample_clients
-from .rounds import Round, derive_seed, serialized_bytes
+from .participation import Participation
+from .rounds import Round, serialized_bytes
+from .seeds import derive_seed
 
 
 if TYPE_CHECKING:
-    from .arguments import FederatedArguments
     from .resuming import Run
 
 
@@ -47,21 +46,26 @@ if TYPE_CHECKING:
 BasesWork = Callable[[str, TimeoutCallback], tuple[dict[str, torch.Tensor], float]]
 
 
-def sample_bases_clients(sizes: Mapping[str, int], args: FederatedArguments) -> list[str]:
+def sample_bases_clients(
+    sizes: Mapping[str, int], participation: Participation, bases_clients: int | None
+) -> list[str]:
     """
     Draw the clients of round 0.
 
     Args:
         sizes (`Mapping[str, int]`): The names of all clients, and how many examples each has.
-        args ([`FederatedArguments`]): The arguments.
+        participation ([`Participation`]): Who takes part in other rounds.
+        bases_clients (`int`, *optional*): How many take part. By default as many as in other rounds.
 
     Returns:
         `list[str]`: The names of the clients, drawn with the weights of a round but from a seed of their own.
     """
-    args = copy.copy(args)
-    args.clients_per_round = args.bases_clients or args.clients_per_round
-    args.federated_seed = derive_seed(args.federated_seed, "bases")
-    return sample_clients(sizes, args, 0)
+    of_bases = replace(
+        participation,
+        clients_per_round=bases_clients or participation.clients_per_round,
+        seed=derive_seed(participation.seed, "bases"),
+    )
+    return of_bases.sample(sizes, 0)
 
 
 class RoundZeroMixin:
@@ -90,7 +94,9 @@ class RoundZeroMixin:
         no_gradient = sketch_state(
             make_sketches(self.model, adapter_name, rank)
         )  # raises for an adapter that was trained
-        this_round = Round(0, sample_bases_clients(self._client_sizes(), self.args))
+        this_round = Round(
+            0, sample_bases_clients(self._client_sizes(), self.args.participation, self.args.bases_clients)
+        )
         # not that of the first round, which is 0 if the schedule starts with a warm-up
         self._learning_rate_factor = 1.0
         head = {name: tensor for name, tensor in run.global_state.items() if not is_core(name)}

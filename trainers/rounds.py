@@ -1,48 +1,28 @@
-"""What happens between the clients' trainings: who takes part, with which seed and learning rate, and what is recorded."""
+"""What a round is: its learning rate, what happens after it, the bytes of what is sent, and what is recorded of it."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import safetensors.torch
 import torch
-from transformers import get_scheduler
+from transformers import TrainingArguments, get_scheduler
 from transformers.trainer_utils import IntervalStrategy
 
 from peft_ravan.merging import ClientUpdate
 from peft_ravan.tuner.state import is_core
 
 
-if TYPE_CHECKING:
-    from .arguments import FederatedArguments
-
-
-def derive_seed(seed: int, *names: str | int) -> int:
-    """
-    Derive the seed of one random choice from the seed of the run and the choice's name, so that no choice depends on
-    how many were made before it.
-
-    Args:
-        seed (`int`): The seed of the run.
-        *names (`str` or `int`): The name of the choice, such as `"client", round, client_id`.
-
-    Returns:
-        `int`: A seed below 2**32, which numpy, torch and Python accept.
-    """
-    digest = hashlib.sha256("/".join(str(part) for part in (seed, *names)).encode()).digest()
-    return int.from_bytes(digest[:4], "big")
-
-
-def learning_rate_factors(args: FederatedArguments) -> list[float]:
+def learning_rate_factors(args: TrainingArguments, num_rounds: int) -> list[float]:
     """
     What `lr_scheduler_type` makes of the learning rate over the rounds.
 
     Args:
-        args ([`FederatedArguments`]): The arguments, of which the schedule and `num_rounds` are read.
+        args ([`~transformers.TrainingArguments`]): The arguments, of which the schedule is read.
+        num_rounds (`int`): The number of rounds.
 
     Returns:
         `list[float]`: The factor of the learning rate for each round.
@@ -51,12 +31,12 @@ def learning_rate_factors(args: FederatedArguments) -> list[float]:
     scheduler = get_scheduler(
         args.lr_scheduler_type,
         optimizer=optimizer,
-        num_warmup_steps=args.get_warmup_steps(args.num_rounds),
-        num_training_steps=args.num_rounds,
+        num_warmup_steps=args.get_warmup_steps(num_rounds),
+        num_training_steps=num_rounds,
         scheduler_specific_kwargs=args.lr_scheduler_kwargs,
     )
     factors = []
-    for _ in range(args.num_rounds):
+    for _ in range(num_rounds):
         factors.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         scheduler.step()
@@ -230,11 +210,11 @@ class Round:
         return {**record, "train_loss": weighted / total, "learning_rate": self.learning_rate}
 
 
-def mean_train_loss(history: Sequence[Mapping[str, Any]], args: FederatedArguments) -> float:
+def mean_train_loss(history: Sequence[Mapping[str, Any]], min_clients: int) -> float:
     """
     Args:
         history (`Sequence[Mapping[str, Any]]`): The records of the rounds.
-        args ([`FederatedArguments`]): The arguments, for the error.
+        min_clients (`int`): How many clients a round needs, for the error.
 
     Returns:
         `float`: The mean training loss over the rounds in which clients trained.
@@ -245,7 +225,7 @@ def mean_train_loss(history: Sequence[Mapping[str, Any]], args: FederatedArgumen
     losses = [record["train_loss"] for record in history if "train_loss" in record]
     if not losses:
         raise RuntimeError(
-            f"Nothing was trained: in none of the {len(history)} rounds were min_clients={args.min_clients} clients "
+            f"Nothing was trained: in none of the {len(history)} rounds were min_clients={min_clients} clients "
             "available. Use a smaller `min_clients`, more rounds, or look into `availability`."
         )
     return sum(losses) / len(losses)

@@ -6,17 +6,13 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from .checkpoints import CheckpointError
-from .client_runners import DataParallelRunner
 from .data_fingerprint import client_fingerprints
-
-
-if TYPE_CHECKING:
-    from .federated_trainer import FederatedTrainer
+from .federation import Federation
 
 
 # all arguments are compared but these, which do not change what is trained
@@ -61,34 +57,34 @@ _TOO_LONG_TO_SHOW = ("adapter", "clients_digest")
 _MAX_SHOWN = 80  # characters of a value
 
 
-def run_facts(trainer: FederatedTrainer, state: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+def run_facts(federation: Federation, state: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """
     Args:
-        trainer ([`FederatedTrainer`]): The trainer, before its run.
+        federation ([`Federation`]): What it is made with, before its run.
         state (`Mapping[str, torch.Tensor]`): The tensors that clients train, by their checkpoint names.
 
     Returns:
         `dict[str, Any]`: What tells this federation from others, and what it is made with, as JSON keeps it.
     """
-    config = trainer.model.active_peft_config
-    base_config = getattr(trainer.model.get_base_model(), "config", None)
-    arguments = {name: value for name, value in trainer.args.to_dict().items() if name not in _NOT_COMPARED}
-    sharing_data = trainer.args.world_size if isinstance(trainer._runner, DataParallelRunner) else 1
+    args, model = federation.args, federation.model
+    config = model.active_peft_config
+    base_config = getattr(model.get_base_model(), "config", None)
+    arguments = {name: value for name, value in args.to_dict().items() if name not in _NOT_COMPARED}
     return _as_json(
         {
             "adapter": {name: [list(tensor.shape), tensor.dtype] for name, tensor in sorted(state.items())},
-            "adapter_name": trainer.model.active_adapter,
+            "adapter_name": model.active_adapter,
             "peft_type": config.peft_type,
-            "clients": len(trainer.clients),
-            "clients_digest": _digest(trainer._client_sizes()),
+            "clients": len(federation.clients),
+            "clients_digest": _digest(federation.client_sizes),
             "compared": {
                 **arguments,
-                "merge_method": trainer.merge_method,
-                "processes that share data": sharing_data,
+                "merge_method": federation.merge_method,
+                "processes that share data": federation.num_processes_sharing,
                 **{f"adapter.{name}": value for name, value in _compared_of(config)},
                 **{f"model.{name}": value for name, value in _compared_of(base_config)},
             },
-            "data": client_fingerprints(trainer.clients, may_read=trainer.args.dataloader_num_workers == 0),
+            "data": client_fingerprints(federation.clients, may_read=args.dataloader_num_workers == 0),
         }
     )
 

@@ -12,7 +12,7 @@ from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
 from peft_ravan.sharing.adapter_files import CARD_FILE
-from peft_ravan.sharing.federation_record import HISTORY_FILE, PLOT_FILE, write_history
+from peft_ravan.sharing.federation_record import HISTORY_FILE, PLOT_FILE, FederationRecord, write_history
 from peft_ravan.sharing.hub import Destination, push_folder
 from peft_ravan.sharing.model_card import make_model_card
 from peft_ravan.sharing.reading import adapter_folder
@@ -41,7 +41,7 @@ class SharingMixin:
         output_dir = self.args.output_dir if output_dir is None else output_dir
         super().save_model(output_dir, _internal_call=_internal_call)
         if self.args.should_save:
-            folder, record = self._adapter_folder(output_dir), federation_record(self)
+            folder, record = self._adapter_folder(output_dir), self._federation_record()
             if record is not None:
                 record.save_facts(folder)
             if any("round" in record for record in self.state.log_history):
@@ -188,6 +188,12 @@ class SharingMixin:
             **card_data,
         )
 
+    def _federation_record(self) -> FederationRecord | None:
+        # only at its end a run goes back to its best round
+        is_best = self.args.load_best_model_at_end and not self.is_in_train and self.state.best_model_checkpoint
+        best_round = self.state.best_global_step if is_best else None
+        return federation_record(self.federation, self.state.log_history, best_round)
+
     def _adapter_folder(self, folder: str | os.PathLike) -> Path:
         return adapter_folder(folder, self.model.active_adapter)
 
@@ -195,7 +201,7 @@ class SharingMixin:
         model = self.accelerator.unwrap_model(self.model)
         return make_model_card(
             model.active_peft_config,
-            federation_record(self),
+            self._federation_record(),
             auto_class=type(model.get_base_model()).__name__,
             folder=folder,
             **card_data,

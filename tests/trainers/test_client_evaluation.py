@@ -74,7 +74,7 @@ def test_clients_are_evaluated_on_the_labels_they_train_on(tmp_path, partition):
     args = arguments(tmp_path, partition=partition, num_clients=4, partition_alpha=0.3)
     training, evaluation = classification_dataset(), classification_dataset(400, seed=1)
     clients = make_clients(training, args)
-    parts = make_client_eval_datasets(evaluation, clients, args)
+    parts = make_client_eval_datasets(evaluation, clients, args.partition_settings)
     assert sum(map(len, parts.values())) == 400
     total, in_eval = (np.bincount(data["labels"], minlength=4) for data in (training, evaluation))
     for client, part in parts.items():
@@ -90,7 +90,9 @@ def test_clients_of_a_column_get_what_the_column_says(tmp_path):
     args = arguments(tmp_path, partition="column", partition_column="speaker", num_clients=None)
     clients = make_clients(with_speakers(30, ["anna", "ben", "chloe"]), args)
     with pytest.warns(UserWarning, match="1 of 3 clients have no examples"):
-        parts = make_client_eval_datasets(with_speakers(8, ["ben", "anna", "zoe", "anna"]), clients, args)
+        parts = make_client_eval_datasets(
+            with_speakers(8, ["ben", "anna", "zoe", "anna"]), clients, args.partition_settings
+        )
     assert {client: list(part["speaker"]) for client, part in parts.items()} == {
         "anna": ["anna"] * 4, "ben": ["ben"] * 2,
     }  # fmt: skip
@@ -99,7 +101,7 @@ def test_clients_of_a_column_get_what_the_column_says(tmp_path):
 def test_without_labels_the_numbers_of_examples_decide(tmp_path):
     data = classification_dataset(100).rename_column("labels", "targets")
     clients = {"small": data.select(range(10)), "large": data.select(range(10, 40))}
-    parts = make_client_eval_datasets(data, clients, arguments(tmp_path, num_clients=None))
+    parts = make_client_eval_datasets(data, clients, arguments(tmp_path, num_clients=None).partition_settings)
     assert {client: len(part) for client, part in parts.items()} == {"small": 25, "large": 75}
 
 

@@ -9,7 +9,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from peft_ravan import RavanConfig, RavanLayer
 from peft_ravan.trainers import FederatedArguments, FederatedCallback, FederatedTrainer, RoundFailedError
 from peft_ravan.trainers.clients import LiveAdapter
-from peft_ravan.trainers.rounds import derive_seed
+from peft_ravan.trainers.seeds import derive_seed
 from peft_ravan.tuner.state import exchange_state
 
 from ..conftest import classification_dataset, tiny_bert, tiny_llama

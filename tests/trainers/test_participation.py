@@ -7,7 +7,6 @@ from hypothesis import given
 
 from peft_ravan.trainers import FederatedArguments, FederatedCallback
 from peft_ravan.trainers.clients import LiveAdapter
-from peft_ravan.trainers.participation import check_participation, sample_clients
 
 from ..conftest import classification_dataset
 from ..properties import examples
@@ -27,17 +26,17 @@ def args(**kwargs) -> FederatedArguments:
 @pytest.mark.parametrize("weights", [None, "examples", dict.fromkeys(CLIENTS, 1.0)])
 def test_participation_is_drawn_anew_in_every_round_and_can_be_repeated(weights):
     arguments = args(clients_per_round=4, participation_weights=weights)
-    rounds = [sample_clients(CLIENTS, arguments, number) for number in range(1, 41)]
+    rounds = [arguments.participation.sample(CLIENTS, number) for number in range(1, 41)]
     assert all(len(set(chosen)) == 4 and set(chosen) <= set(CLIENTS) for chosen in rounds)
     assert {client for chosen in rounds for client in chosen} == set(CLIENTS)
     # round 17 does not depend on the rounds before it, which is what makes a run resumable
-    assert sample_clients(CLIENTS, arguments, 17) == rounds[16]
+    assert arguments.participation.sample(CLIENTS, 17) == rounds[16]
     other = args(clients_per_round=4, participation_weights=weights, seed=1)
-    assert rounds != [sample_clients(CLIENTS, other, number) for number in range(1, 41)]
+    assert rounds != [other.participation.sample(CLIENTS, number) for number in range(1, 41)]
 
 
 def test_by_default_everybody_takes_part():
-    assert sample_clients(CLIENTS, args(), 1) == list(CLIENTS)
+    assert args().participation.sample(CLIENTS, 1) == list(CLIENTS)
 
 
 @examples(50)
@@ -58,17 +57,19 @@ def test_who_is_drawn_is_available_and_does_not_depend_on_the_order(
         assert number == round_number
         return client not in absent
 
-    chosen = sample_clients(CLIENTS, arguments, round_number, availability)
+    chosen = arguments.participation.sample(CLIENTS, round_number, availability)
     assert not set(chosen) & absent
     assert len(set(chosen)) == len(chosen) == min(clients_per_round or 10, 10 - len(absent))
-    shuffled = sample_clients({client: CLIENTS[client] for client in order}, arguments, round_number, availability)
+    shuffled = arguments.participation.sample(
+        {client: CLIENTS[client] for client in order}, round_number, availability
+    )
     assert set(shuffled) == set(chosen) and shuffled == [client for client in order if client in chosen]
 
 
 @pytest.mark.parametrize("weights", ["examples", {client: 7.0 * size for client, size in CLIENTS.items()}])
 def test_weighted_draws_follow_the_weights(weights):
     arguments = args(clients_per_round=1, participation_weights=weights)
-    drawn = collections.Counter(sample_clients(CLIENTS, arguments, number)[0] for number in range(1, 2001))
+    drawn = collections.Counter(arguments.participation.sample(CLIENTS, number)[0] for number in range(1, 2001))
     expected = np.array(list(CLIENTS.values())) / sum(CLIENTS.values())
     observed = np.array([drawn[client] for client in CLIENTS]) / 2000
     assert np.abs(observed - expected).max() < 0.03
@@ -78,32 +79,32 @@ def test_several_are_drawn_as_if_one_after_another():
     """P(a and b) for weights 4, 2, 1, by hand: a then b, 4/7 * 2/3, or b then a, 2/7 * 4/5."""
     arguments = args(clients_per_round=2, participation_weights={"a": 4, "b": 2, "c": 1})
     clients = dict.fromkeys("abc", 1)
-    share = np.mean([sample_clients(clients, arguments, number) == ["a", "b"] for number in range(1, 3001)])
+    share = np.mean([arguments.participation.sample(clients, number) == ["a", "b"] for number in range(1, 3001)])
     assert share == pytest.approx(4 / 7 * 2 / 3 + 2 / 7 * 4 / 5, abs=0.03)
 
 
 def test_extreme_weights_are_no_trouble():
     weights = {**dict.fromkeys(CLIENTS, 1e-300), "client_3": 1e300, "client_4": 0.0}
     arguments = args(clients_per_round=9, participation_weights=weights)
-    assert set(sample_clients(CLIENTS, arguments, 1)) == set(CLIENTS) - {"client_4"}
+    assert set(arguments.participation.sample(CLIENTS, 1)) == set(CLIENTS) - {"client_4"}
     arguments = args(clients_per_round=1, participation_weights=weights)
-    assert all(sample_clients(CLIENTS, arguments, number) == ["client_3"] for number in range(1, 20))
+    assert all(arguments.participation.sample(CLIENTS, number) == ["client_3"] for number in range(1, 20))
 
 
 def test_a_weight_of_zero_is_never_drawn_also_if_all_take_part():
     weights = {**dict.fromkeys(CLIENTS, 1), "client_0": 0}
-    assert sample_clients(CLIENTS, args(participation_weights=weights), 1) == list(CLIENTS)[1:]
+    assert args(participation_weights=weights).participation.sample(CLIENTS, 1) == list(CLIENTS)[1:]
 
 
 def test_a_round_with_too_few_is_skipped():
     def two(client, number):
         return client in ("client_2", "client_5")
 
-    assert sample_clients(CLIENTS, args(min_clients=2, clients_per_round=5), 1, two) == ["client_2", "client_5"]
+    assert args(min_clients=2, clients_per_round=5).participation.sample(CLIENTS, 1, two) == ["client_2", "client_5"]
     with pytest.warns(UserWarning, match="Round 7 is skipped: 2 clients are available, and min_clients=3"):
-        assert sample_clients(CLIENTS, args(min_clients=3), 7, two) == []
+        assert args(min_clients=3).participation.sample(CLIENTS, 7, two) == []
     with pytest.warns(UserWarning, match="Round 1 is skipped: 0 clients"):
-        assert sample_clients(CLIENTS, args(), 1, lambda client, number: False) == []
+        assert args().participation.sample(CLIENTS, 1, lambda client, number: False) == []
 
 
 @pytest.mark.parametrize(
@@ -128,7 +129,7 @@ def test_a_round_with_too_few_is_skipped():
 )
 def test_what_cannot_be_drawn_is_told(fields, availability, error, message):
     with pytest.raises(error, match=message):
-        check_participation(CLIENTS, args(**fields), availability)
+        args(**fields).participation.check(CLIENTS, availability)
 
 
 # ---- In a run --------------------------------------------------------------------

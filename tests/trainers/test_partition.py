@@ -32,10 +32,10 @@ def args(**kwargs) -> FederatedArguments:
 def test_every_example_goes_to_exactly_one_client(num_examples, num_clients, num_labels, partition, alpha, seed):
     dataset = labelled(np.arange(num_examples) % num_labels)
     arguments = args(num_clients=num_clients, partition=partition, partition_alpha=alpha, federated_seed=seed)
-    parts = partition_indices(dataset, arguments)
+    parts = partition_indices(dataset, arguments.partition_settings)
     assert len(parts) == num_clients and min(len(part) for part in parts.values()) > 0
     assert sorted(np.concatenate(list(parts.values()))) == list(range(num_examples))
-    again = partition_indices(dataset, arguments)
+    again = partition_indices(dataset, arguments.partition_settings)
     assert all(np.array_equal(parts[name], again[name]) for name in parts)
 
 
@@ -52,7 +52,9 @@ def test_pathological_clients_have_at_most_k_labels(sizes, num_clients, k, seed)
     np.random.default_rng(seed).shuffle(labels)
     parts = partition_indices(
         labelled(labels),
-        args(num_clients=num_clients, partition="pathological", labels_per_client=k, federated_seed=seed),
+        args(
+            num_clients=num_clients, partition="pathological", labels_per_client=k, federated_seed=seed
+        ).partition_settings,
     )
     assert sorted(np.concatenate(list(parts.values()))) == list(range(len(labels)))
     label_counts = [len(set(labels[part])) for part in parts.values()]
@@ -67,14 +69,16 @@ def test_pathological_on_digits_is_as_in_the_paper():
     """Real data: 1,797 digits, and two of them for each of 100 clients."""
     digits = load_digits().target
     arguments = args(num_clients=100, partition="pathological", labels_per_client=2)
-    parts = partition_indices(labelled(digits), arguments)
+    parts = partition_indices(labelled(digits), arguments.partition_settings)
     assert all(len(set(digits[part])) == 2 for part in parts.values())
     sizes = [len(part) for part in parts.values()]
     assert sum(sizes) == 1797 and 15 <= min(sizes) <= max(sizes) <= 20
     pairs = {tuple(sorted(set(digits[part]))) for part in parts.values()}
     assert len(pairs) > 15  # of 45; who meets whom is drawn
-    again = partition_indices(labelled(digits), arguments)
-    other = partition_indices(labelled(digits), args(num_clients=100, partition="pathological", federated_seed=1))
+    again = partition_indices(labelled(digits), arguments.partition_settings)
+    other = partition_indices(
+        labelled(digits), args(num_clients=100, partition="pathological", federated_seed=1).partition_settings
+    )
     assert all(np.array_equal(parts[name], again[name]) for name in parts)
     assert not all(np.array_equal(parts[name], other[name]) for name in parts)
 
@@ -82,9 +86,9 @@ def test_pathological_on_digits_is_as_in_the_paper():
 @pytest.mark.parametrize("partition", ["iid", "dirichlet", "pathological"])
 def test_a_partition_does_not_depend_on_what_was_drawn_before(partition):
     dataset, arguments = labelled(np.arange(60) % 3), args(num_clients=4, partition=partition)
-    first = partition_indices(dataset, arguments)
+    first = partition_indices(dataset, arguments.partition_settings)
     np.random.seed(1), np.random.random(5), torch.manual_seed(1)
-    second = partition_indices(dataset, arguments)
+    second = partition_indices(dataset, arguments.partition_settings)
     assert all(np.array_equal(first[name], second[name]) for name in first)
 
 
@@ -102,7 +106,7 @@ def test_labels_of_every_kind():
 
 
 def test_iid_parts_are_equal_and_mixed():
-    parts = partition_indices(labelled([0] * 50 + [1] * 50), args(num_clients=4))
+    parts = partition_indices(labelled([0] * 50 + [1] * 50), args(num_clients=4).partition_settings)
     assert [len(part) for part in parts.values()] == [25] * 4
     assert all(0 < (part < 50).sum() < 25 for part in parts.values())
 
@@ -111,7 +115,9 @@ def test_the_smaller_alpha_the_more_clients_differ():
     dataset = labelled(np.arange(2000) % 10)
 
     def mean_share_of_the_commonest_label(alpha):
-        parts = partition_indices(dataset, args(num_clients=10, partition="dirichlet", partition_alpha=alpha))
+        parts = partition_indices(
+            dataset, args(num_clients=10, partition="dirichlet", partition_alpha=alpha).partition_settings
+        )
         return np.mean([np.bincount(part % 10).max() / len(part) for part in parts.values()])
 
     assert mean_share_of_the_commonest_label(1000.0) == pytest.approx(0.1, abs=0.03)
@@ -120,7 +126,9 @@ def test_the_smaller_alpha_the_more_clients_differ():
 
 def test_another_seed_gives_another_partition():
     dataset = labelled(np.arange(100) % 3)
-    first, second = (partition_indices(dataset, args(num_clients=2, federated_seed=seed)) for seed in (1, 2))
+    first, second = (
+        partition_indices(dataset, args(num_clients=2, federated_seed=seed).partition_settings) for seed in (1, 2)
+    )
     assert not np.array_equal(first["client_0"], second["client_0"])
 
 

@@ -316,7 +316,7 @@ def test_the_totals_and_the_card_include_it(tmp_path):
     assert metrics["upload_bytes"] == sum(record["upload_bytes"] for record in history)
     assert metrics["download_bytes"] == sum(record["download_bytes"] for record in history)
     assert metrics["train_loss"] == history[1]["train_loss"]
-    record = federation_record(trainer)
+    record = federation_record(trainer.federation, trainer.state.log_history)
     assert record.facts["Rounds"] == 1 and "gradients of 3 clients, in a round 0" in record.facts["Bases"]
     trainer.save_model(str(tmp_path / "saved"))
     card = (tmp_path / "saved" / "README.md").read_text()
@@ -333,15 +333,18 @@ def of_ten(tmp_path, **kwargs):
 
 def test_clients_are_drawn_from_the_seed_and_with_their_weights(tmp_path):
     sizes = {f"client_{index}": 10 for index in range(10)}
-    args = of_ten(tmp_path)
-    assert sample_bases_clients(sizes, args) == sample_bases_clients(sizes, args)
-    draws = {tuple(sample_bases_clients(sizes, of_ten(tmp_path, federated_seed=seed))) for seed in range(5)}
-    assert len(draws) == 5 and {len(draw) for draw in draws} == {4}
+
+    def draw(**kwargs) -> list[str]:
+        args = of_ten(tmp_path, **kwargs)
+        return sample_bases_clients(sizes, args.participation, args.bases_clients)
+
+    assert draw() == draw()
+    draws = {tuple(draw(federated_seed=seed)) for seed in range(5)}
+    assert len(draws) == 5 and {len(drawn) for drawn in draws} == {4}
     weights = {name: float(index < 5) for index, name in enumerate(sizes)}
-    drawn = sample_bases_clients(sizes, of_ten(tmp_path, participation_weights=weights))
-    assert set(drawn) <= set(list(sizes)[:5])
-    args = arguments(tmp_path, num_clients=10, clients_per_round=3)
-    assert len(sample_bases_clients(sizes, args)) == 3
+    assert set(draw(participation_weights=weights)) <= set(list(sizes)[:5])
+    participation = arguments(tmp_path, num_clients=10, clients_per_round=3).participation
+    assert len(sample_bases_clients(sizes, participation, None)) == 3
 
 
 def failing(*clients, how="raise", phase="rows"):

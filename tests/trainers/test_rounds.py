@@ -6,14 +6,8 @@ from hypothesis import strategies as st
 
 from peft_ravan.merging import ClientUpdate
 from peft_ravan.trainers import FederatedArguments
-from peft_ravan.trainers.rounds import (
-    Round,
-    derive_seed,
-    is_due,
-    learning_rate_factors,
-    mean_train_loss,
-    serialized_bytes,
-)
+from peft_ravan.trainers.rounds import Round, is_due, learning_rate_factors, mean_train_loss, serialized_bytes
+from peft_ravan.trainers.seeds import derive_seed
 
 from ..properties import examples
 
@@ -28,11 +22,11 @@ def test_seeds_depend_on_their_name_only():
 
 
 def test_schedules_act_over_rounds():
-    assert learning_rate_factors(FederatedArguments("out", num_rounds=3)) == [1, 1, 1]
-    linear = FederatedArguments("out", num_rounds=4, lr_scheduler_type="linear")
-    assert learning_rate_factors(linear) == pytest.approx([1, 0.75, 0.5, 0.25])
-    warmup = FederatedArguments("out", num_rounds=4, lr_scheduler_type="constant_with_warmup", warmup_steps=2)
-    assert learning_rate_factors(warmup) == pytest.approx([0, 0.5, 1, 1])
+    assert learning_rate_factors(FederatedArguments("out"), 3) == [1, 1, 1]
+    linear = FederatedArguments("out", lr_scheduler_type="linear")
+    assert learning_rate_factors(linear, 4) == pytest.approx([1, 0.75, 0.5, 0.25])
+    warmup = FederatedArguments("out", lr_scheduler_type="constant_with_warmup", warmup_steps=2)
+    assert learning_rate_factors(warmup, 4) == pytest.approx([0, 0.5, 1, 1])
 
 
 @pytest.mark.parametrize(
@@ -93,7 +87,6 @@ def test_a_round_in_which_nobody_trained_has_no_loss():
         "round": 1, "clients": [], "failed_clients": [], "attempts": 1, "num_examples": 0, "upload_bytes": 0,
         "download_bytes": 0,
     }  # fmt: skip
-    args = FederatedArguments("out", min_clients=3)
-    assert mean_train_loss([skipped.record(), trained.record()], args) == 1.5
+    assert mean_train_loss([skipped.record(), trained.record()], min_clients=3) == 1.5
     with pytest.raises(RuntimeError, match="in none of the 1 rounds were min_clients=3 clients available"):
-        mean_train_loss([skipped.record()], args)
+        mean_train_loss([skipped.record()], min_clients=3)

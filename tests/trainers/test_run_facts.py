@@ -24,7 +24,7 @@ from .test_run_folder import logged
 
 def facts(tmp_path, **kwargs):
     trainer = make_trainer(tmp_path, **kwargs)
-    return run_facts(trainer, adapter_state(trainer))
+    return run_facts(trainer.federation, adapter_state(trainer))
 
 
 @pytest.mark.parametrize(

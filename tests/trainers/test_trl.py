@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from peft_ravan import RavanConfig
 from peft_ravan.trainers import FederatedArguments, FederatedCallback
-from peft_ravan.trainers.rounds import derive_seed
+from peft_ravan.trainers.seeds import derive_seed
 from peft_ravan.tuner.state import exchange_state
 
 from ..conftest import sentence, tiny_llama
