@@ -145,3 +145,17 @@ def tokenizer():
 
 def sentence(start: int) -> str:
     return " ".join(f"w{(start + step) % 60}" for step in range(6))
+
+
+def make_model() -> BertForSequenceClassification:
+    """A model on which the default configuration fits: r * num_heads = 64."""
+    config = BertConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=16,
+        num_labels=NUM_LABELS,
+    )
+    return BertForSequenceClassification(config)

@@ -99,6 +99,14 @@ def test_no_module_is_above_400_lines(path):
     assert len(path.read_text().splitlines()) <= 400
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_tests_share_by_helpers_and_test_what_is_public(path):
+    package = ".".join(path.relative_to(ROOT).parent.parts)
+    names = {name for name in imported_modules(path, package) if name.startswith(("tests", "peft_ravan"))}
+    parts = {part for name in names for part in name.split(".")}
+    assert not [part for part in parts if part.startswith("test_") or (part.startswith("_") and part != "__version__")]
+
+
 def test_the_card_template_is_at_the_top_level():
     assert (
         ROOT / "model_card_template.md"

@@ -15,9 +15,8 @@ from peft_ravan.trainers.head_selection import BUDGET_DISTRIBUTIONS
 from peft_ravan.tuner.bases import BASES
 from peft_ravan.tuner.weighted_adapter import COMBINATION_TYPES
 
-from .conftest import classification_dataset
+from .conftest import classification_dataset, make_model
 from .markdown import code_blocks, dead_links, rows, section
-from .test_readme import make_model
 
 
 PAGE = Path(__file__).parent.parent / "docs" / "ravan.md"

@@ -11,7 +11,7 @@ from peft_ravan.merging import MERGE_METHODS
 from peft_ravan.trainers.commands.run_arguments import DataArguments, ModelArguments, TextArguments
 
 from .commands.conftest import place, run, saved  # noqa: F401
-from .commands.test_command_line import COMMANDS
+from .commands.helpers import COMMANDS
 from .conftest import sentence
 from .markdown import dead_links, rows, section
 

@@ -18,9 +18,8 @@ from peft_ravan.trainers.partition import DEFAULT_NUM_CLIENTS, PARTITIONS
 from peft_ravan.trainers.partition_report import MAX_BARS, MAX_COLOURS
 from peft_ravan.tuner.bases import BasesShape
 
-from .conftest import classification_dataset, make_tokenizer, sentence, tiny_llama
+from .conftest import classification_dataset, make_model, make_tokenizer, sentence, tiny_llama
 from .markdown import dead_links, rows, run_blocks, section
-from .test_readme import make_model
 
 
 PAGE = Path(__file__).parent.parent / "docs" / "federated_trainer.md"

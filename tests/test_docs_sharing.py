@@ -12,9 +12,8 @@ from peft_ravan.sharing.adapter_files import ADAPTER_FILES, CARD_FILE, TWIN_FOLD
 from peft_ravan.sharing.federation_record import FACTS_FILE, HISTORY_FILE, PLOT_FILE
 from peft_ravan.tuner.fingerprint import TOLERANCE
 
-from .conftest import randomize_adapter
+from .conftest import make_model, randomize_adapter
 from .markdown import dead_links, rows, run_blocks, section
-from .test_readme import make_model
 
 
 PAGE = Path(__file__).parent.parent / "docs" / "sharing.md"

@@ -6,30 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import BertConfig, BertForSequenceClassification, ViTConfig, ViTForImageClassification
+from transformers import ViTConfig, ViTForImageClassification
 
 from peft_ravan import RavanConfig
 
 from .commands.conftest import run as command
-from .conftest import NUM_LABELS, VOCAB_SIZE, classification_dataset, randomize_adapter
+from .conftest import classification_dataset, make_model, randomize_adapter
 
 
 README = Path(__file__).parent.parent / "README.md"
 SNIPPETS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-
-
-def make_model() -> BertForSequenceClassification:
-    """A model on which the default configuration fits: r * num_heads = 64."""
-    config = BertConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=16,
-        num_labels=NUM_LABELS,
-    )
-    return BertForSequenceClassification(config)
 
 
 def run(code: str, **given) -> dict:

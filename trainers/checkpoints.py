@@ -143,7 +143,7 @@ def write_federation_state(folder: Path, state: FederationState) -> None:
         folder (`Path`): The checkpoint.
         state ([`FederationState`]): The state.
     """
-    rng_json, rng_tensors = _random_state()
+    rng_json, rng_tensors = random_state()
     tensors = {f"{_SERVER_PREFIX}{name}": tensor.contiguous() for name, tensor in state.server_state.items()}
     safetensors.torch.save_file({**tensors, **rng_tensors}, folder / TENSORS_FILE)
     # also in folders: PEFT saves an adapter that is not named "default" into one
@@ -243,7 +243,7 @@ def checkpoint_round(folder: Path) -> int:
     return int(folder.name.rpartition("-")[2])
 
 
-def _random_state() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def random_state() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     tensors = {"rng.torch": torch.get_rng_state(), "rng.numpy": torch.from_numpy(keys.astype(np.int64))}
     if torch.cuda.is_available():
@@ -269,7 +269,7 @@ def restore_random_state(folder: str | os.PathLike) -> None:
 @contextlib.contextmanager
 def preserved_random_state() -> Iterator[None]:
     """Leave the random generators as they were, whatever is drawn from them within."""
-    state = _random_state()
+    state = random_state()
     try:
         yield
     finally:

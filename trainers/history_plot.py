@@ -159,7 +159,7 @@ def plot_history(
         ValueError: if the history has no round, or not that metric.
     """
     curves = Curves.of(history, metric)
-    participation = _participation(history, clients)
+    participation = participation_of(history, clients)
     sections = [] if curves.metric is None else [(2.7, lambda part: _draw_curves(part, curves, _draw_metric))]
     sections.append((2.7, lambda part: _draw_curves(part, curves, _draw_loss)))
     sections.append((_height_of(participation), lambda part: _draw_participation(part.subplots(), participation)))
@@ -226,7 +226,7 @@ def _draw_loss(axes: Axes, curves: Curves, over: np.ndarray) -> None:
     axes.set_ylabel("loss")
 
 
-def _participation(history: Sequence[Mapping[str, Any]], clients: Sequence[str] | None) -> pd.DataFrame:
+def participation_of(history: Sequence[Mapping[str, Any]], clients: Sequence[str] | None) -> pd.DataFrame:
     """Who took part: a row for each client, a column for each round."""
     records = {record["round"]: record for record in history if "clients" in record}
     failed = {number: [f["client"] for f in record.get("failed_clients", ())] for number, record in records.items()}

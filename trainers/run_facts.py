@@ -16,7 +16,7 @@ from .federation import Federation
 
 
 # all arguments are compared but these, which do not change what is trained
-_NOT_COMPARED = frozenset(
+NOT_COMPARED = frozenset(
     name
     for names in (
         # names and places
@@ -69,7 +69,7 @@ def run_facts(federation: Federation, state: Mapping[str, torch.Tensor]) -> dict
     args, model = federation.args, federation.model
     config = model.active_peft_config
     base_config = getattr(model.get_base_model(), "config", None)
-    arguments = {name: value for name, value in args.to_dict().items() if name not in _NOT_COMPARED}
+    arguments = {name: value for name, value in args.to_dict().items() if name not in NOT_COMPARED}
     return _as_json(
         {
             "adapter": {name: [list(tensor.shape), tensor.dtype] for name, tensor in sorted(state.items())},

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
@@ -14,7 +15,8 @@ from typer.testing import CliRunner
 from peft_ravan import RavanConfig
 from peft_ravan_cli import app
 
-from ..conftest import make_tokenizer, randomize_adapter, tiny_bert
+from ..conftest import make_tokenizer, randomize_adapter, sentence, tiny_bert
+from .helpers import write
 
 
 SITES = ("north", "south", "west")
@@ -81,3 +83,15 @@ def place(saved, tmp_path, monkeypatch) -> Path:
         (tmp_path / path.name).symlink_to(path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def folder(place):
+    rows = [
+        {"text": sentence(start), "label": "high" if start >= 30 else "low", "site": f"s{number % 2}"}
+        for number, start in enumerate(number * 7 % 60 for number in range(60))
+    ]
+    datasets.Dataset.from_list(rows[:40]).to_csv("train.csv")
+    datasets.Dataset.from_list(rows[40:]).to_csv("test.csv")
+    write()
+    return place

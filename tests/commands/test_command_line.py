@@ -15,13 +15,10 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
 import peft_ravan
-from peft_ravan_cli import app
 from peft_ravan_cli.errors import in_one_line, quiet
 
 from .conftest import SITES, assert_refused, ravan_config, run, save_adapter
-
-
-COMMANDS = [command.name or command.callback.__name__.replace("_", "-") for command in app.registered_commands]
+from .helpers import COMMANDS
 
 
 def process(*words, **kwargs):

@@ -6,7 +6,7 @@ import datasets
 import pytest
 
 from .conftest import assert_refused, run
-from .test_train import folder, write  # noqa: F401, a fixture
+from .helpers import write
 
 
 WORDS = {"text": "w1 w2", "label": "x"}
@@ -57,7 +57,7 @@ def test_push_tells_a_bad_name_before_it_begins(place, hub, name):
         (["--adapter.r", "1000000000"], "num_heads * r = 4 * 1000000000 = 4000000000, d_in = 32 and d_out = 32"),
     ],
 )
-def test_train(folder, words, message):  # noqa: F811
+def test_train(folder, words, message):
     write(test_files=..., eval_strategy="no")
     assert_refused(run("train", "run.yaml", *words), message)
     assert not Path("out").exists() or not list(Path("out").glob("adapter*"))
@@ -84,13 +84,13 @@ def test_train(folder, words, message):  # noqa: F811
         ),
     ],
 )
-def test_data(folder, name, content, message):  # noqa: F811
+def test_data(folder, name, content, message):
     Path(name).write_text(content) if isinstance(content, str) else datasets.Dataset.from_list(content).to_csv(name)
     write(data_files=name, test_files=..., eval_strategy="no")
     assert_refused(run("train", "run.yaml"), message)
 
 
-def test_a_run_that_could_not_begin_is_no_earlier_run(folder):  # noqa: F811
+def test_a_run_that_could_not_begin_is_no_earlier_run(folder):
     write(adam_beta1=2.0)
     ended = run("train", "run.yaml")
     assert ended.code == 1 and "Round 1: all 3 clients that have tried failed with the same error" in ended.err

@@ -6,7 +6,6 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-import yaml
 from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -15,46 +14,11 @@ from peft_ravan.trainers.commands import parse_run, train_run
 
 from ..conftest import make_tokenizer, sentence, tiny_llama
 from .conftest import assert_refused, ravan_config, run
-
-
-RUN = {
-    "model_name_or_path": "base",
-    "data_files": "train.csv",
-    "test_files": ["test.csv"],
-    "adapter": {"r": 2, "num_heads": 4},
-    "num_clients": 3,
-    "num_rounds": 2,
-    "max_steps": 2,
-    "learning_rate": "1e-2",  # which is a string in YAML
-    "eval_strategy": "epoch",
-    "save_strategy": "no",
-    "report_to": "none",
-    "disable_tqdm": True,
-    "use_cpu": True,
-    "output_dir": "out",
-}
-
-
-@pytest.fixture
-def folder(place):
-    rows = [
-        {"text": sentence(start), "label": "high" if start >= 30 else "low", "site": f"s{number % 2}"}
-        for number, start in enumerate(number * 7 % 60 for number in range(60))
-    ]
-    datasets.Dataset.from_list(rows[:40]).to_csv("train.csv")
-    datasets.Dataset.from_list(rows[40:]).to_csv("test.csv")
-    write()
-    return place
+from .helpers import write
 
 
 def contents(name):
     return {path: path.read_bytes() for path in Path(name).rglob("*") if path.is_file()}
-
-
-def write(**changes):
-    values = {name: value for name, value in {**RUN, **changes}.items() if value is not ...}
-    with open("run.yaml", "w") as file:
-        yaml.safe_dump(values, file)
 
 
 def test_it_saves_the_adapter_of_the_trainer_it_says(folder):

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from peft_ravan import RavanConfig
 from peft_ravan.trainers import FederatedCallback, checkpoints
 from peft_ravan.trainers.personal import ClientStore
-from tests.trainers.test_resuming import resumable_trainer
+from tests.trainers.helpers import resumable_trainer
 
 
 def kill() -> None:

@@ -24,8 +24,7 @@ from peft_ravan.trainers.checkpoints import find_checkpoints
 from peft_ravan.trainers.personal import ClientStore, ClientStoreError
 
 from ..conftest import classification_dataset, make_tokenizer, sentence, tiny_llama
-from .test_federated_trainer import lora, make_trainer, ravan
-from .test_resuming import StopAfter, comparable
+from .helpers import StopAfter, comparable, lora, make_trainer, ravan
 
 
 def fails(client, round_number, update):

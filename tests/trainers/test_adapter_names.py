@@ -13,10 +13,20 @@ from peft_ravan import RavanConfig, push_to_hub
 from peft_ravan.trainers import CheckpointError, FederatedCallback
 
 from ..conftest import make_tokenizer, tiny_bert
-from .test_federated_trainer import adapter_state, assert_same, lora, make_trainer, ravan
-from .test_resuming import interrupted, resumable_trainer
-from .test_run_folder import logged
-from .test_sharing import FILES, REPO, SMALL, logits
+from .helpers import (
+    FILES,
+    REPO,
+    SMALL,
+    adapter_state,
+    assert_same,
+    interrupted,
+    logged,
+    logits,
+    lora,
+    make_trainer,
+    ravan,
+    resumable_trainer,
+)
 
 
 OPTIONS = {"max_steps": 1, "num_rounds": 3, "scaffold": True, "local_parameters": "classifier"}

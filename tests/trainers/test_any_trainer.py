@@ -17,10 +17,10 @@ from peft_ravan.trainers import (
     federated,
     federated_arguments,
 )
+from peft_ravan.trainers.seeds import derive_seed
 
 from ..conftest import classification_dataset, tiny_bert
-from .test_federated_trainer import adapter_state, arguments, assert_same, derive_seed, ravan
-from .test_resuming import comparable
+from .helpers import adapter_state, arguments, assert_same, comparable, ravan
 
 
 class SameTrainer(Trainer):

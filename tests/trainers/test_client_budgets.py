@@ -17,8 +17,7 @@ from peft_ravan.trainers.clients import LiveAdapter
 from peft_ravan.trainers.head_selection import BUDGET_DISTRIBUTIONS, HEAD_SELECTIONS, draw_client_budgets
 
 from ..conftest import classification_dataset, randomize_adapter, tiny_bert
-from .test_federated_trainer import adapter_state, arguments, assert_same, lora, make_trainer
-from .test_live_adapter import WithStatistics, ravan_bert
+from .helpers import WithStatistics, adapter_state, arguments, assert_same, lora, make_trainer, ravan_bert
 
 
 NUM_HEADS, RANK, NUM_TARGETS = 4, 3, 4

@@ -10,14 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_ravan.trainers import FederatedCallback, make_clients
-from peft_ravan.trainers.checkpoints import _random_state
+from peft_ravan.trainers.checkpoints import random_state
 from peft_ravan.trainers.client_eval_data import largest_remainders, make_client_eval_datasets
 from peft_ravan.trainers.client_metrics import client_statistics, summarize_clients
 from peft_ravan.trainers.personal import ClientStore
 
 from ..conftest import classification_dataset
-from .test_federated_trainer import adapter_state, arguments, assert_same, lora, make_trainer, ravan
-from .test_resuming import comparable
+from .helpers import adapter_state, arguments, assert_same, comparable, lora, make_trainer, ravan
 
 
 # ---- The figures -----------------------------------------------------------------
@@ -201,14 +200,14 @@ def test_the_run_is_the_same_with_and_without(tmp_path, options):
     options = {"max_steps": 2, "eval_strategy": "epoch", "clients_per_round": 2, **options}
     without = make_trainer(tmp_path / "without", **options)
     without.train()
-    json_without, tensors_without = _random_state()
+    json_without, tensors_without = random_state()
     events = Events()
     trainer = make_trainer(
         tmp_path / "with", callbacks=[events], eval_clients=True, personalization_steps=1, **options
     )
     trainer.train()
     assert_same(adapter_state(without), adapter_state(trainer))
-    json_with, tensors_with = _random_state()
+    json_with, tensors_with = random_state()
     assert json_without == json_with
     assert_same(tensors_without, tensors_with)
     added = [{k: v for k, v in record.items() if "eval_clients" not in k} for record in trainer.state.log_history]
@@ -255,7 +254,7 @@ def test_an_adapter_that_has_scalings_keeps_them(tmp_path):
 
 def test_clients_of_sft_are_evaluated_as_sft_does(tmp_path, tokenizer):
     pytest.importorskip("trl")
-    from .test_trl import sft, texts
+    from .trl_helpers import sft, texts
 
     options = {"num_clients": 2, "num_rounds": 1, "max_steps": 1, "eval_strategy": "epoch"}
     data = {"train_dataset": texts(range(8)), "eval_dataset": texts(range(40, 48))}
@@ -272,7 +271,7 @@ def test_clients_of_sft_are_evaluated_as_sft_does(tmp_path, tokenizer):
 def test_clients_of_sft_are_evaluated_on_their_own_texts(tmp_path, tokenizer):
     """The split goes by a column that the preparation drops, and no packed sequence has texts of two clients."""
     pytest.importorskip("trl")
-    from .test_trl import sft, texts
+    from .trl_helpers import sft, texts
 
     def by_speaker(numbers):
         dataset = texts(numbers)

@@ -9,7 +9,7 @@ from transformers import Trainer
 from peft_ravan.trainers import FederatedArguments, RoundFailedError, federated, make_clients
 
 from ..conftest import NUM_LABELS, classification_dataset
-from .test_federated_trainer import make_trainer
+from .helpers import make_trainer
 
 
 def args(**kwargs) -> FederatedArguments:

@@ -11,7 +11,7 @@ from transformers import default_data_collator, set_seed
 from peft_ravan.trainers import FederatedCallback, FederatedTrainer
 
 from ..conftest import classification_dataset, tiny_bert
-from .test_federated_trainer import adapter_state, arguments, assert_same, lora, make_trainer, ravan
+from .helpers import adapter_state, arguments, assert_same, lora, make_trainer, ravan
 
 
 def clients(order=1) -> dict:

@@ -11,7 +11,7 @@ from peft_ravan.trainers import FederatedCallback, RoundFailedError
 
 from ..conftest import classification_dataset
 from ..merging.malformed import every_kind
-from .test_federated_trainer import adapter_state, assert_same, lora, make_trainer, ravan
+from .helpers import adapter_state, assert_same, lora, make_trainer, ravan
 
 
 def out_of_memory(update):

@@ -2,83 +2,23 @@ import json
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from peft_ravan import RavanConfig, RavanLayer
-from peft_ravan.trainers import FederatedArguments, FederatedCallback, FederatedTrainer, RoundFailedError
+from peft_ravan import RavanLayer
+from peft_ravan.trainers import FederatedCallback, FederatedTrainer, RoundFailedError
 from peft_ravan.trainers.clients import LiveAdapter
 from peft_ravan.trainers.seeds import derive_seed
 from peft_ravan.tuner.state import exchange_state
 
 from ..conftest import classification_dataset, tiny_bert, tiny_llama
+from .helpers import adapter_state, arguments, assert_same, lora, make_trainer, ravan, trainable_checkpoint
 
 
 RECORD_KEYS = {
     "round", "clients", "failed_clients", "attempts", "num_examples", "train_loss", "upload_bytes", "download_bytes", "round_seconds", "learning_rate",
 }  # fmt: skip
-
-
-def ravan() -> RavanConfig:
-    return RavanConfig(
-        r=4, num_heads=3, task_type="SEQ_CLS", target_modules="all-linear", exclude_modules=".*classifier"
-    )
-
-
-def lora() -> LoraConfig:
-    return LoraConfig(r=2, task_type="SEQ_CLS")
-
-
-def arguments(tmp_path, **kwargs) -> FederatedArguments:
-    defaults = {
-        "num_rounds": 2,
-        "num_clients": 4,
-        "max_steps": 3,
-        "per_device_train_batch_size": 8,
-        "learning_rate": 1e-2,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
-    }
-    return FederatedArguments(str(tmp_path), **{**defaults, **kwargs})
-
-
-def make_trainer(
-    tmp_path,
-    adapter=None,
-    model=None,
-    callbacks=None,
-    train_dataset=None,
-    client_fault=None,
-    availability=None,
-    adapter_name="default",
-    **kwargs,
-) -> FederatedTrainer:
-    return FederatedTrainer(
-        get_peft_model(model or tiny_bert(), adapter or ravan(), adapter_name=adapter_name),
-        arguments(tmp_path, **kwargs),
-        train_dataset=classification_dataset() if train_dataset is None else train_dataset,
-        eval_dataset=classification_dataset(80, seed=1),
-        compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
-        callbacks=callbacks,
-        client_fault=client_fault,
-        availability=availability,
-    )
-
-
-def adapter_state(trainer) -> dict[str, torch.Tensor]:
-    return LiveAdapter(trainer.model).read()
-
-
-def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor], **tolerance) -> None:
-    assert first.keys() == second.keys()
-    for name in first:
-        if tolerance:
-            torch.testing.assert_close(first[name], second[name], **tolerance)
-        else:
-            assert torch.equal(first[name], second[name]), name
 
 
 # ---- Equivalences ----------------------------------------------------------------
@@ -104,10 +44,6 @@ def test_one_client_and_one_round_is_centralised_training(tmp_path, adapter, fea
     set_seed(seed)
     trainer.train()
     assert_same(adapter_state(federated), exchange_state(trainable_checkpoint(model)))
-
-
-def trainable_checkpoint(model) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in get_peft_model_state_dict(model).items()}
 
 
 def test_clients_with_the_same_data_are_one_client(tmp_path):

@@ -16,10 +16,9 @@ from transformers import trainer as trainer_module
 from peft_ravan.sharing.federation_record import HISTORY_FILE, history_lines, write_history
 from peft_ravan.sharing.plotting import MAX_NAMES
 from peft_ravan.trainers import FederatedTrainer, callbacks, history_table, plot_history, read_history
-from peft_ravan.trainers.history_plot import BLUE, FAILED, TRAINED, _participation, head_norms
+from peft_ravan.trainers.history_plot import BLUE, FAILED, TRAINED, head_norms, participation_of
 
-from .test_federated_trainer import lora, make_trainer, ravan
-from .test_resuming import comparable, interrupted, resumable_trainer
+from .helpers import comparable, interrupted, lora, make_trainer, ravan, resumable_trainer
 
 
 def fail_client_1(client, round_number, update):
@@ -155,7 +154,7 @@ def test_the_picture_can_be_read_whatever_the_size_of_the_federation(num_clients
 
 def test_a_client_that_failed_first_and_then_took_part_took_part():
     record = {"round": 1, "clients": ["a"], "failed_clients": [{"client": "a"}, {"client": "b"}]}
-    assert _participation([record], None)[1].to_dict() == {"a": TRAINED, "b": FAILED}
+    assert participation_of([record], None)[1].to_dict() == {"a": TRAINED, "b": FAILED}
 
 
 def test_what_cannot_be_drawn_is_said(run):

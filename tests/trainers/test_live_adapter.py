@@ -3,16 +3,12 @@
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from torch import nn
 
 from peft_ravan import RavanConfig
 from peft_ravan.trainers.clients import LiveAdapter
 
 from ..conftest import randomize_adapter, tiny_bert, tiny_llama
-
-
-def ravan_bert(**kwargs):
-    return get_peft_model(tiny_bert(), RavanConfig(r=3, num_heads=2, task_type="SEQ_CLS", **kwargs))
+from .helpers import WithStatistics, ravan_bert
 
 
 def test_products_and_the_task_head_travel_and_nothing_else():
@@ -53,19 +49,6 @@ def test_lora_travels_as_it_is():
     state = LiveAdapter(get_peft_model(tiny_llama(), LoraConfig(r=2, task_type="CAUSAL_LM"))).read()
     assert {".".join(name.rsplit(".", 2)[1:]) for name in state} == {"lora_A.weight", "lora_B.weight"}
     assert len(state) == 2 * 2 * 2
-
-
-class WithStatistics(nn.Module):
-    """A base model and a head that both keep running statistics."""
-
-    def __init__(self):
-        super().__init__()
-        self.body = nn.Linear(8, 8)
-        self.norm = nn.BatchNorm1d(8)
-        self.head = nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 2))
-
-    def forward(self, x):
-        return self.head(self.norm(self.body(x)))
 
 
 def test_statistics_of_the_head_travel_and_those_of_the_base_model_are_put_back():

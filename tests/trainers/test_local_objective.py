@@ -10,8 +10,7 @@ from peft_ravan.trainers import FederatedCallback
 from peft_ravan.trainers.local_objective import ControlVariates, GradientCorrection, control_change, of_scaffold
 from peft_ravan.trainers.personal import ClientStore
 
-from .test_federated_trainer import adapter_state, assert_same, lora, make_trainer, ravan
-from .test_resuming import StopAfter
+from .helpers import StopAfter, adapter_state, assert_same, lora, make_trainer, ravan
 
 
 class Quadratic(torch.nn.Module):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from peft_ravan.trainers.client_runners import ClientResult, ClientRunner, make_runner, one_process
 
-from .test_federated_trainer import assert_same
+from .helpers import assert_same
 
 
 pytest.importorskip("trl")

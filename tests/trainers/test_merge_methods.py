@@ -5,7 +5,7 @@ import torch
 
 from peft_ravan.merging import MERGE_METHODS, SERVER_OPTIMIZERS
 
-from .test_federated_trainer import adapter_state, arguments, assert_same, lora, make_trainer, ravan
+from .helpers import adapter_state, arguments, assert_same, lora, make_trainer, ravan
 
 
 IN_ROUNDS = [name for name, method in MERGE_METHODS.items() if not method.changes_model]

@@ -10,7 +10,7 @@ from peft_ravan.trainers.clients import LiveAdapter
 
 from ..conftest import classification_dataset
 from ..properties import examples
-from .test_federated_trainer import adapter_state, assert_same, make_trainer
+from .helpers import adapter_state, assert_same, make_trainer
 
 
 CLIENTS = {f"client_{index}": 10 * (index + 1) for index in range(10)}

@@ -12,7 +12,7 @@ from sklearn.datasets import load_digits
 from peft_ravan.trainers import FederatedArguments, FederatedTrainer, make_clients, partition_table, plot_partition
 
 from ..conftest import tiny_bert
-from .test_federated_trainer import make_trainer
+from .helpers import make_trainer
 
 
 def labelled(labels, **columns) -> datasets.Dataset:

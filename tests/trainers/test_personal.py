@@ -13,8 +13,7 @@ from peft_ravan.trainers import FederatedCallback, RoundFailedError, personal
 from peft_ravan.trainers.checkpoints import KeptFile
 from peft_ravan.trainers.personal import ClientStore, ClientStoreError
 
-from .test_federated_trainer import adapter_state, assert_same, lora, make_trainer, ravan
-from .test_resuming import StopAfter
+from .helpers import StopAfter, adapter_state, assert_same, lora, make_trainer, ravan
 
 
 class Recorder(FederatedCallback):

@@ -16,8 +16,17 @@ from peft_ravan.trainers import FederatedArguments, FederatedCallback, Federated
 from peft_ravan.trainers.clients import LiveAdapter
 
 from ..conftest import classification_dataset, tiny_bert
-from .test_federated_trainer import adapter_state, arguments, assert_same, lora, make_trainer, ravan
-from .test_resuming import comparable, interrupted, resumable_trainer
+from .helpers import (
+    adapter_state,
+    arguments,
+    assert_same,
+    comparable,
+    interrupted,
+    lora,
+    make_trainer,
+    ravan,
+    resumable_trainer,
+)
 
 
 NO_NOISE = {"clip_norm": math.inf, "noise_multiplier": 0.0}

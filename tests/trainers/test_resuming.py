@@ -20,46 +20,19 @@ from peft_ravan.trainers import CheckpointError, FederatedCallback, checkpoints,
 from peft_ravan.trainers.personal import ClientStore
 
 from ..conftest import classification_dataset
-from .test_federated_trainer import adapter_state, assert_same, lora, make_trainer, ravan
+from .helpers import (
+    StopAfter,
+    adapter_state,
+    assert_same,
+    comparable,
+    interrupted,
+    lora,
+    ravan,
+    resumable_trainer,
+)
 
 
 ROOT = Path(__file__).parents[2]
-
-
-def resumable_trainer(folder, **kwargs):
-    """A run in which all depends on all before: clients are drawn, the server remembers, the learning rate changes."""
-    defaults = {
-        "num_rounds": 4,
-        "clients_per_round": 2,
-        "max_steps": 2,
-        "server_optimizer": "fedadam",
-        "lr_scheduler_type": "linear",
-        "save_strategy": "epoch",
-        "eval_strategy": "epoch",
-    }
-    return make_trainer(folder, **{**defaults, **kwargs})
-
-
-def comparable(history):
-    timed = ("_seconds", "_runtime", "_per_second", "_preparation_time")
-    return [{key: value for key, value in record.items() if not key.endswith(timed)} for record in history]
-
-
-class StopAfter(FederatedCallback):
-    """An interruption at the end of a round, for tests in one process."""
-
-    def __init__(self, round_number):
-        self.round_number = round_number
-
-    def on_save(self, args, state, control, **kwargs):
-        if state.global_step == self.round_number:
-            raise KeyboardInterrupt
-
-
-def interrupted(folder, after, **kwargs):
-    trainer = resumable_trainer(folder, callbacks=[StopAfter(after), *kwargs.pop("callbacks", [])], **kwargs)
-    with pytest.raises(KeyboardInterrupt):
-        trainer.train()
 
 
 @pytest.mark.parametrize("adapter", [ravan, lora])

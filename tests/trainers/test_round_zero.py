@@ -18,8 +18,17 @@ from peft_ravan.trainers.round_zero import sample_bases_clients
 from peft_ravan.tuner.gradient_bases import awaits_gradient, make_sketches, sketch_state
 
 from ..conftest import VOCAB_SIZE, classification_dataset, tiny_bert, tiny_llama
-from .test_federated_trainer import adapter_state, arguments, assert_same, lora, make_trainer, ravan
-from .test_resuming import comparable, interrupted, resumable_trainer
+from .helpers import (
+    adapter_state,
+    arguments,
+    assert_same,
+    comparable,
+    interrupted,
+    lora,
+    make_trainer,
+    ravan,
+    resumable_trainer,
+)
 
 
 def gradient_svd(**kwargs) -> RavanConfig:

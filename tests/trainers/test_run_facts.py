@@ -14,12 +14,10 @@ from transformers import BertConfig, BertForSequenceClassification
 from peft_ravan.trainers import FederatedArguments, make_clients
 from peft_ravan.trainers.data_fingerprint import MAX_EXAMPLES, MAX_ROWS, client_fingerprints
 from peft_ravan.trainers.preparation import PreparedClients
-from peft_ravan.trainers.run_facts import _NOT_COMPARED, changes, run_facts
+from peft_ravan.trainers.run_facts import NOT_COMPARED, changes, run_facts
 
 from ..conftest import classification_dataset, tiny_bert
-from .test_federated_trainer import adapter_state, lora, make_trainer, ravan
-from .test_resuming import interrupted, resumable_trainer
-from .test_run_folder import logged
+from .helpers import adapter_state, interrupted, logged, lora, make_trainer, ravan, resumable_trainer
 
 
 def facts(tmp_path, **kwargs):
@@ -92,7 +90,7 @@ def test_every_argument_is_compared_but_those_that_are_named():
         for arguments in (FederatedArguments, FederatedSFTConfig, FederatedDPOConfig)
         for field in dataclasses.fields(arguments)
     }
-    assert not _NOT_COMPARED - known  # names that do not exist would hide a mistake
+    assert not NOT_COMPARED - known  # names that do not exist would hide a mistake
 
 
 def test_an_object_among_the_arguments_is_the_same_in_another_process(tmp_path):

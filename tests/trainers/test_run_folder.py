@@ -18,17 +18,10 @@ from peft_ravan.trainers.run_folder import (
     rotate_own_checkpoints,
 )
 
-from .test_federated_trainer import adapter_state, assert_same
-from .test_resuming import StopAfter, interrupted, resumable_trainer
+from .helpers import StopAfter, adapter_state, assert_same, interrupted, logged, resumable_trainer
 
 
 SHORT = {"max_steps": 1, "num_rounds": 4}
-
-
-def logged(monkeypatch, module="resuming") -> list[str]:
-    warnings = []
-    monkeypatch.setattr(f"peft_ravan.trainers.{module}.logger.warning", warnings.append)
-    return warnings
 
 
 def rounds(trainer) -> list[int]:

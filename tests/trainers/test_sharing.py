@@ -15,21 +15,8 @@ from peft_ravan import RavanConfig
 from peft_ravan.sharing.federation_record import read_history
 from peft_ravan.trainers import history_table, plot_history
 
-from ..conftest import tiny_bert
-from .test_federated_trainer import classification_dataset, make_trainer
-
-
-REPO = "tester/ward-notes"
-FILES = {
-    ".gitattributes", "README.md", "adapter_config.json", "adapter_model.safetensors", "federation.json", "rounds.jsonl",
-    "lora/adapter_config.json", "lora/adapter_model.safetensors",
-}  # fmt: skip
-SMALL = {"num_rounds": 2, "max_steps": 1, "hub_model_id": REPO}
-
-
-@torch.no_grad()
-def logits(model) -> torch.Tensor:
-    return model.eval()(input_ids=torch.arange(14).reshape(2, 7) + 4).logits
+from ..conftest import classification_dataset, tiny_bert
+from .helpers import FILES, REPO, SMALL, logits, make_trainer
 
 
 def card_of(hub) -> ModelCard:

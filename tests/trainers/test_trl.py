@@ -15,27 +15,13 @@ from peft_ravan.trainers.seeds import derive_seed
 from peft_ravan.tuner.state import exchange_state
 
 from ..conftest import sentence, tiny_llama
-from .test_federated_trainer import adapter_state, assert_same, trainable_checkpoint
-from .test_resuming import StopAfter, comparable
+from .helpers import StopAfter, adapter_state, assert_same, comparable, trainable_checkpoint
 
 
 trl = pytest.importorskip("trl")
 from peft_ravan.trainers import FederatedDPOConfig, FederatedDPOTrainer, FederatedSFTConfig, FederatedSFTTrainer  # noqa: E402
 
-
-COMMON = {
-    "max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "report_to": "none", "save_strategy": "no",
-    "disable_tqdm": True, "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "max_length": 16,
-    "lr_scheduler_type": "constant",
-}  # fmt: skip
-
-
-def ravan() -> RavanConfig:
-    return RavanConfig(r=3, num_heads=2, task_type="CAUSAL_LM")
-
-
-def texts(starts) -> datasets.Dataset:
-    return datasets.Dataset.from_dict({"text": [sentence(start) for start in starts]})
+from .trl_helpers import COMMON, ravan, sft, texts  # noqa: E402
 
 
 def completions(starts) -> datasets.Dataset:
@@ -46,14 +32,6 @@ def completions(starts) -> datasets.Dataset:
 def preferences(starts) -> datasets.Dataset:
     return completions(starts).rename_column("completion", "chosen").add_column(
         "rejected", [f" {sentence(start + 30)}" for start in starts]
-    )  # fmt: skip
-
-
-def sft(folder, tokenizer, train_dataset, callbacks=None, eval_dataset=None, **kwargs) -> FederatedSFTTrainer:
-    args = FederatedSFTConfig(str(folder), **{**COMMON, "num_rounds": 2, **kwargs})
-    return FederatedSFTTrainer(
-        tiny_llama(), args, train_dataset=train_dataset, processing_class=tokenizer, peft_config=ravan(),
-        callbacks=callbacks, eval_dataset=eval_dataset,
     )  # fmt: skip
 
 
@@ -285,3 +263,6 @@ def test_without_trl_the_extra_is_named():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 1 and "pip install 'peft-ravan[trl]'" in result.stderr.splitlines()[-1]
+
+
+from .trl_helpers import texts  # noqa: E402

@@ -12,17 +12,7 @@ from peft_ravan.tuner.functional import adapted_linear, delta_output, delta_weig
 
 from ..conftest import randomize_adapter
 from ..properties import examples
-
-
-def random_layer(d_in, d_out, num_heads, r, seed, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape):
-        return torch.randn(shape, generator=generator, dtype=dtype)
-
-    basis_A, basis_B = draw(num_heads * r, d_in), draw(d_out, num_heads * r)
-    core, scaling = draw(num_heads, r, r).requires_grad_(), draw(num_heads).requires_grad_()
-    return draw(d_out, d_in), draw(d_out), basis_A, basis_B, core, scaling
+from .helpers import random_layer
 
 
 def sum_over_heads(basis_A, basis_B, core, scaling):

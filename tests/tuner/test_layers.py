@@ -10,25 +10,7 @@ from peft_ravan import RavanConfig, RavanLayer
 from peft_ravan.tuner.functional import delta_weight
 
 from ..conftest import randomize_adapter
-
-
-def tokens():
-    return torch.randint(0, 30, (4, 9))
-
-
-LAYERS = {
-    "Linear": (lambda: nn.Linear(20, 14), lambda: torch.randn(4, 9, 20)),
-    "Linear without bias": (lambda: nn.Linear(20, 14, bias=False), lambda: torch.randn(4, 9, 20)),
-    "Conv1D": (lambda: Conv1D(14, 20), lambda: torch.randn(4, 9, 20)),
-    "Embedding": (lambda: nn.Embedding(30, 16), tokens),
-    "Conv2d": (lambda: nn.Conv2d(6, 10, 3, stride=2, padding=1), lambda: torch.randn(4, 6, 9, 9)),
-    "Conv2d with another padding": (
-        lambda: nn.Conv2d(6, 10, (3, 1), padding=(1, 0), padding_mode="circular", dilation=(2, 1)),
-        lambda: torch.randn(4, 6, 9, 9),
-    ),
-    "Conv2d pointwise": (lambda: nn.Conv2d(6, 10, 1), lambda: torch.randn(4, 6, 9, 9)),
-    "Conv2d in groups": (lambda: nn.Conv2d(6, 10, 3, groups=2), lambda: torch.randn(4, 6, 9, 9)),
-}
+from .helpers import LAYERS
 
 
 @pytest.fixture(params=LAYERS, ids=str)

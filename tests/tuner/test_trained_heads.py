@@ -13,8 +13,7 @@ from peft_ravan import RavanConfig, optimizer_parameter_groups
 from peft_ravan.tuner.functional import adapted_linear, delta_output
 
 from ..conftest import classification_dataset, randomize_adapter, tiny_bert, tiny_llama
-from .test_functional import random_layer
-from .test_layers import LAYERS
+from .helpers import LAYERS, random_layer
 
 
 NUM_HEADS = 3

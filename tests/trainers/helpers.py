@@ -1,0 +1,153 @@
+"""What several tests of the trainers share: small federations, interruptions, and what to compare of them."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from torch import nn
+
+from peft_ravan import RavanConfig
+from peft_ravan.trainers import FederatedArguments, FederatedCallback, FederatedTrainer
+from peft_ravan.trainers.clients import LiveAdapter
+
+from ..conftest import classification_dataset, tiny_bert
+
+
+def ravan() -> RavanConfig:
+    return RavanConfig(
+        r=4, num_heads=3, task_type="SEQ_CLS", target_modules="all-linear", exclude_modules=".*classifier"
+    )
+
+
+def lora() -> LoraConfig:
+    return LoraConfig(r=2, task_type="SEQ_CLS")
+
+
+def arguments(tmp_path, **kwargs) -> FederatedArguments:
+    defaults = {
+        "num_rounds": 2,
+        "num_clients": 4,
+        "max_steps": 3,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-2,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    return FederatedArguments(str(tmp_path), **{**defaults, **kwargs})
+
+
+def make_trainer(
+    tmp_path,
+    adapter=None,
+    model=None,
+    callbacks=None,
+    train_dataset=None,
+    client_fault=None,
+    availability=None,
+    adapter_name="default",
+    **kwargs,
+) -> FederatedTrainer:
+    return FederatedTrainer(
+        get_peft_model(model or tiny_bert(), adapter or ravan(), adapter_name=adapter_name),
+        arguments(tmp_path, **kwargs),
+        train_dataset=classification_dataset() if train_dataset is None else train_dataset,
+        eval_dataset=classification_dataset(80, seed=1),
+        compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
+        callbacks=callbacks,
+        client_fault=client_fault,
+        availability=availability,
+    )
+
+
+def adapter_state(trainer) -> dict[str, torch.Tensor]:
+    return LiveAdapter(trainer.model).read()
+
+
+def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor], **tolerance) -> None:
+    assert first.keys() == second.keys()
+    for name in first:
+        if tolerance:
+            torch.testing.assert_close(first[name], second[name], **tolerance)
+        else:
+            assert torch.equal(first[name], second[name]), name
+
+
+def trainable_checkpoint(model) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in get_peft_model_state_dict(model).items()}
+
+
+def resumable_trainer(folder, **kwargs):
+    """A run in which all depends on all before: clients are drawn, the server remembers, the learning rate changes."""
+    defaults = {
+        "num_rounds": 4,
+        "clients_per_round": 2,
+        "max_steps": 2,
+        "server_optimizer": "fedadam",
+        "lr_scheduler_type": "linear",
+        "save_strategy": "epoch",
+        "eval_strategy": "epoch",
+    }
+    return make_trainer(folder, **{**defaults, **kwargs})
+
+
+def comparable(history):
+    timed = ("_seconds", "_runtime", "_per_second", "_preparation_time")
+    return [{key: value for key, value in record.items() if not key.endswith(timed)} for record in history]
+
+
+class StopAfter(FederatedCallback):
+    """An interruption at the end of a round, for tests in one process."""
+
+    def __init__(self, round_number):
+        self.round_number = round_number
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.global_step == self.round_number:
+            raise KeyboardInterrupt
+
+
+def interrupted(folder, after, **kwargs):
+    trainer = resumable_trainer(folder, callbacks=[StopAfter(after), *kwargs.pop("callbacks", [])], **kwargs)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+
+
+def logged(monkeypatch, module="resuming") -> list[str]:
+    warnings = []
+    monkeypatch.setattr(f"peft_ravan.trainers.{module}.logger.warning", warnings.append)
+    return warnings
+
+
+REPO = "tester/ward-notes"
+
+
+FILES = {
+    ".gitattributes", "README.md", "adapter_config.json", "adapter_model.safetensors", "federation.json", "rounds.jsonl",
+    "lora/adapter_config.json", "lora/adapter_model.safetensors",
+}  # fmt: skip
+
+
+SMALL = {"num_rounds": 2, "max_steps": 1, "hub_model_id": REPO}
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:
+    return model.eval()(input_ids=torch.arange(14).reshape(2, 7) + 4).logits
+
+
+def ravan_bert(**kwargs):
+    return get_peft_model(tiny_bert(), RavanConfig(r=3, num_heads=2, task_type="SEQ_CLS", **kwargs))
+
+
+class WithStatistics(nn.Module):
+    """A base model and a head that both keep running statistics."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(8, 8)
+        self.norm = nn.BatchNorm1d(8)
+        self.head = nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 2))
+
+    def forward(self, x):
+        return self.head(self.norm(self.body(x)))
