@@ -18,13 +18,14 @@ from .client_eval_data import make_client_eval_datasets
 from .client_metrics import TIMED, summarize_clients
 from .faults import TimeoutCallback
 from .resuming import Run
+from .seeds import derive_seed
 
 
 class ClientEvaluationMixin:
     """Evaluates the clients of a [`FederatedTrainer`], without a trace in its run."""
 
     # a run of the federation must be the same with and without it, so all that it changes is put back
-    _PUT_BACK = (
+    _RESTORED_ATTRIBUTES = (
         "callback_handler", "control", "is_in_train", "_objective", "_learning_rate_factor", "_log_sink",
     )  # fmt: skip
 
@@ -99,7 +100,7 @@ class ClientEvaluationMixin:
 
     @contextlib.contextmanager
     def _aside(self, run: Run) -> Iterator[None]:
-        before = {name: getattr(self, name) for name in self._PUT_BACK}
+        before = {name: getattr(self, name) for name in self._RESTORED_ATTRIBUTES}
         # which ends a training after its steps; nobody else is told of them
         self.callback_handler = CallbackHandler([DefaultFlowCallback()], self.model, self.processing_class, None, None)
         self._objective = None  # clients train for themselves here
@@ -119,11 +120,12 @@ class ClientEvaluationMixin:
         if not steps:
             return
         self._learning_rate_factor = 1.0  # not that of the round, so that it is the same after the last one
-        number = f"{run.round} (personalization)"
-        with self._as_client(client, number, TimeoutCallback(None)):
+        names = (f"{run.round} (personalization)", client)  # other draws than those of any round
+        seed = self.args.federated_seed
+        with self._as_client(client, derive_seed(seed, "client", *names), TimeoutCallback(None)):
             self.args.max_steps = steps  # of the client's arguments, which are a copy
             if self.client_budgets is not None:
-                choose_heads(self, self._head_choice(client, number))
+                choose_heads(self, self._head_choice(client, derive_seed(seed, "heads", *names)))
             super().train()
 
     def _evaluate_client(self, dataset: Dataset, ignore_keys: list[str] | None) -> dict[str, float]:

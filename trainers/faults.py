@@ -60,7 +60,7 @@ def check_for_a_mistake(this_round: Round, num_clients: int) -> None:
     if this_round.num_examples or len(failures) < min(2, num_clients) or len(kinds) != 1 or not kinds <= _MISTAKES:
         return
     raise RoundFailedError(
-        f"Round {this_round.number}: all {len(failures)} clients that have tried failed with the same error, as others "
+        f"Round {this_round.round_number}: all {len(failures)} clients that have tried failed with the same error, as others "
         f"would, so the round is not repeated. Look into the data, the model and the arguments. {failures[0]}"
     ) from this_round.first_error
 
@@ -127,7 +127,9 @@ def updates_of(
             raise result.error or ClientStoreError(result.failure)
         if result.failure is not None:
             this_round.fail(client, result.failure, result.error)
-            logger.warning(f"Round {this_round.number}: client {client!r} failed and is left out. {result.failure}")
+            logger.warning(
+                f"Round {this_round.round_number}: client {client!r} failed and is left out. {result.failure}"
+            )
         elif result.update is not None:
             receive(result)
             yield result.update

@@ -201,14 +201,13 @@ class FederatedMixin(
 
     def _run_rounds(self, run: Run, ignore_keys_for_eval: list[str] | None, trial: Any) -> None:
         self._open_run(run, trial)
-        for number, factor in list(enumerate(learning_rate_factors(self.args, self.args.num_rounds), start=1))[
-            run.round :
-        ]:
+        factors = learning_rate_factors(self.args, self.args.num_rounds)
+        for round_number in range(run.round + 1, len(factors) + 1):
             self._stop_if_spent()
             if self._runner.agree(self.control.should_training_stop):
                 break
-            self._learning_rate_factor = factor
-            self._run_round(run, number, ignore_keys_for_eval, trial)
+            self._learning_rate_factor = factors[round_number - 1]
+            self._run_round(run, round_number, ignore_keys_for_eval, trial)
 
     def _init_model_again(self, trial: Any) -> None:
         # as Trainer does, so that a second train() does not go on from the first
@@ -259,38 +258,38 @@ class FederatedMixin(
 
     # ---- A round -----------------------------------------------------------------
 
-    def _run_round(self, run: Run, number: int, ignore_keys_for_eval: list[str] | None, trial: Any) -> None:
+    def _run_round(self, run: Run, round_number: int, ignore_keys_for_eval: list[str] | None, trial: Any) -> None:
         start_time = time.perf_counter()
-        this_round, result = self._train_and_merge(run, number)
+        this_round, result = self._train_and_merge(run, round_number)
         if result is not None:  # else the round is skipped
             self.last_merge = result
             run.global_state, run.server_state = result.state, result.server_state
-        run.round = number
+        run.round = round_number
         run.load_global()
         round_seconds = time.perf_counter() - start_time
 
-        self.state.global_step = number
+        self.state.global_step = round_number
         record = {**this_round.record(), **self._privacy_record(this_round), "round_seconds": round_seconds}
         is_best = False
-        if is_due(self.args.eval_strategy, self.args.eval_steps, number, self.args.num_rounds):
+        if is_due(self.args.eval_strategy, self.args.eval_steps, round_number, self.args.num_rounds):
             metrics = self._evaluate_quietly(ignore_keys_for_eval)
             is_best = self._determine_best_metric(metrics, trial)
             record.update(metrics)
         self.log(record)
         self._tell("on_round_end", record=record)
         is_save_due = is_due(
-            self.args.save_strategy, self.args.save_steps, number, self.args.num_rounds, also_last=True
+            self.args.save_strategy, self.args.save_steps, round_number, self.args.num_rounds, also_last=True
         )
         if is_save_due or (is_best and self.args.save_strategy == SaveStrategy.BEST):
             self._save_round(run, trial)
 
-    def _train_and_merge(self, run: Run, number: int) -> tuple[Round, MergeResult | None]:
+    def _train_and_merge(self, run: Run, round_number: int) -> tuple[Round, MergeResult | None]:
         """
         Train the clients of a round and merge what they upload, if need be several times, each with other clients. There
         is nothing to merge if too few clients are available.
         """
         sizes = self._client_sizes()
-        this_round = Round(number, self.args.participation.sample(sizes, number, self.availability))
+        this_round = Round(round_number, self.args.participation.sample(sizes, round_number, self.availability))
         while True:
             needed = self._needed_clients(this_round)
             self._tell("on_round_begin", clients=this_round.clients)
@@ -303,14 +302,14 @@ class FederatedMixin(
                 check_for_a_mistake(this_round, len(self.clients))  # what works for some is no mistake of all
             if this_round.attempts == self.args.max_round_attempts:
                 raise RoundFailedError(
-                    f"Round {number}: fewer than {needed} clients (`min_successful_clients`) succeeded in each of "
+                    f"Round {round_number}: fewer than {needed} clients (`min_successful_clients`) succeeded in each of "
                     f"{this_round.attempts} attempts. {this_round.failed()}"
                 ) from this_round.first_error
-            logger.warning(f"Round {number} is repeated with other clients. {this_round.failed()}")
+            logger.warning(f"Round {round_number} is repeated with other clients. {this_round.failed()}")
             others = {client: size for client, size in sizes.items() if client not in this_round.failures}
             enough = len(others) >= max(needed, self.args.min_clients)
             clients = self.args.participation.sample(
-                others if enough else sizes, number, self.availability, attempt=this_round.attempts
+                others if enough else sizes, round_number, self.availability, attempt=this_round.attempts
             )
             this_round = this_round.again(clients)
 
@@ -322,7 +321,7 @@ class FederatedMixin(
         updates = updates_of(
             this_round,
             self._runner.run(
-                this_round.clients, lambda client: self._client_round(run, this_round.number, client, control)
+                this_round.clients, lambda client: self._client_round(run, this_round.round_number, client, control)
             ),
             partial(self._receive, this_round, control),
             lambda client: self._tell("on_client_end", client=client, failure=this_round.failures.get(client)),
@@ -337,7 +336,10 @@ class FederatedMixin(
                 on_bad_update="drop",
                 limits=args.update_limits if args.update_limits.is_set else None,
                 server_step=ServerStep(
-                    args.server_optimizer, args.server_optimizer_options or {}, run.server_state, this_round.number
+                    args.server_optimizer,
+                    args.server_optimizer_options or {},
+                    run.server_state,
+                    this_round.round_number,
                 ),
                 mechanism=self._mechanism(this_round),
                 **(args.merge_options or {}),

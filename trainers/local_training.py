@@ -33,7 +33,7 @@ from .seeds import derive_seed
 
 
 # what a client's local training replaces, and what is put back after it
-_OF_THE_FEDERATION = (
+_RESTORED_ATTRIBUTES = (
     "args",
     "callback_handler",
     "control",
@@ -65,26 +65,26 @@ class LocalTrainingMixin:
     )
     _gradient_correction: GradientCorrection | None = None  # what became of it
 
-    def _client_round(self, run: Run, number: int, client: str, control: ControlVariates | None) -> ClientResult:
+    def _client_round(self, run: Run, round_number: int, client: str, control: ControlVariates | None) -> ClientResult:
         """Load the adapter that a client starts from, train it, and read what the client uploads."""
         timeout = self._timeout()
-        kept = self._store.load(client, before=number) if self._keeps_state else {}
+        kept = self._store.load(client, before=round_number) if self._keeps_state else {}
         own = {name: kept.get(name, tensor) for name, tensor in run.personal_start.items()}
         run.adapter.load({**run.global_state, **own})
         old_control, own_control, control_bytes = of_scaffold(kept), {}, 0
         with torch.enable_grad(), self._with_objective(control, old_control):  # the merge itself needs no gradients
-            train_loss, learning_rate = self._train_client(client, number, timeout)
+            train_loss, learning_rate = self._train_client(client, round_number, timeout)
             if control is not None:
                 own_control = self._gradient_correction.new_client_control()
                 control_bytes = serialized_bytes(control_change(old_control, own_control))
         heads = run.adapter.trained_heads()
         own, shared = split_state(run.adapter.read(), run.personal_patterns)
         update = ClientUpdate(shared, self._num_examples(client), client, heads)
-        update = self._before_upload(update, number, timeout)
+        update = self._before_upload(update, round_number, timeout)
         if self._keeps_state and self._is_keeper:
             kept = {**own, **{f"{SCAFFOLD_PREFIX}{name}": tensor for name, tensor in own_control.items()}}
             _check_finite(kept)
-            self._store.set_aside(client, number, kept)
+            self._store.set_aside(client, round_number, kept)
         return ClientResult(client, update, train_loss, learning_rate, control_bytes)
 
     @contextlib.contextmanager
@@ -125,8 +125,8 @@ class LocalTrainingMixin:
         for client in (
             merged if self._runner.is_main else ()
         ):  # whose c counts, and who alone knows that all is written
-            old = self._store.load(client, before=this_round.number)
-            new = self._store.load_aside(client, this_round.number)
+            old = self._store.load(client, before=this_round.round_number)
+            new = self._store.load_aside(client, this_round.round_number)
             control.add(control_change(of_scaffold(old), of_scaffold(new)))
         return control.server_state()
 
@@ -135,12 +135,12 @@ class LocalTrainingMixin:
         if not (self._keeps_state and this_round.clients):
             return
         if self._runner.is_main:
-            keep_from = this_round.number - 1 if run.oldest_checkpoint is None else run.oldest_checkpoint
+            keep_from = this_round.round_number - 1 if run.oldest_checkpoint is None else run.oldest_checkpoint
             for client in this_round.clients:
                 if counts and client in this_round.num_examples:
-                    run.client_states[client] = self._store.commit(client, this_round.number, keep_from)
+                    run.client_states[client] = self._store.commit(client, this_round.round_number, keep_from)
                 else:
-                    self._store.discard(client, this_round.number)
+                    self._store.discard(client, this_round.round_number)
         self._runner.wait()  # others may train these clients next
 
     @property
@@ -191,11 +191,12 @@ class LocalTrainingMixin:
 
     def _train_client(self, client: str, round_number: int, timeout: TimeoutCallback) -> tuple[float, float]:
         """Train the model as it is on the data of a client. Returns the mean training loss and the learning rate."""
-        with self._as_client(client, round_number, timeout):
+        seed = self.args.federated_seed
+        with self._as_client(client, derive_seed(seed, "client", round_number, client), timeout):
             try:
                 if self.client_budgets is not None:
                     with one_process():  # all processes that train a client choose the same
-                        choose_heads(self, self._head_choice(client, round_number))
+                        choose_heads(self, self._head_choice(client, derive_seed(seed, "heads", round_number, client)))
                 output = self._train_locally()
                 return output.training_loss, self.lr_scheduler.get_last_lr()[0]
             except Exception as error:
@@ -203,14 +204,8 @@ class LocalTrainingMixin:
                     error.add_note(f"This happened in round {round_number}, while client {client!r} trained.")
                 raise
 
-    def _head_choice(self, client: str, round_number: int | str) -> HeadChoice:
-        args = self.args
-        return HeadChoice(
-            self.client_budgets[client],
-            args.head_selection,
-            args.head_allocation,
-            derive_seed(args.federated_seed, "heads", round_number, client),
-        )
+    def _head_choice(self, client: str, seed: int) -> HeadChoice:
+        return HeadChoice(self.client_budgets[client], self.args.head_selection, self.args.head_allocation, seed)
 
     def _train_locally(self) -> TrainOutput:
         """The training of the trainer below, which may say nothing if there was nothing to train on."""
@@ -250,14 +245,14 @@ class LocalTrainingMixin:
             )
 
     @contextlib.contextmanager
-    def _as_client(self, client: str, round_number: int | str, timeout: TimeoutCallback) -> Iterator[None]:
+    def _as_client(self, client: str, seed: int, timeout: TimeoutCallback) -> Iterator[None]:
         """Make this trainer that of one client: its data, its seed, and nothing that belongs to the federation."""
         train_dataset = self.clients[client]  # which may have to be prepared, and not be fit for it
         own = [name for name in self.client_attributes if hasattr(self, name)]
-        federation = {name: getattr(self, name) for name in (*_OF_THE_FEDERATION, *own)}
+        federation = {name: getattr(self, name) for name in (*_RESTORED_ATTRIBUTES, *own)}
         for name in own:
             setattr(self, name, copy.deepcopy(federation[name]))
-        self.args = local_arguments(self.args, derive_seed(self.args.federated_seed, "client", round_number, client))
+        self.args = local_arguments(self.args, seed)
         self.callback_handler = LocalCallbackHandler.of(self.callback_handler, timeout)
         self.control = TrainerControl()
         self.model_init = None

@@ -84,7 +84,7 @@ class PrivacyMixin:
         privacy, seed = self.privacy.privacy, None
         if privacy.noise_seed is not None:
             # 128 bits, of which derive_seed gives 32 at a time
-            seed = [derive_seed(privacy.noise_seed, "noise", this_round.number, part) for part in range(4)]
+            seed = [derive_seed(privacy.noise_seed, "noise", this_round.round_number, part) for part in range(4)]
         return GaussianMechanism(privacy.clip_norm, self.privacy.round.noise_multiplier, len(this_round.clients), seed)
 
     def _needed_clients(self, this_round: Round) -> int:
@@ -96,7 +96,7 @@ class PrivacyMixin:
         if self.privacy is None:
             return {}
         if this_round.clients and not this_round.num_examples:
-            logger.warning(f"Round {this_round.number}: noise alone was added. {this_round.failed()}")
+            logger.warning(f"Round {this_round.round_number}: noise alone was added. {this_round.failed()}")
         return self.privacy.record(self._round_records(), bool(this_round.clients))
 
     def _round_records(self) -> list[dict[str, Any]]:

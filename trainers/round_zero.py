@@ -142,7 +142,8 @@ class RoundZeroMixin:
 
     def _upload(self, work: BasesWork, client: str) -> ClientResult:
         timeout = self._timeout()
-        with torch.enable_grad(), self._as_client(client, 0, timeout):
+        seed = derive_seed(self.args.federated_seed, "client", 0, client)
+        with torch.enable_grad(), self._as_client(client, seed, timeout):
             state, loss = work(client, timeout)
             learning_rate = None if self.lr_scheduler is None else self.lr_scheduler.get_last_lr()[0]
         update = self._before_upload(ClientUpdate(state, self._num_examples(client), client), 0, timeout)

@@ -43,14 +43,14 @@ def learning_rate_factors(args: TrainingArguments, num_rounds: int) -> list[floa
     return factors
 
 
-def is_due(strategy: str, every: float, number: int, last: int, also_last: bool = False) -> bool:
+def is_due(strategy: str, every: float, round_number: int, last: int, also_last: bool = False) -> bool:
     """
     Whether something is done after a round.
 
     Args:
         strategy (`str`): `"epoch"` for every round, `"steps"` for every `every` rounds; anything else for none.
         every (`float`): The number of rounds, or if below 1 the share of all rounds.
-        number (`int`): The number of the round, from 1.
+        round_number (`int`): The round, from 1.
         last (`int`): The number of the last round.
         also_last (`bool`, *optional*, defaults to `False`): Whether `"steps"` includes the last round.
 
@@ -61,7 +61,7 @@ def is_due(strategy: str, every: float, number: int, last: int, also_last: bool 
         return True
     if strategy == IntervalStrategy.STEPS:
         interval = max(1, round(every * last)) if every < 1 else int(every)
-        return number % interval == 0 or (also_last and number == last)
+        return round_number % interval == 0 or (also_last and round_number == last)
     return False
 
 
@@ -104,7 +104,7 @@ class Round:
     One round, as it goes on.
 
     Args:
-        number (`int`): The number of the round, from 1.
+        round_number (`int`): The round, from 1.
         clients (`list[str]`): The clients that take part.
         num_examples (`dict[str, int]`): The examples of the clients that have uploaded.
         train_losses (`dict[str, float]`): Their mean local training losses.
@@ -118,7 +118,7 @@ class Round:
         download_bytes (`int`): What they have been sent.
     """
 
-    number: int
+    round_number: int
     clients: list[str]
     num_examples: dict[str, int] = field(default_factory=dict)
     train_losses: dict[str, float] = field(default_factory=dict)
@@ -175,7 +175,7 @@ class Round:
             [`Round`]: The next attempt.
         """
         return Round(
-            self.number,
+            self.round_number,
             clients,
             failures=self.failures,
             first_error=self.first_error,
@@ -192,7 +192,7 @@ class Round:
         """
         total = sum(self.num_examples.values())
         record = {
-            "round": self.number,
+            "round": self.round_number,
             "clients": list(self.num_examples),
             "failed_clients": [{"client": client, "reason": reason} for client, reason in self.failures.items()],
             "attempts": self.attempts,
