@@ -1,4 +1,4 @@
-"""Callbacks of a federation: what they are told, and the progress bars over rounds and clients."""
+"""Callbacks of a federation: their events, and the progress bars over rounds and clients."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ def train(
     """
     Train an adapter in a federation of simulated clients.
 
-    Every argument of the file can be given on the line, too, where it goes first: --learning_rate 1e-3.
+    Every argument of the file can be given in the command, too, where it takes precedence: --learning_rate 1e-3.
     """
     from peft_ravan.trainers.commands import parse_run, train_run
 

@@ -20,7 +20,7 @@ NOISY_LOGGERS = ("bitsandbytes", "peft", "torch.utils._pytree", "torchao")
 
 
 class CommandGroup(TyperGroup):
-    """Commands whose errors are one line on stderr and the exit code 1. `--debug` may stand anywhere on the line."""
+    """Commands whose errors are one line on stderr and the exit code 1. `--debug` may stand anywhere in the command."""
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
         ctx.meta[DEBUG] = DEBUG in args

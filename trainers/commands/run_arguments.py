@@ -1,4 +1,4 @@
-"""A run in one YAML file, as TRL has it, and on the line, where arguments replace those of the file."""
+"""A run in one YAML file, as TRL has it. Arguments of the command replace those of the file."""
 
 from __future__ import annotations
 
