@@ -46,7 +46,7 @@ from transformers import (
 
 from peft_ravan import RavanConfig
 from peft_ravan.trainers import FederatedArguments, FederatedTrainer, clients, federated_mixin, local_training
-from peft_ravan.trainers.callbacks import FederatedCallback
+from peft_ravan.trainers.records.callbacks import FederatedCallback
 from peft_ravan.trainers.rounds import Round
 from peft_ravan.trainers.seeds import derive_seed
 

@@ -13,10 +13,10 @@ from peft_ravan.merging.limits import LARGE_UPDATES
 
 from .argument_checks import check_counts, check_local_training, check_privacy, check_sharing
 from .client_runners import PARALLEL_MODES
+from .data.partition import PARTITIONS, PartitionSettings
+from .data.partitioner import PartitionerArgumentMixin
 from .head_selection import BUDGET_DISTRIBUTIONS, HEAD_ALLOCATIONS, HEAD_SELECTIONS, parse_client_budgets
 from .participation import Participation
-from .partition import PARTITIONS, PartitionSettings
-from .partitioner import PartitionerArgumentMixin
 
 
 # without a `repr` of its own: that of TrainingArguments hides tokens

@@ -11,12 +11,12 @@ from transformers import DefaultFlowCallback
 from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import has_length
 
-from .callbacks import call_federated_event
 from .checkpoints import preserved_random_state
 from .client_budgets import choose_heads
-from .client_eval_data import make_client_eval_datasets
-from .client_metrics import TIMED, summarize_clients
+from .data.client_eval_data import make_client_eval_datasets
 from .faults import TimeoutCallback
+from .records.callbacks import call_federated_event
+from .records.client_metrics import TIMED, summarize_clients
 from .resuming import Run
 from .seeds import derive_seed
 

@@ -20,25 +20,25 @@ from transformers.utils import logging
 from peft_ravan.merging import ClientUpdate, MergeResult, ServerStep, get_merge_method, merge
 
 from .arguments import FederatedArguments, FederatedArgumentsMixin
-from .callbacks import FederatedProgressCallback
 from .client_budgets import resolve_client_budgets
 from .client_evaluation import ClientEvaluationMixin
 from .client_runners import make_runner
 from .clients import LiveAdapter, freeze, frozen_heap
-from .data_checks import check_labels
+from .data.checks import check_labels
+from .data.partition import make_clients
+from .data.partition_report import PartitionReportMixin
+from .data.preparation import PreparationMixin, by_name, one_dataset
 from .faults import ClientFault, RoundFailedError, check_for_a_mistake, merge_of, updates_of
 from .federation import Federation
-from .history import HistoryFileCallback, HistoryMixin
 from .local_objective import ControlVariates
 from .local_training import LocalTrainingMixin
 from .participation import Availability
-from .partition import make_clients
-from .partition_report import PartitionReportMixin
 from .personal import check_patterns
-from .preparation import PreparationMixin, by_name, one_dataset
 from .private_rounds import PrivacyMixin, resolve_privacy
+from .records.callbacks import FederatedProgressCallback
+from .records.history import HistoryFileCallback, HistoryMixin
+from .records.round_logs import RoundLogMixin
 from .resuming import CheckpointingMixin, Run
-from .round_logs import RoundLogMixin
 from .round_zero import RoundZeroMixin
 from .rounds import Round, is_due, learning_rate_factors, mean_train_loss, serialized_bytes
 from .run_facts import run_facts

@@ -18,15 +18,15 @@ from transformers.trainer_utils import TrainOutput, has_length
 from peft_ravan.merging import ClientUpdate, UpdateError, get_merge_method, plain_update
 from peft_ravan.merging.entries import is_finite
 
-from .callbacks import LocalCallbackHandler
 from .client_budgets import HeadChoice, choose_heads
 from .client_runners import ClientResult, DataParallelRunner, one_process
 from .clients import local_arguments
+from .data.partition import ClientParts
+from .data.preparation import PreparedClients, given_clients
 from .faults import NothingTrainedError, TimeoutCallback
 from .local_objective import SCAFFOLD_PREFIX, ControlVariates, GradientCorrection, control_change, of_scaffold
-from .partition import ClientParts
 from .personal import ClientStore, split_state
-from .preparation import PreparedClients, given_clients
+from .records.callbacks import LocalCallbackHandler
 from .resuming import Run
 from .rounds import Round, serialized_bytes
 from .seeds import derive_seed

@@ -20,7 +20,7 @@ import datasets
 import pandas as pd
 
 # not relative: `evaluate.load` runs a copy of this file
-from peft_ravan.trainers.client_metrics import client_statistics
+from peft_ravan.trainers.records.client_metrics import client_statistics
 
 
 _DESCRIPTION = """

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .checkpoints import CheckpointError
-from .data_fingerprint import client_fingerprints
+from .data.fingerprint import client_fingerprints
 from .federation import Federation
 
 

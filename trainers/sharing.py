@@ -17,7 +17,7 @@ from peft_ravan.sharing.hub import Destination, push_folder
 from peft_ravan.sharing.model_card import make_model_card
 from peft_ravan.sharing.reading import adapter_folder
 
-from .reporting import federation_record
+from .records.reporting import federation_record
 
 
 logger = logging.get_logger(__name__)

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from peft_ravan.trainers import FederatedCallback, make_clients
 from peft_ravan.trainers.checkpoints import random_state
-from peft_ravan.trainers.client_eval_data import largest_remainders, make_client_eval_datasets
-from peft_ravan.trainers.client_metrics import client_statistics, summarize_clients
+from peft_ravan.trainers.data.client_eval_data import largest_remainders, make_client_eval_datasets
 from peft_ravan.trainers.personal import ClientStore
+from peft_ravan.trainers.records.client_metrics import client_statistics, summarize_clients
 
 from ..conftest import classification_dataset
 from .helpers import adapter_state, arguments, assert_same, comparable, lora, make_trainer, ravan

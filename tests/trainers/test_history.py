@@ -15,8 +15,9 @@ from transformers import trainer as trainer_module
 
 from peft_ravan.sharing.federation_record import HISTORY_FILE, history_lines, write_history
 from peft_ravan.sharing.plotting import MAX_NAMES
-from peft_ravan.trainers import FederatedTrainer, callbacks, history_table, plot_history, read_history
-from peft_ravan.trainers.history_plot import BLUE, FAILED, TRAINED, head_norms, participation_of
+from peft_ravan.trainers import FederatedTrainer, history_table, plot_history, read_history
+from peft_ravan.trainers.records import callbacks
+from peft_ravan.trainers.records.history_plot import BLUE, FAILED, TRAINED, head_norms, participation_of
 
 from .helpers import comparable, interrupted, lora, make_trainer, ravan, resumable_trainer
 

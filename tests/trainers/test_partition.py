@@ -6,8 +6,9 @@ import torch
 from hypothesis import assume, given
 from sklearn.datasets import load_digits
 
-from peft_ravan.trainers import FederatedArguments, make_clients, partition
-from peft_ravan.trainers.partition import partition_indices
+from peft_ravan.trainers import FederatedArguments, make_clients
+from peft_ravan.trainers.data import partition
+from peft_ravan.trainers.data.partition import partition_indices
 
 from ..properties import examples
 

@@ -20,16 +20,7 @@ from peft_ravan.trainers import CheckpointError, FederatedCallback, checkpoints,
 from peft_ravan.trainers.personal import ClientStore
 
 from ..conftest import classification_dataset
-from .helpers import (
-    StopAfter,
-    adapter_state,
-    assert_same,
-    comparable,
-    interrupted,
-    lora,
-    ravan,
-    resumable_trainer,
-)
+from .helpers import StopAfter, adapter_state, assert_same, comparable, interrupted, lora, ravan, resumable_trainer
 
 
 ROOT = Path(__file__).parents[2]

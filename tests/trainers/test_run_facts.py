@@ -12,8 +12,8 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 from transformers import BertConfig, BertForSequenceClassification
 
 from peft_ravan.trainers import FederatedArguments, make_clients
-from peft_ravan.trainers.data_fingerprint import MAX_EXAMPLES, MAX_ROWS, client_fingerprints
-from peft_ravan.trainers.preparation import PreparedClients
+from peft_ravan.trainers.data.fingerprint import MAX_EXAMPLES, MAX_ROWS, client_fingerprints
+from peft_ravan.trainers.data.preparation import PreparedClients
 from peft_ravan.trainers.run_facts import NOT_COMPARED, changes, run_facts
 
 from ..conftest import classification_dataset, tiny_bert
@@ -253,7 +253,7 @@ def test_of_much_data_some_is_looked_at(monkeypatch):
     assert len(set(fingerprints.values())) == 2000 and data.reads == 2 * MAX_EXAMPLES
     queried = []
     monkeypatch.setattr(
-        "peft_ravan.trainers.data_fingerprint.query_table",
+        "peft_ravan.trainers.data.fingerprint.query_table",
         lambda table, key, indices: queried.extend(key) or table.slice(0, 1),
     )
     client_fingerprints(parts(classification_dataset(5000), num_clients=1500))

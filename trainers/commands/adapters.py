@@ -18,7 +18,7 @@ from peft_ravan.sharing.adapter_files import CARD_FILE
 from peft_ravan.sharing.federation_record import HISTORY_FILE, PLOT_FILE, read_history, replace_file
 from peft_ravan.sharing.reading import read_adapter
 
-from ..history_plot import plot_public_history
+from ..records.history_plot import plot_public_history
 from .output import OutputFolder, check_is_free
 
 

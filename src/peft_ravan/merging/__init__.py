@@ -12,13 +12,7 @@ from .limits import UpdateLimits
 from .lora import lora_state_for_client
 from .merge import merge
 from .method import MergeMethod, ServerOptimizer
-from .methods.registry import (
-    MERGE_METHODS,
-    SERVER_OPTIMIZERS,
-    get_merge_method,
-    get_server_optimizer,
-    methods_table,
-)
+from .methods.registry import MERGE_METHODS, SERVER_OPTIMIZERS, get_merge_method, get_server_optimizer, methods_table
 from .plain import plain_update
 from .privacy import GaussianMechanism
 from .robust_pca import RobustPCAInfo, robust_pca

@@ -8,8 +8,8 @@ from typing import Any
 from peft_ravan.merging import get_merge_method, get_server_optimizer
 from peft_ravan.sharing.federation_record import FederationRecord, current_versions, public_history
 
-from .arguments import FederatedArguments
-from .federation import Federation
+from ..arguments import FederatedArguments
+from ..federation import Federation
 
 
 def federation_record(

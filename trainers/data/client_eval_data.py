@@ -11,11 +11,11 @@ import pandas as pd
 from torch.utils.data import Dataset
 from transformers.trainer_utils import has_length
 
+from ..seeds import derive_seed
+from .checks import check_client_names
 from .columns import find_label_column, read_labels
-from .data_checks import check_client_names
 from .partition import ClientParts, PartitionSettings, partition_indices
 from .preparation import given_clients
-from .seeds import derive_seed
 
 
 def make_client_eval_datasets(

@@ -17,10 +17,10 @@ import pandas as pd
 from torch.utils.data import Dataset, Subset
 from transformers.trainer_utils import has_length
 
+from ..seeds import derive_seed
+from .checks import check_client_names, check_train_dataset
 from .columns import LABEL_COLUMNS, find_label_column, label_names, read_column, read_labels
-from .data_checks import check_client_names, check_train_dataset
 from .partitioner import is_partitioner, load_partitions
-from .seeds import derive_seed
 
 
 PARTITIONS = ("iid", "dirichlet", "pathological", "column")
