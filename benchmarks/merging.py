@@ -19,7 +19,6 @@ import torch
 from peft import LoraConfig
 
 from peft_ravan.merging import MERGE_METHODS, ClientUpdate, merge
-from peft_ravan.merging.lora import A_PARTS, B_PARTS
 
 
 def ravan_updates(num_clients: int, num_targets: int, num_heads: int, r: int) -> list[ClientUpdate]:
@@ -111,16 +110,12 @@ def all_methods(args: argparse.Namespace) -> dict[str, float]:
     config = LoraConfig(r=rank, lora_alpha=16)
     lora = lora_updates(10, num_targets, width, rank)
     ravan = ravan_updates(10, num_targets, 1, int((2 * width * rank) ** 0.5))
-    left_out = {"ffa_lora": A_PARTS, "fedsa_lora": B_PARTS}
     times = {}
-    for name in MERGE_METHODS:
+    for name, method in MERGE_METHODS.items():
+        left_out = method.frozen_in(1) + method.personal_parts
         updates = [
             ClientUpdate(
-                {
-                    key: value
-                    for key, value in update.state.items()
-                    if not any(p in key for p in left_out.get(name, ()))
-                },
+                {key: value for key, value in update.state.items() if not any(part in key for part in left_out)},
                 update.num_examples,
                 update.client_id,
             )

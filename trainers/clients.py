@@ -79,6 +79,30 @@ def freeze(model: nn.Module, parts: tuple[str, ...]) -> None:
             parameter.requires_grad_(False)
 
 
+@contextlib.contextmanager
+def frozen_for_now(model: nn.Module, parts: tuple[str, ...]) -> Iterator[None]:
+    """
+    Freeze what is not trained within, such as the one of LoRA's A and B whose turn it is not. Optimizers that are made
+    within do not have it.
+
+    Args:
+        model (`torch.nn.Module`): The model.
+        parts (`tuple[str, ...]`): Parts of the names of the parameters.
+    """
+    frozen = [
+        parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and any(part in name for part in parts)
+    ]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+
+
 class LiveAdapter:
     """
     The tensors of the active adapter of a model that travel between server and clients, by the names of the adapter's

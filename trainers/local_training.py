@@ -20,12 +20,12 @@ from peft_ravan.merging.entries import is_finite
 
 from .client_budgets import HeadChoice, choose_heads
 from .client_runners import ClientResult, DataParallelRunner, one_process
-from .clients import local_arguments
+from .clients import frozen_for_now, local_arguments
 from .data.partition import ClientParts
 from .data.preparation import PreparedClients, given_clients
 from .faults import NothingTrainedError, TimeoutCallback
 from .local_objective import SCAFFOLD_PREFIX, ControlVariates, GradientCorrection, control_change, of_scaffold
-from .personal import ClientStore, split_state
+from .personal import ClientStore, of_parts, split_state
 from .records.callbacks import LocalCallbackHandler
 from .resuming import Run
 from .rounds import Round, serialized_bytes
@@ -71,15 +71,23 @@ class LocalTrainingMixin:
         kept = self._store.load(client, before=round_number) if self._keeps_state else {}
         own = {name: kept.get(name, tensor) for name, tensor in run.personal_start.items()}
         run.adapter.load({**run.global_state, **own})
-        old_control, own_control, control_bytes = of_scaffold(kept), {}, 0
-        with torch.enable_grad(), self._with_objective(control, old_control):  # the merge itself needs no gradients
+        frozen = get_merge_method(self.merge_method).frozen_in(round_number)
+        resting_control, old_control = of_parts(of_scaffold(kept), frozen)
+        own_control, control_bytes = {}, 0
+        with (
+            torch.enable_grad(),  # the merge itself needs no gradients
+            frozen_for_now(self.model, frozen),
+            self._with_objective(control, old_control),
+        ):
             train_loss, learning_rate = self._train_client(client, round_number, timeout)
             if control is not None:
-                own_control = self._gradient_correction.new_client_control()
-                control_bytes = serialized_bytes(control_change(old_control, own_control))
+                new_control = self._gradient_correction.new_client_control()
+                control_bytes = serialized_bytes(control_change(old_control, new_control))
+                own_control = {**resting_control, **new_control}
         heads = run.adapter.trained_heads()
         own, shared = split_state(run.adapter.read(), run.personal_patterns)
-        update = ClientUpdate(shared, self._num_examples(client), client, heads)
+        _, trained = of_parts(shared, frozen)
+        update = ClientUpdate(trained, self._num_examples(client), client, heads)
         update = self._before_upload(update, round_number, timeout)
         if self._keeps_state and self._is_keeper:
             kept = {**own, **{f"{SCAFFOLD_PREFIX}{name}": tensor for name, tensor in own_control.items()}}

@@ -41,6 +41,18 @@ def split_state(state: Mapping[str, torch.Tensor], patterns: Sequence[str]) -> t
     return personal, {name: tensor for name, tensor in state.items() if name not in personal}
 
 
+def of_parts(state: Mapping[str, torch.Tensor], parts: tuple[str, ...]) -> tuple[State, State]:
+    """
+    Args:
+        state (`Mapping[str, torch.Tensor]`): Names to tensors.
+        parts (`tuple[str, ...]`): Parts of names, such as those that a merge method freezes in a round.
+
+    Returns:
+        `tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]`: What has one of them in its name, and the rest.
+    """
+    return split_state(state, [re.escape(part) for part in parts])
+
+
 def read_patterns(value: Sequence[str] | str | None) -> list[str] | None:
     """
     Args:

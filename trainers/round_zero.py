@@ -8,7 +8,6 @@ plain weighted ones: a server that adds up securely would do.
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -32,6 +31,7 @@ from peft_ravan.tuner.gradient_bases import (
 from peft_ravan.tuner.state import CORE_NAME, SCALING_NAME, is_basis, is_core
 
 from .client_runners import ClientResult, one_process
+from .clients import frozen_for_now
 from .faults import RoundFailedError, TimeoutCallback, updates_of
 from .participation import Participation
 from .rounds import Round, serialized_bytes
@@ -153,7 +153,7 @@ class RoundZeroMixin:
         head = {name for name in run.global_state if not is_core(name)}
         run.load_global()
         self.args.max_steps = self.args.bases_warmup_steps  # of the client's arguments, which are a copy
-        with _cores_frozen(self.model):
+        with frozen_for_now(self.model, (f".{CORE_NAME}.", f".{SCALING_NAME}.")):
             loss = self._train_locally().training_loss
         return {name: tensor for name, tensor in run.adapter.read().items() if name in head}, loss
 
@@ -177,23 +177,6 @@ class RoundZeroMixin:
                 self.model, batches(), self.model.active_adapter, compute_loss, self.args.bases_rank
             )
         return sketch_state(sketches), sum(losses) / len(losses)
-
-
-@contextlib.contextmanager
-def _cores_frozen(model: nn.Module) -> Iterator[None]:
-    """Let only what is not a part of the adapter's matrices train."""
-    frozen = [
-        parameter
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and (f".{CORE_NAME}." in name or f".{SCALING_NAME}." in name)
-    ]
-    for parameter in frozen:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
 
 
 def _bases_bytes(model: nn.Module, adapter_name: str) -> int:

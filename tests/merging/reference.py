@@ -278,11 +278,14 @@ ADAPTERS: dict[str, Callable[..., State]] = {
 FAITHFUL = {"ties": {"density": 1.0}}
 
 
-def upload(method: str, state: Mapping[str, torch.Tensor], global_state: Mapping[str, torch.Tensor]) -> State:
+def upload(
+    method: str, state: Mapping[str, torch.Tensor], global_state: Mapping[str, torch.Tensor], round_number: int = 1
+) -> State:
     """What a client of a method uploads: without what is personal, and with what is frozen as it was."""
     parts = MERGE_METHODS[method]
+    frozen = parts.frozen_in(round_number)
     return {
-        name: global_state[name] if any(part in name for part in parts.frozen_parts) else tensor
+        name: global_state[name] if any(part in name for part in frozen) else tensor
         for name, tensor in state.items()
         if not any(part in name for part in parts.personal_parts)
     }

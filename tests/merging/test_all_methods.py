@@ -301,6 +301,6 @@ def test_a_method_is_found_by_its_name_and_has_its_row(name):
 
 def test_a_frozen_or_personal_part_is_one_of_a_lora_name():
     for method in MERGE_METHODS.values():
-        for part in method.frozen_parts + method.personal_parts:
+        for part in sum(method.frozen_cycle, method.frozen_parts + method.personal_parts):
             assert any(part in name for name in lora_state(seeded())) or "embedding" in part
     assert b_name(next(iter(LORA_SHAPES))) in lora_state(seeded())

@@ -30,6 +30,7 @@ class UpdateChecker:
         config ([`~peft.PeftConfig`], *optional*): The configuration of the global adapter.
         limits ([`UpdateLimits`], *optional*): What one client can do at most.
         may_be_empty (`bool`, *optional*, defaults to `False`): Whether there may be no update, or none that fits.
+        round_number (`int`, *optional*, defaults to 1): The round, which says what is frozen.
 
     **Attributes**:
         - **dropped** (`list[dict[str, str]]`) -- `client` and `reason` of the updates that were dropped.
@@ -48,6 +49,7 @@ class UpdateChecker:
         config: PeftConfig | None = None,
         limits: UpdateLimits | None = None,
         may_be_empty: bool = False,
+        round_number: int = 1,
     ):
         if on_bad_update not in ("raise", "drop"):
             raise ValueError(f"`on_bad_update` must be 'raise' or 'drop', got {on_bad_update!r}.")
@@ -57,9 +59,11 @@ class UpdateChecker:
         self.config = config
         self.limits = limits or UpdateLimits()
         self.may_be_empty = may_be_empty
+        self.round_number = round_number
         self.dropped: list[dict[str, str]] = []
         self.clipped: list[dict[str, str | float]] = []
         self.accepted: list[tuple[str, int]] = []
+        self._frozen = method.frozen_in(round_number)
         self._lora_targets = lora_targets(global_state)
         self._form = _form(global_state)
 
@@ -159,7 +163,7 @@ class UpdateChecker:
 
     def _check(self, update: ClientUpdate, client: str) -> None:
         # most updates have the form of the global state, which is seen at a glance
-        special = update.trained_heads or update.config or self.method.frozen_parts or self.method.personal_parts
+        special = update.trained_heads or update.config or self._frozen or self.method.personal_parts
         if special or _form(update.state) != self._form:
             self._check_names(update, client)
             for name in update.state:
@@ -171,7 +175,7 @@ class UpdateChecker:
     def _check_names(self, update: ClientUpdate, client: str) -> None:
         method = self.method
         for name in self.global_state:
-            may_lack = _has_part(name, method.frozen_parts + method.personal_parts)
+            may_lack = _has_part(name, self._frozen + method.personal_parts)
             if name not in update.state and not may_lack:
                 raise UpdateError(
                     f"{client}, tensor {name!r}: missing from the update. An update holds every tensor of the global "
@@ -214,11 +218,15 @@ class UpdateChecker:
                 f"{self.method.pretty_name} every client needs the adapter configuration of the global adapter"
                 + (", except for the rank." if self.method.different_ranks else ".")
             )
-        if _has_part(name, self.method.frozen_parts) and not torch.equal(tensor, global_tensor.to(tensor.device)):
+        if _has_part(name, self._frozen) and not torch.equal(tensor, global_tensor.to(tensor.device)):
             raise UpdateError(
-                f"{client}, tensor {name!r}: differs from the global one, but {self.method.pretty_name} keeps it frozen. "
-                "Freeze it on the clients (`requires_grad_(False)`), and leave it out of the upload."
+                f"{client}, tensor {name!r}: differs from the global one, but {self.method.pretty_name} keeps it frozen"
+                f"{self._in_this_round}. Freeze it on the clients (`requires_grad_(False)`), and leave it out of the upload."
             )
+
+    @property
+    def _in_this_round(self) -> str:
+        return f" in round {self.round_number}" if self.method.frozen_cycle else ""
 
     def _expected_shape(self, name: str, update: ClientUpdate, client: str) -> torch.Size:
         shape = self.global_state[name].shape
@@ -268,11 +276,13 @@ class UpdateChecker:
                 )
             return
         for target in self._lora_targets:
-            if target.B_name not in update.state or (
+            if _has_part(target.B_name, self.method.personal_parts) or (
                 self.method.different_ranks and target.bias_name not in self.global_state
             ):
                 continue
-            rank, global_rank = (state[target.B_name].shape[1] for state in (update.state, self.global_state))
+            global_rank = self.global_state[target.B_name].shape[1]
+            # without different ranks an upload has the global one, also where B is frozen and left out
+            rank = update.state[target.B_name].shape[1] if target.B_name in update.state else global_rank
             scaling = lora_scaling(own_config, target.module, rank)
             expected = lora_scaling(self.config, target.module, global_rank)
             if not math.isclose(scaling, expected):

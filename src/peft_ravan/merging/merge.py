@@ -101,12 +101,19 @@ def merge(
     check_global(products)
     with torch.no_grad():
         checker = UpdateChecker(
-            products, merge_method, on_bad_update, config, limits, may_be_empty=mechanism is not None
+            products,
+            merge_method,
+            on_bad_update,
+            config,
+            limits,
+            may_be_empty=mechanism is not None,
+            round_number=server_step.round_number,
         )
         if mechanism is None:
             result = _merge_checked(merge_method, products, updates, checker, options)
         else:
-            result = merge_privately(merge_method, products, checker.passing(updates), mechanism, options)
+            frozen = merge_method.frozen_in(server_step.round_number)
+            result = merge_privately(merge_method, products, checker.passing(updates), mechanism, options, frozen)
         state, remembered = server_step.take(merge_method, options, products, result)
         check_merged(state)
     diagnostics = {

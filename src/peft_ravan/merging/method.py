@@ -72,7 +72,8 @@ class Described:
 class MergeMethod(Described):
     """
     A merge method: a pure function `(global_state, updates, **options) -> MergeResult`. Where it has a parameter `config`
-    it gets the configuration of the adapter, and where it has `server_state`, what it returned as such in the last round.
+    it gets the configuration of the adapter, where it has `server_state`, what it returned as such in the last round, and
+    where it has `round_number`, the number of the round.
 
     Args:
         averages (`str`): What is averaged, for the table of methods.
@@ -90,7 +91,11 @@ class MergeMethod(Described):
             Whether LoRA's A and B are chosen anew from their product, or with which option they are.
         from_start (`bool`):
             Whether the result depends on where the adapter's matrices have started from, and not only where they are.
-        frozen_parts (`tuple[str, ...]`): Parts of names of tensors that clients must not change and may leave out.
+        frozen_parts (`tuple[str, ...]`):
+            Parts of names of tensors that nobody ever changes, and that clients may leave out.
+        frozen_cycle (`tuple[tuple[str, ...], ...]`):
+            Parts of names of tensors that clients must not change in a round and may leave out then: round n has the entry
+            `(n - 1) % len(frozen_cycle)`. The server, or other rounds, may change them.
         personal_parts (`tuple[str, ...]`): Parts of names of tensors that clients must not upload.
     """
 
@@ -107,7 +112,20 @@ class MergeMethod(Described):
     decomposes: bool | Mapping[str, str] = False
     from_start: bool = False
     frozen_parts: tuple[str, ...] = ()
+    frozen_cycle: tuple[tuple[str, ...], ...] = ()
     personal_parts: tuple[str, ...] = ()
+
+    def frozen_in(self, round_number: int) -> tuple[str, ...]:
+        """
+        Args:
+            round_number (`int`): The number of a round, from 1.
+
+        Returns:
+            `tuple[str, ...]`: Parts of names of tensors that clients must not change in that round and may leave out.
+        """
+        if not self.frozen_cycle:
+            return self.frozen_parts
+        return self.frozen_parts + self.frozen_cycle[(round_number - 1) % len(self.frozen_cycle)]
 
     def decomposes_with(self, options: Mapping[str, object]) -> bool:
         """

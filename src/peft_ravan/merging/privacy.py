@@ -104,6 +104,7 @@ def merge_privately(
     updates: Iterable[ClientUpdate],
     mechanism: GaussianMechanism,
     options: Mapping[str, Any],
+    frozen: tuple[str, ...] = (),
 ) -> MergeResult:
     """
     Merge the clipped changes with uniform weights, and add noise to their mean.
@@ -114,6 +115,7 @@ def merge_privately(
         updates (`Iterable[ClientUpdate]`): What clients uploaded, checked. None of them is kept.
         mechanism ([`GaussianMechanism`]): How changes are bounded and hidden.
         options (`Mapping[str, Any]`): The options of the method.
+        frozen (`tuple[str, ...]`, *optional*): Parts of names of tensors that are frozen in this round, and get no noise.
 
     Returns:
         [`MergeResult`]: The new state. The diagnostics have, under `privacy`, the figures of the mechanism and how many
@@ -130,7 +132,7 @@ def merge_privately(
     }
     norms: list[float] = []
     result = method.function(nothing, _uniform(global_state, nothing, updates, mechanism, norms), **options)
-    _add_noise(result.state, mechanism, method.frozen_parts + method.personal_parts)
+    _add_noise(result.state, mechanism, frozen + method.personal_parts)
     state = {
         name: (tensor.to(nothing[name]) + result.state[name]).to(tensor.dtype) for name, tensor in global_state.items()
     }

@@ -32,7 +32,8 @@ def step_by_tensor(
         global_state (`Mapping[str, torch.Tensor]`):
             The state the clients started from.
         merged_state (`Mapping[str, torch.Tensor]`):
-            What a merge method made of their updates.
+            What a merge method made of their updates. A tensor that is not in it rests: it and its moments stay as they
+            are.
         server_state (`Mapping[str, torch.Tensor]`):
             What the last step returned, or nothing in the first round.
         moments (`Mapping[str, float]`):
@@ -49,6 +50,11 @@ def step_by_tensor(
     """
     new_state, new_server_state = {}, {}
     for name, start in global_state.items():
+        if name not in merged_state:
+            new_state[name] = start.clone()
+            names = [f"{moment}.{name}" for moment in moments]
+            new_server_state.update({key: server_state[key].clone() for key in names if key in server_state})
+            continue
         merged = merged_state[name]
         if merged.shape != start.shape:
             raise ValueError(

@@ -72,5 +72,11 @@ class ServerStep:
             )
         optimizer = get_server_optimizer(self.optimizer)
         step = partial(optimizer.function, server_state=self.state, **self.options)
-        targets = lora_targets(global_state) if method.decomposes_with(options) else []
-        return step_between_products(targets, global_state, result.state, step)
+        if method.decomposes_with(options):
+            return step_between_products(lora_targets(global_state), global_state, result.state, step)
+        return step(global_state, self._without_resting(method, result.state))
+
+    def _without_resting(self, method: MergeMethod, merged_state: State) -> State:
+        # what other rounds train would be moved on by their momentum in a round that was not trained for it
+        frozen = method.frozen_in(self.round_number) if method.frozen_cycle else ()
+        return {name: tensor for name, tensor in merged_state.items() if not any(part in name for part in frozen)}
