@@ -13,6 +13,7 @@ from peft import LoraConfig, PeftConfig
 
 from peft_ravan import RavanConfig, bases_fingerprint, card_of_folder, different_bases
 from peft_ravan.merging import ClientUpdate, MergeMethod, MergeResult, get_merge_method, merge
+from peft_ravan.merging.lora import ZERO_PARTS
 from peft_ravan.sharing.adapter_files import CARD_FILE
 from peft_ravan.sharing.federation_record import FederationRecord
 from peft_ravan.sharing.reading import write_adapter
@@ -24,8 +25,6 @@ from .output import OutputFolder
 
 # With these LoRA's update is zero before training, as it always is for Ravan unless `init_weights=False`.
 _ZERO_STARTS = (True, "gaussian", "orthogonal", "eva")
-# which matrix it is that starts at zero
-_ZERO_PARTS = (".lora_B.", ".lora_embedding_A")
 # by how much of the base model they adapt, tensors of the same names would mean other things
 _COMPARED_FIELDS = ("layer_replication",)
 
@@ -244,7 +243,7 @@ def zero_start(adapter: SavedAdapter) -> dict[str, torch.Tensor]:
         and the task head have started from is not known: they are those of the adapter.
     """
     return {
-        name: torch.zeros_like(tensor) if is_core(name) or any(part in name for part in _ZERO_PARTS) else tensor
+        name: torch.zeros_like(tensor) if is_core(name) or any(part in name for part in ZERO_PARTS) else tensor
         for name, tensor in adapter.state.items()
     }
 

@@ -21,6 +21,9 @@ from .updates import ClientUpdate
 
 A_PARTS = (".lora_A.", ".lora_embedding_A")
 B_PARTS = (".lora_B.", ".lora_embedding_B")
+# LoRA starts one of A and B with zeros and draws the other one, the frame: A, or on an embedding B
+ZERO_PARTS = (".lora_B.", ".lora_embedding_A")
+FRAME_PARTS = (".lora_A.", ".lora_embedding_B")
 _A_NAME = re.compile(r"(?P<module>.+)\.lora_(A\.weight|embedding_A)")
 # with these the update of the weight is not scaling * B A: DoRA, AdaLoRA
 _OTHER_PARTS = (".lora_magnitude_vector", ".lora_E")
@@ -50,6 +53,20 @@ class LoraTarget:
     def is_embedding(self) -> bool:
         """Whether the module is an embedding, where LoRA starts with A = 0 and a random B, and not the other way round."""
         return self.A_name.endswith(".lora_embedding_A")
+
+    def swapped(self, first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        From B and A to the factor that LoRA starts with zeros and the frame, and back: they are B and A themselves, or on
+        an embedding A^T and B^T.
+
+        Args:
+            first (`torch.Tensor`): B `[d_out, r]`, or the factor that starts with zeros, `[d, r]`.
+            second (`torch.Tensor`): A `[r, d_in]`, or the frame, `[r, d']`.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: The others.
+        """
+        return (second.T, first.T) if self.is_embedding else (first, second)
 
     def rank(self, state: Mapping[str, torch.Tensor]) -> int:
         """The rank of the module in a state."""

@@ -39,7 +39,7 @@ def truncated_factors(
         `tuple[dict[str, torch.Tensor], float]`: A and B by their names, and the share of the squared norm they hold.
     """
     other, frame, kept = _other_and_frame_of_product(target, left, right, like)
-    B, A = _swapped(target, other, frame)
+    B, A = target.swapped(other, frame)
     # a rank above d_in or d_out leaves more over than there are directions
     return target.as_state(*keep_trainable(B, A, *target.factors(like)), like), kept
 
@@ -63,8 +63,8 @@ def aligned_factors(
     B, A = target.factors(state)
     other, frame, _ = _other_and_frame_of_product(target, B, A, like)
     global_other, global_frame = _other_and_frame(target, like)
-    rotation = _nearest_orthonormal(global_frame @ frame.T + global_other.T @ other)  # [r, r]
-    return target.as_state(*_swapped(target, other @ rotation.T, rotation @ frame), like)
+    rotation = nearest_orthonormal(global_frame @ frame.T + global_other.T @ other)  # [r, r]
+    return target.as_state(*target.swapped(other @ rotation.T, rotation @ frame), like)
 
 
 def orthonormal_factors(
@@ -83,21 +83,13 @@ def orthonormal_factors(
         `dict[str, torch.Tensor]`: A and B by their names.
     """
     other, frame = _other_and_frame(target, state)
-    frame = _length_of_directions(target, frame) * _nearest_orthonormal(frame)
-    return target.as_state(*_swapped(target, other, frame), like)
-
-
-def _swapped(target: LoraTarget, first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    From B and A to the factor that LoRA starts with zeros, `[d, r]`, and the frame, `[r, d']`, and back: they are B and A
-    themselves, or on an embedding A^T and B^T.
-    """
-    return (second.T, first.T) if target.is_embedding else (first, second)
+    frame = _length_of_directions(target, frame) * nearest_orthonormal(frame)
+    return target.as_state(*target.swapped(other, frame), like)
 
 
 def _other_and_frame(target: LoraTarget, state: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     B, A = target.factors(state)
-    return _swapped(target, B.double(), A.double())
+    return target.swapped(B.double(), A.double())
 
 
 def _length_of_directions(target: LoraTarget, frame: torch.Tensor) -> float:
@@ -110,7 +102,7 @@ def _other_and_frame_of_product(
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
     global_other, global_frame = _other_and_frame(target, like)
     U, S, Vh, kept = svd_of_product(left, right, rank=len(global_frame))
-    U, Vh = (factor.to(global_frame) for factor in _swapped(target, U, Vh))
+    U, Vh = (factor.to(global_frame) for factor in target.swapped(U, Vh))
     S = S.to(global_frame)
     # below this it is rounding, and has no direction
     live = S > 10 * torch.finfo(target.factors(like)[1].dtype).eps * S.max()
@@ -136,8 +128,15 @@ def _completed(rows: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
     return torch.cat([rows, torch.linalg.qr(candidates.T).Q.T[len(rows) : rank]])
 
 
-def _nearest_orthonormal(matrix: torch.Tensor) -> torch.Tensor:
-    """The matrix with orthonormal rows, or columns where these are fewer, that is nearest in the Frobenius norm."""
+def nearest_orthonormal(matrix: torch.Tensor) -> torch.Tensor:
+    """
+    Args:
+        matrix (`torch.Tensor`): `[m, n]`.
+
+    Returns:
+        `torch.Tensor`: The matrix with orthonormal rows, or columns where these are fewer, that is nearest in the Frobenius
+        norm.
+    """
     U, _, Vh = torch.linalg.svd(matrix, full_matrices=False)
     return U @ Vh
 

@@ -81,6 +81,20 @@ def svd_of_product(
     return U, S, Vh, S.square().sum().item() / energy if energy > 0 else 1.0
 
 
+def squared_norm_of_product(left: torch.Tensor, right: torch.Tensor) -> float:
+    """
+    The squared Frobenius norm of a product, from k x k matrices.
+
+    Args:
+        left (`torch.Tensor`): `[d_out, k]`.
+        right (`torch.Tensor`): `[k, d_in]`.
+
+    Returns:
+        `float`: The squared norm, 0 where rounding would make it negative.
+    """
+    return ((left.T @ left) * (right @ right.T)).sum().clamp(min=0).item()
+
+
 def svd_of_heads(
     basis_A: torch.Tensor, basis_B: torch.Tensor, products: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

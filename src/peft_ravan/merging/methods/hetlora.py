@@ -14,6 +14,7 @@ import torch
 from peft import LoraConfig
 from torch.nn.functional import pad
 
+from ...tuner.linalg import squared_norm_of_product
 from ..averaging import client_weights, mean_state, weighted_mean
 from ..lora import LoraTarget, client_factors, is_lora_matrix, keep_trainable, lora_scaling, product_targets
 from ..method import MergeMethod
@@ -76,7 +77,7 @@ def _norm(
     for target in targets:
         B, A = (factor.double() for factor in client_factors(target, update, global_state, config))
         scaling = 1.0 if config is None else lora_scaling(config, target.module, target.rank(global_state))
-        total += scaling**2 * ((B.T @ B) * (A @ A.T)).sum().clamp(min=0).item()
+        total += scaling**2 * squared_norm_of_product(B, A)
     return total**0.5
 
 
