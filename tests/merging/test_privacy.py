@@ -58,7 +58,8 @@ def test_without_noise_and_clipping_it_is_the_mean_with_uniform_weights(method, 
 
 
 def test_what_is_private_is_plain_mean():
-    assert {method for method, _ in PRIVATE_CASES} == {"fedavg", "ravan", "fedit", "ffa_lora", "fedsa_lora", "fed_sb"}
+    methods = {method for method, _ in PRIVATE_CASES}
+    assert methods == {"fedavg", "ravan", "fedit", "ffa_lora", "rolora", "fedsa_lora", "fed_sb"}
 
 
 @pytest.mark.parametrize("method", OTHER_METHODS)
@@ -233,6 +234,18 @@ def test_what_is_frozen_or_personal_gets_no_noise(method, adapter):
     state = merge_clipped(method, global_state, updates, noise_multiplier=1.0).state
     for name, tensor in global_state.items():
         assert torch.equal(state[name], tensor) == any(part in name for part in left_out), name
+
+
+@pytest.mark.parametrize("round_number, frozen", [(1, ".lora_A."), (2, ".lora_B.")])
+def test_noise_follows_what_is_trained_in_the_round(round_number, frozen):
+    global_state = random_round("rolora", "lora")[0]
+    state = merge(
+        global_state, [], "rolora", mechanism=mechanism(noise_multiplier=1.0),
+        server_step=ServerStep(round_number=round_number),
+    ).state  # fmt: skip
+    assert [name for name, tensor in global_state.items() if torch.equal(state[name], tensor)] == [
+        name for name in global_state if frozen in name
+    ]
 
 
 def test_noise_is_added_also_if_nobody_succeeds():

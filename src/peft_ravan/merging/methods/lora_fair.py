@@ -1,0 +1,97 @@
+"""
+LoRA-FAIR: A and B are averaged apart, and B is corrected by what brings the product nearest to the mean of the products.
+
+Bian et al., LoRA-FAIR: Federated LoRA Fine-Tuning with Aggregation and Initialization Refinement, ICCV 2025. The paper
+measures the distance by cosine similarity, and walks to the correction by gradient steps; here it is the squared error,
+of which the correction is known.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from peft import LoraConfig
+
+from ...tuner.linalg import squared_norm_of_product
+from ..averaging import client_weights, mean_state
+from ..lora import is_lora_matrix, product_targets
+from ..method import MergeMethod
+from ..updates import ClientUpdate, MergeResult
+
+
+# of the largest eigenvalue; below it there is nothing but rounding
+_SMALLEST_EIGENVALUE = 1e-12
+
+
+def lora_fair(
+    global_state: Mapping[str, torch.Tensor],
+    updates: Sequence[ClientUpdate],
+    config: LoraConfig | None = None,
+    lambda_: float = 0.01,
+) -> MergeResult:
+    """
+    Average A and B apart, and all other tensors, and correct B.
+
+    Args:
+        global_state (`Mapping[str, torch.Tensor]`):
+            The state the clients started from.
+        updates (`Sequence[ClientUpdate]`):
+            What the clients uploaded.
+        config ([`~peft.LoraConfig`], *optional*):
+            The configuration of the adapter.
+        lambda_ (`float`, *optional*, defaults to 0.01):
+            The weight of the squared norm of the correction, against the squared distance of the products. 0 is the
+            nearest product that the mean of A allows.
+
+    Returns:
+        [`MergeResult`]: The mean state, with a correction of B, or on an embedding of A. The diagnostics have, for each
+        module, the share of the distance to the mean of the products that is left (`remaining_error`).
+
+    Raises:
+        ValueError: if there are no LoRA matrices, or their products are not what the adapter adds to the weights, or
+            `lambda_` is negative or not finite.
+    """
+    targets = product_targets(global_state, config, required="LoRA-FAIR")
+    if not (lambda_ >= 0 and math.isfinite(lambda_)):
+        raise ValueError(f"lora_fair: `lambda_` must be a finite number, 0 or more, got {lambda_!r}.")
+    weights = client_weights(updates)
+    lora_names = tuple(name for name in global_state if is_lora_matrix(name))
+    state, remaining_error = mean_state(global_state, updates, leave_out=lora_names), {}
+    for target in targets:
+        pairs = [target.swapped(*target.factors(update.state)) for update in updates]
+        others, frames = (
+            torch.stack(factors).double() for factors in zip(*pairs, strict=True)
+        )  # [C, d, r], [C, r, d']
+        shares = weights.to(others)
+        other, frame = torch.einsum("c,cij->ij", shares, others), torch.einsum("c,cij->ij", shares, frames)
+        # what is missing: the mean of (B_c - mean B)(A_c - mean A), which subtracts no large numbers
+        left = torch.cat([*(shares[:, None, None] * (others - other))], dim=1)  # [d, C*r]
+        right = torch.cat([*(frames - frame)])  # [C*r, d']
+        correction = left @ (right @ frame.T) @ _inverse(frame @ frame.T, lambda_)
+        missing = squared_norm_of_product(left, right)
+        left_over = squared_norm_of_product(torch.cat([left, -correction], dim=1), torch.cat([right, frame]))
+        remaining_error[target.module] = math.sqrt(left_over / missing) if missing else 0.0
+        state.update(target.as_state(*target.swapped(other + correction, frame), like=global_state))
+    return MergeResult(state, {"remaining_error": remaining_error})
+
+
+def _inverse(gram: torch.Tensor, lambda_: float) -> torch.Tensor:
+    """The inverse of `gram + lambda_ * I`, or its pseudo-inverse where there is none."""
+    eigenvalues, Q = torch.linalg.eigh(gram)
+    damped = eigenvalues.clamp(min=0) + lambda_
+    inverse = torch.where(damped > _SMALLEST_EIGENVALUE * damped.max(), 1 / damped, 0.0)
+    return (Q * inverse) @ Q.T
+
+
+METHOD = MergeMethod(
+    name="lora_fair",
+    pretty_name="LoRA-FAIR",
+    summary="LoRA's A and B are averaged apart, and B is corrected towards the mean of the products BA.",
+    reference="https://huggingface.co/papers/2411.14961",
+    function=lora_fair,
+    averages="A and B, apart; B is corrected towards mean(BA)",
+    exact="up to what A allows",
+    cost="layer by layer; products with C·r x C·r matrices",
+)
