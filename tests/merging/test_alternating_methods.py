@@ -150,6 +150,12 @@ def test_fedsvd_keeps_all_directions_of_a_where_the_product_has_fewer():
     assert torch.linalg.matrix_rank(torch.cat([state[A], start[A]])) == 3 and not state[B].any()
 
 
+def test_fedsvd_keeps_the_space_that_a_spans():
+    start = {A: normal(seeded(), 3, 8), B: normal(seeded(1), 5, 3)}
+    state = merged("fedsvd", start, [client({B: normal(seeded(i), 5, 3)}, i, i) for i in (2, 3)], None).state
+    torch.testing.assert_close(state[A].T @ state[A], torch.linalg.pinv(start[A]) @ start[A])  # one projection
+
+
 def test_fedsvd_on_an_embedding_makes_b_anew():
     start, updates = embedding_state(seeded()), [client(embedding_state(seeded(seed)), seed, seed) for seed in (1, 2)]
     state = merged("fedsvd", start, without(updates, EMBEDDING_B), None).state

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from peft_ravan.merging import MERGE_METHODS, SERVER_OPTIMIZERS
+from peft_ravan.trainers import FederatedCallback
 
 from .helpers import adapter_state, arguments, assert_same, lora, make_trainer, ravan
 
@@ -30,6 +32,113 @@ def test_ffa_lora_freezes_a_and_does_not_upload_it(tmp_path):
     full = make_trainer(tmp_path, lora(), merge_method="fedit")
     full.train()
     assert trainer.state.log_history[-1]["upload_bytes"] < 0.7 * full.state.log_history[-1]["upload_bytes"]
+
+
+class Uploads(FederatedCallback):
+    """Keeps the uploads of each round, and what the optimizers of its clients had; a client fault that changes nothing."""
+
+    def __init__(self):
+        self.states, self.optimized = {}, {}
+
+    def __call__(self, client, round_number, update):
+        self.states.setdefault(round_number, []).append(dict(update.state))
+
+    def on_round_begin(self, args, state, control, clients, **kwargs):
+        self.round = state.global_step + 1
+
+    def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+        trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        self.optimized[self.round] = {n for n, p in model.named_parameters() if id(p) in trained}
+
+
+def lora_parts(names):
+    return {part for part in (".lora_A.", ".lora_B.") if any(part in name for name in names)}
+
+
+@pytest.mark.parametrize(
+    "merge_method, trained",
+    [
+        ("rolora", [".lora_B.", ".lora_A.", ".lora_B."]),
+        ("fedsvd", [".lora_B."] * 3),
+        ("fedit", [(".lora_A.", ".lora_B.")] * 3),
+    ],
+)
+def test_clients_train_and_upload_what_is_not_frozen_in_the_round(tmp_path, merge_method, trained):
+    uploads = Uploads()
+    trainer = make_trainer(
+        tmp_path, lora(), merge_method=merge_method, num_rounds=3, client_fault=uploads, callbacks=[uploads]
+    )
+    trainable = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
+    trainer.train()
+    for number, expected in enumerate(trained, start=1):
+        expected = {expected} if isinstance(expected, str) else set(expected)
+        assert len(uploads.states[number]) == 4
+        assert all(lora_parts(state) == expected for state in uploads.states[number])
+        assert lora_parts(uploads.optimized[number]) == expected
+        assert any("classifier" in name for name in uploads.optimized[number])
+    # the model is given back as it was
+    assert trainable == [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
+    assert lora_parts(adapter_state(trainer)) == {".lora_A.", ".lora_B."}
+
+
+def test_rolora_moves_the_factor_of_the_round_only(tmp_path):
+    trainers = [make_trainer(tmp_path, lora(), merge_method="rolora", num_rounds=number) for number in (1, 2)]
+    start = adapter_state(trainers[0])
+    for trainer in trainers:
+        trainer.train()
+    first, second = map(adapter_state, trainers)
+    for name in start:
+        if ".lora_" in name:
+            assert torch.equal(start[name], first[name]) == (".lora_A." in name), name
+            assert torch.equal(first[name], second[name]) == (".lora_B." in name), name
+
+
+def test_the_first_round_of_rolora_is_one_of_ffa_lora(tmp_path):
+    trainers = [
+        make_trainer(tmp_path, lora(), merge_method=merge_method, num_rounds=1)
+        for merge_method in ("rolora", "ffa_lora")
+    ]
+    for trainer in trainers:
+        trainer.train()
+    rolora, ffa_lora = map(adapter_state, trainers)
+    assert_same({name: rolora[name] for name in ffa_lora}, ffa_lora)
+    assert {name for name in rolora if name not in ffa_lora} == {name for name in rolora if ".lora_A." in name}
+    rolora, ffa_lora = (trainer.state.log_history[-1] for trainer in trainers)
+    # both upload B; RoLoRA's A travels down, since other rounds change it
+    assert rolora["upload_bytes"] == ffa_lora["upload_bytes"] == ffa_lora["download_bytes"] < rolora["download_bytes"]
+
+
+def test_fedsvd_gives_clients_an_orthonormal_a(tmp_path):
+    trainer = make_trainer(tmp_path, lora(), merge_method="fedsvd")
+    trainer.train()
+    matrices = [tensor for name, tensor in adapter_state(trainer).items() if ".lora_A." in name]
+    assert matrices
+    for A in matrices:
+        torch.testing.assert_close(A @ A.T, torch.eye(len(A)), atol=1e-5, rtol=0)
+
+
+def test_scaffold_keeps_the_control_variates_of_what_rests(tmp_path):
+    trainer = make_trainer(
+        tmp_path, lora(), merge_method="rolora", scaffold=True, optim="sgd", num_rounds=3, save_strategy="epoch"
+    )
+    trainer.train()
+    controls = [
+        {
+            n: t
+            for n, t in load_file(tmp_path / f"checkpoint-{number}" / "federation_state.safetensors").items()
+            if "scaffold." in n
+        }
+        for number in (1, 2, 3)
+    ]
+    assert [lora_parts(control) for control in controls] == [
+        {".lora_B."},
+        {".lora_A.", ".lora_B."},
+        {".lora_A.", ".lora_B."},
+    ]
+    for number, resting in ((1, ".lora_B."), (2, ".lora_A.")):
+        for name in controls[number]:
+            if ".lora_" in name and name in controls[number - 1]:
+                assert torch.equal(controls[number][name], controls[number - 1][name]) == (resting in name), name
 
 
 def test_a_server_optimizer_without_memory_is_the_plain_merge(tmp_path):

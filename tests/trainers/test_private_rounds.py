@@ -41,7 +41,7 @@ def difference(first, second) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    "adapter, merge_method", [(ravan, None), (lora, None), (lora, "ffa_lora"), (lora, "fedsa_lora")]
+    "adapter, merge_method", [(ravan, None), (lora, None), (lora, "ffa_lora"), (lora, "rolora"), (lora, "fedsa_lora")]
 )
 def test_without_noise_and_clipping_it_is_the_mean_with_uniform_weights(tmp_path, adapter, merge_method):
     sizes = {"a": 16, "b": 48, "c": 80}

@@ -26,14 +26,24 @@ from .helpers import StopAfter, adapter_state, assert_same, comparable, interrup
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("adapter", [ravan, lora])
 @pytest.mark.parametrize(
-    "options", [{}, {"merge_method": "fedrpca", "server_optimizer": "fedavgm"}], ids=["", "other"]
+    "adapter, after, options",
+    [
+        (ravan, 2, {}),
+        (lora, 2, {}),
+        (ravan, 2, {"merge_method": "fedrpca", "server_optimizer": "fedavgm"}),
+        (lora, 2, {"merge_method": "fedrpca", "server_optimizer": "fedavgm"}),
+        # what is trained in a round follows from its number
+        (lora, 1, {"merge_method": "rolora"}),
+        (lora, 2, {"merge_method": "rolora", "scaffold": True}),
+        (lora, 1, {"merge_method": "fedsvd"}),
+    ],
+    ids=str,
 )
-def test_a_resumed_run_is_the_uninterrupted_run(tmp_path, adapter, options):
+def test_a_resumed_run_is_the_uninterrupted_run(tmp_path, adapter, after, options):
     whole = resumable_trainer(tmp_path / "whole", adapter=adapter(), **options)
     whole.train()
-    interrupted(tmp_path / "resumed", 2, adapter=adapter(), **options)
+    interrupted(tmp_path / "resumed", after, adapter=adapter(), **options)
     resumed = resumable_trainer(tmp_path / "resumed", adapter=adapter(), **options)
     torch.manual_seed(1234)  # the state of the process does not matter
     resumed.train(resume_from_checkpoint=True)

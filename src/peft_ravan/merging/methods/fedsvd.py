@@ -2,7 +2,8 @@
 FedSVD: clients train B only, and the server makes A anew in every round from the singular vectors of the mean.
 
 Lee et al., FedSVD: Adaptive Orthogonalization for Private Federated Learning with LoRA, 2025. A is frozen during a round,
-so that the mean of B is exact, and is not stuck with its random start: its rows become the main directions of the update.
+so that the mean of B is exact. Its rows become orthonormal and follow the main directions of the update, within the space
+that they span from the start.
 """
 
 from __future__ import annotations
