@@ -56,7 +56,7 @@ def test_survives_a_peft_that_ships_its_own_ravan():
         "from peft.mapping import *\n"
         "import importlib.util, warnings\n"
         "spec = importlib.util.find_spec('peft_ravan')\n"
-        "reg = importlib.util.spec_from_file_location('reg', spec.submodule_search_locations[0] + '/registration.py')\n"
+        "reg = importlib.util.spec_from_file_location('reg', spec.submodule_search_locations[0] + '/tuner/registration.py')\n"
         "module = importlib.util.module_from_spec(reg); reg.loader.exec_module(module)\n"
         "PEFT_TYPE_TO_CONFIG_MAPPING[module.ensure_peft_type()] = LoraConfig\n"
         "PEFT_TYPE_TO_TUNER_MAPPING[PeftType.RAVAN] = LoraModel\n"
