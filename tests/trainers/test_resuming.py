@@ -38,7 +38,7 @@ ROOT = Path(__file__).parents[2]
         (lora, 2, {"merge_method": "rolora", "scaffold": True}),
         (lora, 1, {"merge_method": "fedsvd"}),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_a_resumed_run_is_the_uninterrupted_run(tmp_path, adapter, after, options):
     whole = resumable_trainer(tmp_path / "whole", adapter=adapter(), **options)
