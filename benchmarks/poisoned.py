@@ -149,7 +149,7 @@ def report(records: list[dict]) -> str:
     """A markdown table: a row for each attack, a column for each method, the accuracy without and with the limit."""
     lines = [f"| Attackers | {' | '.join(f'`{method}`' for method in METHODS)} |", "|---|" + "---:|" * len(METHODS)]
     for number, attack in [(0, None), *itertools.product(NUM_ATTACKERS, ATTACKS)]:
-        row = ["none" if attack is None else f"{number} × {TITLES[attack]}".replace("× ×", "of 10, ×")]
+        row = ["none" if attack is None else f"{number} of {NUM_CLIENTS}, {TITLES[attack]}"]
         for method in METHODS:
             of_cell = [
                 [
