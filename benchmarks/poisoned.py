@@ -168,7 +168,7 @@ def report(records: list[dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0].strip())
     parser.add_argument("--output", type=Path, default=Path("outputs/poisoned"), help="where runs are written down")
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--report", action="store_true", help="print the table of what has been run")
     options = parser.parse_args()
     digits.silence_libraries()
