@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,25 +16,8 @@ from peft_ravan import RavanLayer
 from peft_ravan.merging import MERGE_METHODS, get_merge_method
 from peft_ravan.tuner.functional import scaled_cores
 
+from .exchange import HeadChoice
 from .head_selection import draw_client_budgets, head_scores, select_heads
-
-
-@dataclass(frozen=True)
-class HeadChoice:
-    """
-    Which heads a client trains.
-
-    Args:
-        share (`float`): The share of the heads that it can train, above 0 and up to 1.
-        selection (`str`): How they are chosen, one of `HEAD_SELECTIONS`.
-        allocation (`str`): How the share is spent over targets, one of `HEAD_ALLOCATIONS`.
-        seed (`int`): The seed of the choice.
-    """
-
-    share: float
-    selection: str
-    allocation: str
-    seed: int
 
 
 def resolve_client_budgets(

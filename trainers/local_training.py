@@ -18,11 +18,12 @@ from transformers.trainer_utils import TrainOutput, has_length
 from peft_ravan.merging import ClientUpdate, UpdateError, get_merge_method, plain_update
 from peft_ravan.merging.entries import is_finite
 
-from .client_budgets import HeadChoice, choose_heads
+from .client_budgets import choose_heads
 from .client_runners import ClientResult, DataParallelRunner, one_process
 from .clients import frozen_for_now, local_arguments
 from .data.partition import ClientParts
 from .data.preparation import PreparedClients, given_clients
+from .exchange import HeadChoice
 from .faults import NothingTrainedError, TimeoutCallback
 from .local_objective import SCAFFOLD_PREFIX, ControlVariates, GradientCorrection, control_change, of_scaffold
 from .personal import ClientStore, of_parts, split_state
