@@ -244,6 +244,11 @@ def checkpoint_round(folder: Path) -> int:
 
 
 def random_state() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """
+    Returns:
+        `tuple[dict[str, Any], dict[str, torch.Tensor]]`: The state of the random generators of Python, NumPy and torch: what
+        JSON can hold of it, and the rest as tensors.
+    """
     kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     tensors = {"rng.torch": torch.get_rng_state(), "rng.numpy": torch.from_numpy(keys.astype(np.int64))}
     if torch.cuda.is_available():

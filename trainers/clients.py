@@ -19,7 +19,7 @@ from peft_ravan import RavanModel
 from peft_ravan.tuner.functional import scaled_cores
 from peft_ravan.tuner.gradient_bases import awaits_gradient
 from peft_ravan.tuner.layer import RavanLayer
-from peft_ravan.tuner.state import CORE_NAME, checkpoint_state, exchange_state, is_scaling
+from peft_ravan.tuner.state import CORE_NAME, checkpoint_state, exchange_state, has_part, is_scaling
 
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
@@ -66,17 +66,23 @@ def frozen_heap() -> Iterator[None]:
             gc.unfreeze()
 
 
-def freeze(model: nn.Module, parts: tuple[str, ...]) -> None:
+def freeze(model: nn.Module, parts: tuple[str, ...]) -> list[nn.Parameter]:
     """
     Freeze what a merge method keeps common, such as LoRA's A for FFA-LoRA. It then neither trains nor travels.
 
     Args:
         model (`torch.nn.Module`): The model.
         parts (`tuple[str, ...]`): Parts of the names of the parameters.
+
+    Returns:
+        `list[torch.nn.Parameter]`: What was not frozen before.
     """
-    for name, parameter in model.named_parameters():
-        if any(part in name for part in parts):
-            parameter.requires_grad_(False)
+    frozen = [
+        parameter for name, parameter in model.named_parameters() if parameter.requires_grad and has_part(name, parts)
+    ]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    return frozen
 
 
 @contextlib.contextmanager
@@ -89,13 +95,7 @@ def frozen_for_now(model: nn.Module, parts: tuple[str, ...]) -> Iterator[None]:
         model (`torch.nn.Module`): The model.
         parts (`tuple[str, ...]`): Parts of the names of the parameters.
     """
-    frozen = [
-        parameter
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and any(part in name for part in parts)
-    ]
-    for parameter in frozen:
-        parameter.requires_grad_(False)
+    frozen = freeze(model, parts)
     try:
         yield
     finally:

@@ -21,6 +21,8 @@ import safetensors
 import safetensors.torch
 import torch
 
+from .serialized import DTYPE_NAMES, serialized_bytes
+
 
 FORMAT_VERSION = 1
 PURPOSES = ("train", "warm_up", "sketch")
@@ -30,12 +32,9 @@ MAX_MANIFEST_BYTES = 2**25
 MAX_TENSORS = 100_000
 MAX_TEXT_LENGTH = 10_000
 
-# as safetensors calls them, in the order in which it lays out tensors
-_DTYPES = {
-    "I64": torch.int64, "F64": torch.float64, "I32": torch.int32, "F32": torch.float32, "I16": torch.int16,
-    "BF16": torch.bfloat16, "F16": torch.float16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
-_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+# what a message may have, in the order in which safetensors lays out tensors
+_SENT = ("I64", "F64", "I32", "F32", "I16", "BF16", "F16", "I8", "U8", "BOOL")
+_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items() if name in _SENT}
 
 State = Mapping[str, torch.Tensor]
 AnyMessage = TypeVar("AnyMessage", bound="Message")
@@ -113,14 +112,8 @@ class Message:
         sizes: dict[str, int] = {}
         for _, _, dtype, shape in self._entries():
             sizes[dtype] = sizes.get(dtype, 0) + math.prod(shape)
-        header: dict[str, Any] = {"__metadata__": self._metadata()}
-        offset = 0
-        for dtype in filter(sizes.__contains__, _DTYPES):
-            end = offset + sizes[dtype] * _DTYPES[dtype].itemsize
-            header[dtype] = {"dtype": dtype, "shape": [sizes[dtype]], "data_offsets": [offset, end]}
-            offset = end
-        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-        return 8 + len(text) + -len(text) % 8 + offset  # the header's length, the header, padding, and the tensors
+        flat = {dtype: torch.empty(size, dtype=_DTYPES[dtype], device="meta") for dtype, size in sizes.items()}
+        return serialized_bytes(flat, self._metadata())
 
     @classmethod
     def from_bytes(cls: type[AnyMessage], data: bytes) -> AnyMessage:
@@ -162,7 +155,7 @@ class Message:
 
     def _entries(self) -> list[Entry]:
         entries = [
-            (section, name, _DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
+            (section, name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
             for section in self.TENSOR_FIELDS
             for name, tensor in (getattr(self, section) or {}).items()
         ]

@@ -40,8 +40,9 @@ from .records.history import HistoryFileCallback, HistoryMixin
 from .records.round_logs import RoundLogMixin
 from .resuming import CheckpointingMixin, Run
 from .round_zero import RoundZeroMixin
-from .rounds import Round, is_due, learning_rate_factors, mean_train_loss, serialized_bytes
+from .rounds import Round, is_due, learning_rate_factors, mean_train_loss
 from .run_facts import run_facts
+from .serialized import serialized_bytes
 from .sharing import SharingMixin
 
 
@@ -181,7 +182,6 @@ class FederatedMixin(
             raise ValueError(f"The {type(self).__name__} needs a `train_dataset` to train.")
         if self.model_init is not None:
             self._init_model_again(trial)
-
         start_time = time.time()
         with self._locked_folder(trial):
             run = self._start_run(resume_from_checkpoint, trial)

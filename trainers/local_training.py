@@ -29,8 +29,9 @@ from .local_objective import SCAFFOLD_PREFIX, ControlVariates, GradientCorrectio
 from .personal import ClientStore, of_parts, split_state
 from .records.callbacks import LocalCallbackHandler
 from .resuming import Run
-from .rounds import Round, serialized_bytes
+from .rounds import Round
 from .seeds import derive_seed
+from .serialized import serialized_bytes
 
 
 # what a client's local training replaces, and what is put back after it
@@ -61,9 +62,8 @@ class LocalTrainingMixin:
     """
 
     _learning_rate_factor: float | None = None  # set while a federation runs
-    _objective: Callable[..., GradientCorrection] | None = (
-        None  # set while a client trains, if it has a term of its own
-    )
+    # set while a client trains, if it has a term of its own
+    _objective: Callable[..., GradientCorrection] | None = None
     _gradient_correction: GradientCorrection | None = None  # what became of it
 
     def _client_round(self, run: Run, round_number: int, client: str, control: ControlVariates | None) -> ClientResult:
@@ -131,9 +131,8 @@ class LocalTrainingMixin:
         SCAFFOLD's c after a round, as the server remembers it. A merge that takes one update after the other refuses some
         of them later than they come, so what was uploaded besides is read again, of those that it has merged.
         """
-        for client in (
-            merged if self._runner.is_main else ()
-        ):  # whose c counts, and who alone knows that all is written
+        # the main process is the one whose c counts, and who alone knows that all is written
+        for client in merged if self._runner.is_main else ():
             old = self._store.load(client, before=this_round.round_number)
             new = self._store.load_aside(client, this_round.round_number)
             control.add(control_change(of_scaffold(old), of_scaffold(new)))

@@ -34,8 +34,9 @@ from .client_runners import ClientResult, one_process
 from .clients import frozen_for_now
 from .faults import RoundFailedError, TimeoutCallback, updates_of
 from .participation import Participation
-from .rounds import Round, serialized_bytes
+from .rounds import Round
 from .seeds import derive_seed
+from .serialized import serialized_bytes
 
 
 if TYPE_CHECKING:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import safetensors.torch
 import torch
 from transformers import TrainingArguments, get_scheduler
 from transformers.trainer_utils import IntervalStrategy
 
 from peft_ravan.merging import ClientUpdate
 from peft_ravan.tuner.state import is_core
+
+from .serialized import serialized_bytes
 
 
 def learning_rate_factors(args: TrainingArguments, num_rounds: int) -> list[float]:
@@ -63,39 +63,6 @@ def is_due(strategy: str, every: float, round_number: int, last: int, also_last:
         interval = max(1, round(every * last)) if every < 1 else int(every)
         return round_number % interval == 0 or (also_last and round_number == last)
     return False
-
-
-# as safetensors calls them, in the order in which it lays out tensors
-_DTYPES = {
-    torch.uint64: "U64", torch.int64: "I64", torch.float64: "F64", torch.complex64: "C64", torch.float32: "F32",
-    torch.uint32: "U32", torch.int32: "I32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint16: "U16",
-    torch.int16: "I16", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.int8: "I8",
-    torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
-_LAYOUT = {dtype: position for position, dtype in enumerate(_DTYPES)}
-
-
-def serialized_bytes(state: Mapping[str, torch.Tensor]) -> int:
-    """
-    Args:
-        state (`Mapping[str, torch.Tensor]`): Tensors by name.
-
-    Returns:
-        `int`: The size of the tensors as a safetensors file, in bytes.
-    """
-    # worked out, since a file in memory takes twice the memory of the tensors while it is written
-    if any(tensor.dtype not in _DTYPES for tensor in state.values()):
-        return len(safetensors.torch.save(dict(state)))
-    header, offset = {}, 0
-    for name in sorted(state, key=lambda name: (_LAYOUT[state[name].dtype], name)):
-        tensor = state[name]
-        end = offset + tensor.nbytes
-        header[name] = {
-            "dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]
-        }  # fmt: skip
-        offset = end
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    return 8 + len(text) + -len(text) % 8 + offset  # the length of the header, the header, padding, and the tensors
 
 
 @dataclass

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .checkpoints import CheckpointError
-from .data.fingerprint import client_fingerprints
+from .data.fingerprint import client_fingerprints, stable_text
 from .federation import Federation
 
 
@@ -161,8 +161,7 @@ def _as_json(value: Any) -> Any:
 def _plain(value: Any) -> Any:
     if isinstance(value, (set, frozenset)):
         return sorted(map(str, value))  # in an order of its own
-    text = str(value)
-    return type(value).__qualname__ if " at 0x" in text else text  # the place in memory is another every time
+    return stable_text(value)
 
 
 def _digest(value: Any) -> str:

@@ -6,8 +6,9 @@ from hypothesis import strategies as st
 
 from peft_ravan.merging import ClientUpdate
 from peft_ravan.trainers import FederatedArguments
-from peft_ravan.trainers.rounds import Round, is_due, learning_rate_factors, mean_train_loss, serialized_bytes
+from peft_ravan.trainers.rounds import Round, is_due, learning_rate_factors, mean_train_loss
 from peft_ravan.trainers.seeds import derive_seed
+from peft_ravan.trainers.serialized import serialized_bytes
 
 from ..properties import examples
 

@@ -17,7 +17,7 @@ from peft_ravan.merging.lora import ZERO_PARTS
 from peft_ravan.sharing.adapter_files import CARD_FILE
 from peft_ravan.sharing.federation_record import FederationRecord
 from peft_ravan.sharing.reading import write_adapter
-from peft_ravan.tuner.state import exchange_state, is_core, is_scaling
+from peft_ravan.tuner.state import exchange_state, has_part, is_core, is_scaling
 
 from .adapters import SavedAdapter
 from .output import OutputFolder
@@ -243,7 +243,7 @@ def zero_start(adapter: SavedAdapter) -> dict[str, torch.Tensor]:
         and the task head have started from is not known: they are those of the adapter.
     """
     return {
-        name: torch.zeros_like(tensor) if is_core(name) or any(part in name for part in ZERO_PARTS) else tensor
+        name: torch.zeros_like(tensor) if is_core(name) or has_part(name, ZERO_PARTS) else tensor
         for name, tensor in adapter.state.items()
     }
 

@@ -122,6 +122,17 @@ def _plain(value: Any) -> Any:
         return (
             array.tolist() if array.dtype.hasobject else [array.dtype.str, list(array.shape), _digest(array.tobytes())]
         )
+    return stable_text(value)
+
+
+def stable_text(value: Any) -> str:
+    """
+    Args:
+        value (`Any`): Anything.
+
+    Returns:
+        `str`: Its text, if that is the same in another process, and else the name of its class.
+    """
     text = str(value)
     return type(value).__qualname__ if " at 0x" in text else text  # the place in memory is another every time
 

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from ..tuner.state import is_core
+from ..tuner.state import has_part, is_core
 from .updates import ClientUpdate
 
 
@@ -64,9 +64,7 @@ class StateMean:
     def __init__(self, global_state: Mapping[str, torch.Tensor], leave_out: tuple[str, ...] = ()):
         self._global_state = global_state
         self._means = {
-            name: _accumulator(tensor)
-            for name, tensor in global_state.items()
-            if not any(part in name for part in leave_out)
+            name: _accumulator(tensor) for name, tensor in global_state.items() if not has_part(name, leave_out)
         }
         self._total = 0
         self._threads = ThreadPoolExecutor(torch.get_num_threads())

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from peft import LoraConfig, PeftConfig
 
-from ..tuner.state import is_basis, is_core, is_scaling
+from ..tuner.state import has_part, is_basis, is_core, is_scaling
 from .changes import change_norm
 from .entries import check_entries
 from .limits import UpdateLimits
@@ -175,14 +175,14 @@ class UpdateChecker:
     def _check_names(self, update: ClientUpdate, client: str) -> None:
         method = self.method
         for name in self.global_state:
-            may_lack = _has_part(name, self._frozen + method.personal_parts)
+            may_lack = has_part(name, self._frozen + method.personal_parts)
             if name not in update.state and not may_lack:
                 raise UpdateError(
                     f"{client}, tensor {name!r}: missing from the update. An update holds every tensor of the global "
                     "state; was it made by another adapter configuration?"
                 )
         for name in update.state:
-            if _has_part(name, method.personal_parts):
+            if has_part(name, method.personal_parts):
                 raise UpdateError(
                     f"{client}, tensor {name!r}: not expected in the update: with {method.pretty_name} it stays with its "
                     "client. Leave it out of the upload."
@@ -209,7 +209,7 @@ class UpdateChecker:
             )
         expected = self._expected_shape(name, update, client)
         if self.method.different_ranks and is_lora_matrix(name):
-            axis = 0 if _has_part(name, A_PARTS) else 1
+            axis = 0 if has_part(name, A_PARTS) else 1
             if tensor.dim() == len(expected) and tensor.shape[axis] > 0:
                 expected = torch.Size([*expected[:axis], tensor.shape[axis], *expected[axis + 1 :]])
         if tensor.shape != expected:
@@ -218,7 +218,7 @@ class UpdateChecker:
                 f"{self.method.pretty_name} every client needs the adapter configuration of the global adapter"
                 + (", except for the rank." if self.method.different_ranks else ".")
             )
-        if _has_part(name, self._frozen) and not torch.equal(tensor, global_tensor.to(tensor.device)):
+        if has_part(name, self._frozen) and not torch.equal(tensor, global_tensor.to(tensor.device)):
             raise UpdateError(
                 f"{client}, tensor {name!r}: differs from the global one, but {self.method.pretty_name} keeps it frozen"
                 f"{self._in_this_round}. Freeze it on the clients (`requires_grad_(False)`), and leave it out of the upload."
@@ -276,7 +276,7 @@ class UpdateChecker:
                 )
             return
         for target in self._lora_targets:
-            if _has_part(target.B_name, self.method.personal_parts) or (
+            if has_part(target.B_name, self.method.personal_parts) or (
                 self.method.different_ranks and target.bias_name not in self.global_state
             ):
                 continue
@@ -314,7 +314,3 @@ def _name(update: ClientUpdate, index: int) -> str:
 
 def _form(state: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
     return {name: (tensor.shape, tensor.dtype) for name, tensor in state.items()}
-
-
-def _has_part(name: str, parts: tuple[str, ...]) -> bool:
-    return any(part in name for part in parts)

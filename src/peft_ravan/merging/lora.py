@@ -16,6 +16,7 @@ import torch
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 
+from ..tuner.state import has_part
 from .updates import ClientUpdate
 
 
@@ -105,7 +106,7 @@ class LoraTarget:
 
 def is_lora_matrix(name: str) -> bool:
     """Whether a checkpoint name is that of a LoRA A or B."""
-    return any(part in name for part in A_PARTS + B_PARTS) and not name.endswith(".bias")
+    return has_part(name, A_PARTS + B_PARTS) and not name.endswith(".bias")
 
 
 def lora_targets(state: Mapping[str, torch.Tensor]) -> list[LoraTarget]:
@@ -141,7 +142,7 @@ def require_lora(state: Mapping[str, torch.Tensor], parts: tuple[str, ...], meth
 
 
 def _check_plain(state: Mapping[str, torch.Tensor]) -> None:
-    other = [name for name in state if any(part in name for part in _OTHER_PARTS)]
+    other = [name for name in state if has_part(name, _OTHER_PARTS)]
     if other:
         raise ValueError(
             f"Tensor {other[0]!r}: with DoRA or AdaLoRA the update of a weight is not the product B A, which this method "

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..tuner.state import has_part
 from .changes import clip_change, working_dtype
 from .method import MergeMethod
 from .methods.registry import MERGE_METHODS
@@ -185,6 +186,6 @@ def _uniform(
 
 def _add_noise(state: Mapping[str, torch.Tensor], mechanism: GaussianMechanism, leave_out: tuple[str, ...]) -> None:
     if mechanism.noise_std:
-        shapes = {name: t.shape for name, t in state.items() if not any(part in name for part in leave_out)}
+        shapes = {name: t.shape for name, t in state.items() if not has_part(name, leave_out)}
         for name, noise in gaussian_noise(shapes, mechanism.noise_std, mechanism.seed):
             state[name].copy_(state[name].double() + noise.to(state[name].device))

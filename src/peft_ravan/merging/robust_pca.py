@@ -81,7 +81,8 @@ def robust_pca(
         X = X.reshape(*M.shape[:-2], *X.shape[-2:])
         return (X.mT if is_tall else X).to(M.dtype)
 
-    batch = M.to(dtype).mT if is_tall else M.to(dtype)
+    batch = M.to(dtype)
+    batch = batch.mT if is_tall else batch
     batch = batch.reshape(-1, *batch.shape[-2:])  # [batch, C, n]
     if not torch.isfinite(batch).all():
         raise ValueError("robust_pca needs finite entries, but M has NaN or infinite ones.")

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..tuner.state import has_part
 from .lora import lora_targets
 from .method import MergeMethod
 from .methods.registry import get_server_optimizer
@@ -79,4 +80,4 @@ class ServerStep:
     def _without_resting(self, method: MergeMethod, merged_state: State) -> State:
         # what other rounds train would be moved on by their momentum in a round that was not trained for it
         frozen = method.frozen_in(self.round_number) if method.frozen_cycle else ()
-        return {name: tensor for name, tensor in merged_state.items() if not any(part in name for part in frozen)}
+        return {name: tensor for name, tensor in merged_state.items() if not has_part(name, frozen)}

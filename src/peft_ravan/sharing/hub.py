@@ -177,13 +177,13 @@ def push_folder(
     Returns:
         [`~huggingface_hub.CommitInfo`]: The commit, or a future of it.
     """
-    own_folder = checked_folder(adapter_folder(folder, adapter_name))
     validate_repo_id(destination.repo_id)
     stage = tempfile.TemporaryDirectory(prefix="peft-ravan-")
     try:
         stage_files(folder, stage.name, adapter_name)
         if twin_of is not None:
-            _stage_twin(twin_of if isinstance(twin_of, nn.Module) else own_folder, adapter_name, Path(stage.name))
+            source = twin_of if isinstance(twin_of, nn.Module) else adapter_folder(folder, adapter_name)
+            _stage_twin(source, adapter_name, Path(stage.name))
         card_of_folder(stage.name, repo_id=destination.repo_id, **card_data).save(Path(stage.name, CARD_FILE))
         for path in Path(stage.name).rglob(CONFIG_NAME):
             _set_base_model(path, card_data.get("base_model"))

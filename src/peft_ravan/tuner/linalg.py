@@ -81,6 +81,17 @@ def svd_of_product(
     return U, S, Vh, S.square().sum().item() / energy if energy > 0 else 1.0
 
 
+def pseudo_inverse(gram: torch.Tensor) -> torch.Tensor:
+    """
+    Args:
+        gram (`torch.Tensor`): A Gram matrix in float64, `[n, n]`.
+
+    Returns:
+        `torch.Tensor`: Its pseudo-inverse. Eigenvalues below 1e-12 of the largest are nothing but rounding.
+    """
+    return torch.linalg.pinv(gram, rtol=1e-12, hermitian=True)
+
+
 def squared_norm_of_product(left: torch.Tensor, right: torch.Tensor) -> float:
     """
     The squared Frobenius norm of a product, from k x k matrices.

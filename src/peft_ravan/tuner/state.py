@@ -8,7 +8,7 @@ common and frozen, and s and H have no meaning of their own once they leave the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -40,6 +40,11 @@ def is_basis(name: str) -> bool:
 def is_record(name: str) -> bool:
     """Whether a checkpoint name is that of a fact about the bases or the layer, which no parameter or buffer holds."""
     return name.endswith((FINGERPRINT_NAME, LAYER_NAME))
+
+
+def has_part(name: str, parts: Iterable[str]) -> bool:
+    """Whether one of some parts of names, such as `".lora_A."`, is in a name."""
+    return any(part in name for part in parts)
 
 
 def scaling_name(core_name: str) -> str:

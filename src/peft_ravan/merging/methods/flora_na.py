@@ -15,14 +15,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from peft import LoraConfig
 
+from ...tuner.linalg import pseudo_inverse
 from ..averaging import client_weights, mean_state
 from ..lora import is_lora_matrix, product_targets
 from ..method import MergeMethod
 from ..updates import ClientUpdate, MergeResult
-
-
-# of the largest eigenvalue; below it there is nothing but rounding
-_SMALLEST_EIGENVALUE = 1e-12
 
 
 def flora_na(
@@ -106,8 +103,7 @@ def _best_weights(
 ) -> torch.Tensor:
     """The least squares weights of the own factors, where several are as good those nearest to the ones so far."""
     gram, products = _normal_equations(own, other, shares, other_weights)
-    inverse = torch.linalg.pinv(gram, rtol=_SMALLEST_EIGENVALUE, hermitian=True)
-    return weights + inverse @ (products - gram @ weights)
+    return weights + pseudo_inverse(gram) @ (products - gram @ weights)
 
 
 def _relative_error(

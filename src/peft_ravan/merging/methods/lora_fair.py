@@ -14,15 +14,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from peft import LoraConfig
 
-from ...tuner.linalg import squared_norm_of_product
+from ...tuner.linalg import pseudo_inverse, squared_norm_of_product
 from ..averaging import client_weights, mean_state
 from ..lora import is_lora_matrix, product_targets
 from ..method import MergeMethod
 from ..updates import ClientUpdate, MergeResult
-
-
-# of the largest eigenvalue; below it there is nothing but rounding
-_SMALLEST_EIGENVALUE = 1e-12
 
 
 def lora_fair(
@@ -69,20 +65,13 @@ def lora_fair(
         # what is missing: the mean of (B_c - mean B)(A_c - mean A), which subtracts no large numbers
         left = torch.cat([*(shares[:, None, None] * (others - other))], dim=1)  # [d, C*r]
         right = torch.cat([*(frames - frame)])  # [C*r, d']
-        correction = left @ (right @ frame.T) @ _inverse(frame @ frame.T, lambda_)
+        damped = frame @ frame.T + lambda_ * torch.eye(len(frame)).to(frame)
+        correction = left @ (right @ frame.T) @ pseudo_inverse(damped)
         missing = squared_norm_of_product(left, right)
         left_over = squared_norm_of_product(torch.cat([left, -correction], dim=1), torch.cat([right, frame]))
         remaining_error[target.module] = math.sqrt(left_over / missing) if missing else 0.0
         state.update(target.as_state(*target.swapped(other + correction, frame), like=global_state))
     return MergeResult(state, {"remaining_error": remaining_error})
-
-
-def _inverse(gram: torch.Tensor, lambda_: float) -> torch.Tensor:
-    """The inverse of `gram + lambda_ * I`, or its pseudo-inverse where there is none."""
-    eigenvalues, Q = torch.linalg.eigh(gram)
-    damped = eigenvalues.clamp(min=0) + lambda_
-    inverse = torch.where(damped > _SMALLEST_EIGENVALUE * damped.max(), 1 / damped, 0.0)
-    return (Q * inverse) @ Q.T
 
 
 METHOD = MergeMethod(
