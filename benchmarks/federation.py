@@ -45,10 +45,12 @@ from transformers import (
 )
 
 from peft_ravan import RavanConfig
-from peft_ravan.trainers import FederatedArguments, FederatedTrainer, clients, federated_mixin, local_training
+from peft_ravan.trainers import FederatedArguments, FederatedTrainer, messages
+from peft_ravan.trainers.client import trainer_hooks
+from peft_ravan.trainers.client.live_adapter import LiveAdapter
 from peft_ravan.trainers.records.callbacks import FederatedCallback
-from peft_ravan.trainers.rounds import Round
 from peft_ravan.trainers.seeds import derive_seed
+from peft_ravan.trainers.server import merging
 
 
 VOCAB_SIZE, NUM_LABELS = 1000, 4
@@ -158,7 +160,7 @@ class BareLoops(FederatedCallback):
         self._steps = contextlib.ExitStack()
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.adapter = clients.LiveAdapter(self.trainer.model)
+        self.adapter = LiveAdapter(self.trainer.model)
         # the first batches of a process take longer, since memory is made for them
         first = next(iter(self.trainer.clients.values()))
         few = first.select(range(min(len(first), 2 * args.train_batch_size)))
@@ -233,11 +235,11 @@ def measure_round(args: argparse.Namespace, folder: str) -> dict[str, Any]:
     dataset = write_dataset(f"{folder}/data", examples, args.tokens)
     watch = Stopwatch()
     watch.watch(Trainer, "train", SETUP)
-    watch.watch(clients.LiveAdapter, "load", "loading the adapter")
-    watch.watch(clients.LiveAdapter, "read", "reading the adapter")
-    watch.watch(Round, "add", "counting the upload")
-    watch.watch(local_training, "set_seed", "seeding")
-    watch.watch(federated_mixin, "merge", "merge")
+    watch.watch(LiveAdapter, "load", "loading the adapter")
+    watch.watch(LiveAdapter, "read", "reading the adapter")
+    watch.watch(messages, "serialized_bytes", "counting what is sent")
+    watch.watch(trainer_hooks, "set_seed", "seeding")
+    watch.watch(merging, "merge", "merge")
     callback = BareLoops(watch)
     arguments = federated_arguments(
         folder,

@@ -76,6 +76,47 @@ def test_imports_of_a_wing_form_no_circle(files, folder):
     assert cycle_among(files, folder) == []
 
 
+def closure(part: str) -> set[Path]:
+    """The files of one part of the trainer wing, and all that they import of it."""
+    graph = imports_among(TRAINER_WING, ROOT)
+    found, new = set(), {path for path in TRAINER_WING if path.parent == ROOT / "trainers" / part}
+    while new:
+        found, new = found | new, {other for path in new for other in graph[path]} - found - new
+    assert found
+    return found
+
+
+def test_server_and_client_meet_only_in_what_travels():
+    server, client = closure("server"), closure("client")
+    assert not [path for path in server if path.parent.name == "client"]
+    assert not [path for path in client if path.parent.name == "server"]
+    # what travels and its bytes; besides, functions that know of neither
+    assert {path.stem for path in server & client} == {"exchange", "messages", "serialized", "seeds", "files"}
+
+
+def test_the_server_knows_no_trainer():
+    for path in closure("server"):
+        package = ".".join(path.relative_to(ROOT).parent.parts)
+        others = {
+            name for name in imported_modules(path, package) if name.startswith(("transformers", "accelerate", "trl"))
+        }
+        assert others <= {"transformers.utils", "transformers.utils.logging"}, path
+
+
+@pytest.mark.parametrize("part", ["server", "client", "runners", "data", "records"])
+def test_features_import_neither_arguments_nor_the_trainer_over_them(part):
+    facade = {"arguments", "federated_mixin", "federated_trainer", "trl_trainers"}
+    assert not facade & {path.stem for path in closure(part) if path.parent == ROOT / "trainers"}
+
+
+def test_the_federated_mixin_has_at_most_four_parents():
+    from peft_ravan.trainers import FederatedMixin
+
+    assert len(FederatedMixin.__bases__) <= 4 and all(
+        parent.__bases__ == (object,) for parent in FederatedMixin.__bases__
+    )
+
+
 def test_importing_the_tuner_wing_does_not_load_the_trainer_wing():
     code = "import sys, peft_ravan, peft_ravan.merging; sys.exit('peft_ravan.trainers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from peft_ravan import RavanConfig, RavanLayer, ravan_config_for_budget
 from peft_ravan.merging import MERGE_METHODS
-from peft_ravan.trainers.head_selection import BUDGET_DISTRIBUTIONS
+from peft_ravan.trainers.server.budgets import BUDGET_DISTRIBUTIONS
 from peft_ravan.tuner.bases import BASES
 from peft_ravan.tuner.weighted_adapter import COMBINATION_TYPES
 

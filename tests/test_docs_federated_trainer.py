@@ -12,10 +12,10 @@ from peft import get_peft_model
 
 from peft_ravan import GradientSketch, RavanConfig
 from peft_ravan.trainers import FederatedArguments, Privacy
-from peft_ravan.trainers.client_runners import PARALLEL_MODES
 from peft_ravan.trainers.data.partition import DEFAULT_NUM_CLIENTS, PARTITIONS
 from peft_ravan.trainers.data.partition_report import MAX_BARS, MAX_COLOURS
 from peft_ravan.trainers.records.client_metrics import client_statistics
+from peft_ravan.trainers.runners import PARALLEL_MODES
 from peft_ravan.tuner.bases import BasesShape
 
 from .conftest import classification_dataset, make_model, make_tokenizer, sentence, tiny_llama

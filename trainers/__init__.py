@@ -7,19 +7,20 @@ from typing import Any
 from peft_ravan.sharing.federation_record import read_history
 
 from .arguments import FederatedArguments, FederatedArgumentsMixin, federated_arguments
-from .checkpoints import CheckpointError
+from .client.faults import ClientTimeoutError
 from .data.client_eval_data import make_client_eval_datasets
 from .data.partition import make_clients
 from .data.partition_report import partition_table, plot_partition
-from .faults import ClientTimeoutError, RoundFailedError
 from .federated_mixin import FederatedMixin
 from .federated_trainer import FederatedTrainer, federated
-from .privacy import Privacy
+from .files import CheckpointError
 from .records.callbacks import FederatedCallback
 from .records.client_metrics import client_statistics, summarize_clients
 from .records.history import history_table
 from .records.history_plot import plot_history
 from .run_folder import FolderInUseError
+from .server.privacy import Privacy
+from .server.rounds import RoundFailedError
 
 
 __all__ = [

@@ -10,24 +10,20 @@ from transformers.trainer_utils import HubStrategy
 from peft_ravan.merging import get_merge_method
 from peft_ravan.merging.privacy import check_plain_mean
 
-from .client_runners import PARALLEL_MODES
-from .personal import read_patterns
-from .privacy import Privacy
+from .client.personal import read_patterns
+from .runners import PARALLEL_MODES
+from .server.privacy import Privacy
 
 
 def check_counts(args: TrainingArguments) -> None:
     """Check what is counted, each by itself and against each other."""
     counts = ("num_rounds", "num_clients", "clients_per_round", "min_clients", "labels_per_client")
-    bases = ("bases_clients", "bases_batches", "bases_rank")
-    for name in (*counts, "min_successful_clients", "max_round_attempts", *bases):
+    for name in (*counts, "min_successful_clients"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"`{name}` must be 1 or more, got {value!r}.")
-    for name in ("bases_warmup_steps", "personalization_steps"):
-        if getattr(args, name) < 0:
-            raise ValueError(f"`{name}` must be 0 or more, got {getattr(args, name)!r}.")
-    if args.client_timeout is not None and not args.client_timeout > 0:
-        raise ValueError(f"`client_timeout` must be above 0 seconds, got {args.client_timeout!r}.")
+    if args.personalization_steps < 0:
+        raise ValueError(f"`personalization_steps` must be 0 or more, got {args.personalization_steps!r}.")
     for name, most in (
         ("clients_per_round", "num_clients"), ("bases_clients", "num_clients"),
         ("min_successful_clients", "clients_per_round"), ("min_successful_clients", "num_clients"),
@@ -88,7 +84,7 @@ def check_privacy(args: TrainingArguments) -> None:
             "`privacy` does not go with `scaffold`: clients upload control variates then, which are not clipped and get no "
             "noise. Use `proximal_mu` against clients that drift apart."
         )
-    if args.update_limits.is_set:
+    if args.merging.limits.is_set:
         raise ValueError(
             "`privacy` does not go with `max_update_norm` and `max_examples`: it clips every update to `clip_norm` and gives "
             "all clients the same weight. Leave them out."

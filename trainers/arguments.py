@@ -8,15 +8,19 @@ from typing import Any
 from transformers import SchedulerType, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
-from peft_ravan.merging import SERVER_OPTIMIZERS, UpdateLimits, get_merge_method, get_server_optimizer
+from peft_ravan.merging import SERVER_OPTIMIZERS, UpdateLimits
 from peft_ravan.merging.limits import LARGE_UPDATES
 
 from .argument_checks import check_counts, check_local_training, check_privacy, check_sharing
-from .client_runners import PARALLEL_MODES
+from .client.faults import FaultSettings
 from .data.partition import PARTITIONS, PartitionSettings
 from .data.partitioner import PartitionerArgumentMixin
-from .head_selection import BUDGET_DISTRIBUTIONS, HEAD_ALLOCATIONS, HEAD_SELECTIONS, parse_client_budgets
-from .participation import Participation
+from .exchange import HEAD_ALLOCATIONS, HEAD_SELECTIONS
+from .runners import PARALLEL_MODES
+from .server.budgets import BUDGET_DISTRIBUTIONS, HeadSettings
+from .server.merging import MergeSettings
+from .server.participation import Participation
+from .server.round_zero import BasesSettings
 
 
 # without a `repr` of its own: that of TrainingArguments hides tokens
@@ -261,12 +265,15 @@ class FederatedArgumentsMixin(PartitionerArgumentMixin):
         if self.federated_seed is None:
             self.federated_seed = self.seed
         check_counts(self)
+        for name in ("merge_options", "server_optimizer_options"):
+            if isinstance(getattr(self, name), str):
+                setattr(self, name, _parse_json(name, getattr(self, name)))
+        # each of the settings checks itself; as JSON has them: the arguments are written into checkpoints and logs
         self.participation_weights = self.participation.weights
-        _ = self.partition_settings  # which checks itself
-        self._check_merge()
-        self.max_update_norm = self.update_limits.max_update_norm
+        self.max_update_norm = self.merging.limits.max_update_norm
+        self.client_budgets = self.heads.budgets
+        _ = self.partition_settings, self.bases, self.faults
         check_sharing(self)
-        self._check_heads()
         check_local_training(self)
         check_privacy(self)
         if self.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY):
@@ -276,9 +283,30 @@ class FederatedArgumentsMixin(PartitionerArgumentMixin):
             )
 
     @property
-    def update_limits(self) -> UpdateLimits:
-        """What one client can do to a merge at most."""
-        return UpdateLimits(self.max_update_norm, self.large_updates, self.max_examples)
+    def merging(self) -> MergeSettings:
+        """What the server does with uploads."""
+        return MergeSettings(
+            self.merge_method,
+            self.merge_options or {},
+            self.server_optimizer,
+            self.server_optimizer_options or {},
+            UpdateLimits(self.max_update_norm, self.large_updates, self.max_examples),
+        )
+
+    @property
+    def heads(self) -> HeadSettings:
+        """Which heads clients train."""
+        return HeadSettings(self.client_budgets, self.head_selection, self.head_allocation)
+
+    @property
+    def bases(self) -> BasesSettings:
+        """How common bases are made from gradients."""
+        return BasesSettings(self.bases_clients, self.bases_warmup_steps, self.bases_batches, self.bases_rank)
+
+    @property
+    def faults(self) -> FaultSettings:
+        """What is done about clients that fail."""
+        return FaultSettings(self.client_timeout, self.max_round_attempts)
 
     @property
     def partition_settings(self) -> PartitionSettings:
@@ -302,29 +330,6 @@ class FederatedArgumentsMixin(PartitionerArgumentMixin):
             self.min_successful_clients,
             self.federated_seed,
         )
-
-    def _check_merge(self) -> None:
-        for name in ("merge_options", "server_optimizer_options"):
-            if isinstance(getattr(self, name), str):
-                setattr(self, name, _parse_json(name, getattr(self, name)))
-        if self.server_optimizer is not None:
-            get_server_optimizer(self.server_optimizer).check_options(self.server_optimizer_options or {})
-        if self.merge_method is None:
-            return
-        method = get_merge_method(self.merge_method)
-        method.check_options(self.merge_options or {})
-        if method.changes_model:
-            raise ValueError(
-                f"`merge_method={self.merge_method!r}` changes the base model or the rank, which the rounds of the "
-                "FederatedTrainer do not support yet. Choose another method, or call `peft_ravan.merging.merge` on what the "
-                "clients trained."
-            )
-
-    def _check_heads(self) -> None:
-        self.client_budgets = parse_client_budgets(self.client_budgets)
-        for name, choices in (("head_selection", HEAD_SELECTIONS), ("head_allocation", HEAD_ALLOCATIONS)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
 
 
 @dataclass(repr=False)

@@ -2,65 +2,59 @@
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any, ClassVar
 
 import torch
-from peft import PeftModel, PeftType
+from peft import PeftModel
 from torch.utils.data import Dataset
 from transformers import TrainerState, set_seed
 from transformers import trainer as trainer_module
 from transformers.trainer_utils import SaveStrategy, TrainOutput
 from transformers.utils import logging
 
-from peft_ravan.merging import ClientUpdate, MergeResult, ServerStep, get_merge_method, merge
+from peft_ravan.merging import MergeResult
 
 from .arguments import FederatedArguments, FederatedArgumentsMixin
-from .client_budgets import resolve_client_budgets
-from .client_evaluation import ClientEvaluationMixin
-from .client_runners import make_runner
-from .clients import LiveAdapter, freeze, frozen_heap
-from .data.checks import check_labels
+from .client.faults import ClientFault
+from .client.live_adapter import LiveAdapter, freeze
+from .client.local_client import LocalClient
+from .client.personal import check_patterns
+from .client.settings import ClientSettings
+from .data.checks import check_batches, check_labels
+from .data.client_data import ClientData
 from .data.partition import make_clients
-from .data.partition_report import PartitionReportMixin
 from .data.preparation import PreparationMixin, by_name, one_dataset
-from .faults import ClientFault, RoundFailedError, check_for_a_mistake, merge_of, updates_of
+from .exchange import ClientReply
 from .federation import Federation
-from .local_objective import ControlVariates
-from .local_training import LocalTrainingMixin
-from .participation import Availability
-from .personal import check_patterns
-from .private_rounds import PrivacyMixin, resolve_privacy
+from .heap import frozen_heap
 from .records.callbacks import FederatedProgressCallback
-from .records.history import HistoryFileCallback, HistoryMixin
-from .records.round_logs import RoundLogMixin
-from .resuming import CheckpointingMixin, Run
-from .round_zero import RoundZeroMixin
-from .rounds import Round, is_due, learning_rate_factors, mean_train_loss
+from .records.history import HistoryFileCallback
+from .records.reports import ReportsMixin
+from .resuming import CheckpointingMixin
+from .round_zero import make_common_bases
+from .run import Run
 from .run_facts import run_facts
-from .serialized import serialized_bytes
+from .runners import make_runner
+from .schedule import is_due, learning_rate_factors, mean_train_loss
+from .server.budgets import resolve_client_budgets
+from .server.merging import MergeSettings
+from .server.participation import Availability
+from .server.privacy import Privacy, PrivateRounds
+from .server.private_rounds import check_privacy_of_adapter, private_rounds
+from .server.server import Progress, Server
+from .server.settings import ServerSettings
+from .server.state import ServerState
 from .sharing import SharingMixin
 
 
 logger = logging.get_logger(__name__)
 
 
-class FederatedMixin(
-    PreparationMixin,
-    CheckpointingMixin,
-    RoundZeroMixin,
-    RoundLogMixin,
-    PrivacyMixin,
-    SharingMixin,
-    PartitionReportMixin,
-    ClientEvaluationMixin,
-    HistoryMixin,
-    LocalTrainingMixin,
-):
+class FederatedMixin(PreparationMixin, CheckpointingMixin, SharingMixin, ReportsMixin):
     """
     The rounds of a federation, to be mixed over a [`~transformers.Trainer`], see [`federated`]. [`FederatedTrainer`] says
     what they are.
@@ -74,8 +68,11 @@ class FederatedMixin(
           By default those of TRL's trainers; add to them those of your own.
     """
 
-    client_attributes: ClassVar[tuple[str, ...]] = ("_metrics", "_total_train_tokens")
+    client_attributes: ClassVar[tuple[str, ...]] = ClientSettings().attributes
     arguments_class: ClassVar[type[FederatedArgumentsMixin]] = FederatedArgumentsMixin  # what `args` have to be
+
+    privacy: PrivateRounds | None = None
+    _last_run: Run | None = None
 
     def __init__(
         self,
@@ -97,23 +94,11 @@ class FederatedMixin(
         self._runner = make_runner(args.parallel)
         self._handed_dataset = self._handed_eval_dataset = None
         self.train_dataset = given
-        self.clients = {}
+        self.clients: Mapping[str, Dataset] = {}
         self.client_budgets: dict[str, float] | None = None
-        if given is not None:
-            adapter = self._live_adapter()  # raises if the model cannot be trained this way
-            self.clients = self._prepared(clients)
-            self.client_budgets = resolve_client_budgets(
-                args.client_budgets,
-                list(self.clients),
-                args.federated_seed,
-                self.model.active_peft_config,
-                self.merge_method,
-            )
-            check_labels(self, given)
-            args.participation.check(self._client_sizes(), availability)
-            self._check_batches()
-            self.privacy = resolve_privacy(args, len(self.clients), adapter, availability)
         self.availability = availability
+        if given is not None:
+            self._set_up_clients(clients, given)
         self.client_eval_dataset = client_eval_dataset
         if args.eval_clients and self.clients:
             self._datasets_to_evaluate()  # raises if there are none
@@ -148,6 +133,102 @@ class FederatedMixin(
                 f"The {type(self).__name__} prepares its training set in a way that cannot be repeated for each client. "
                 "Prepare the data before, or in a method `_prepare_dataset(dataset, ...)`, as the trainers of TRL do."
             )
+
+    def _set_up_clients(self, clients: Mapping[str, Dataset], given: Dataset | Mapping[str, Dataset]) -> None:
+        args = self.args
+        adapter = self._live_adapter()  # raises if the model cannot be trained this way
+        self.clients = self._prepared(clients)
+        self.client_budgets = resolve_client_budgets(
+            args.heads.budgets, list(clients), args.federated_seed, self.model.active_peft_config, self.merge_method
+        )
+        check_labels(self, given)
+        sizes = self._client_sizes()
+        args.participation.check(sizes, self.availability)
+        if not self._preparations:  # which may make more examples of few
+            check_batches(max(sizes.values()), args.train_batch_size * self._runner.group.size, args)
+        if args.privacy is not None:
+            check_privacy_of_adapter(adapter.awaits_gradient, adapter.statistics)
+            privacy, always = Privacy.parse(args.privacy), self.availability is None
+            self.privacy = private_rounds(privacy, args.participation, len(clients), args.num_rounds, always)
+
+    # ---- What the rounds are made of ---------------------------------------------
+
+    @property
+    def merge_method(self) -> str:
+        """The name of the merge method: that of the arguments, or what suits the adapter."""
+        return self._merging.method
+
+    @property
+    def _merging(self) -> MergeSettings:
+        return self.args.merging.of(self.model.active_peft_config)
+
+    @property
+    def federation(self) -> Federation:
+        """What the federation is made with."""
+        return Federation(
+            self.args,
+            self.model,
+            self.clients,
+            self._server_settings(),
+            self.args.partition_settings,
+            self.optimizer_cls_and_kwargs,
+            is_given_by_client=isinstance(self.train_dataset, Mapping),
+            num_processes_sharing=self._runner.group.size,
+        )
+
+    @property
+    def last_server_state(self) -> ServerState | None:
+        """What the server has after the last round that was run, as one value."""
+        return None if self._last_run is None else self._last_run.server.state
+
+    def _server_settings(self) -> ServerSettings:
+        args = self.args
+        return ServerSettings(
+            self._client_sizes(),
+            self._merging,
+            args.participation,
+            args.federated_seed,
+            learning_rate_factors=learning_rate_factors(args, args.num_rounds),
+            max_round_attempts=args.faults.max_round_attempts,
+            availability=self.availability,
+            heads=args.heads,
+            client_budgets=self.client_budgets,
+            scaffold=args.scaffold,
+            privacy=self.privacy,
+        )
+
+    def _local_client(self) -> LocalClient:
+        self._live_adapter()  # which freezes what the merge method keeps common
+        settings = ClientSettings(
+            self._personal_patterns, self.args.proximal_mu, self.args.faults.client_timeout, self.client_attributes
+        )
+        return LocalClient(
+            self,
+            self._store,
+            settings=settings,
+            data=ClientData.of_clients(self.clients, self.args, self._runner.group.size),
+            train=super().train,
+            group=self._runner.group,
+            fault=self.client_fault,
+        )
+
+    def _live_adapter(self) -> LiveAdapter:
+        if isinstance(self.model, PeftModel):
+            freeze(self.model, self._merging.merge_method.frozen_parts)
+        return LiveAdapter(self.model)
+
+    @property
+    def _personal_patterns(self) -> tuple[str, ...]:
+        parts = self._merging.merge_method.personal_parts
+        return (*(self.args.local_parameters or ()), *map(re.escape, parts))
+
+    @property
+    def _keeps_state(self) -> bool:
+        return self.args.scaffold or bool(self._personal_patterns)
+
+    def _client_sizes(self) -> dict[str, int]:
+        data = ClientData.of_clients(self.clients, self.args, self._runner.group.size)
+        return {client: data.num_examples(client) for client in self.clients}
 
     # ---- The run -----------------------------------------------------------------
 
@@ -190,23 +271,23 @@ class FederatedMixin(
                     self._run_rounds(run, ignore_keys_for_eval, trial)
                 if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
                     self._load_best_model()
-                    run.take_state()
+                    run.take_global()
             finally:
                 # also after an error: the model holds the last merged adapter, not that of a client
                 run.load_global()
-                self.last_global_state = run.global_state
-                self._learning_rate_factor = None
+                self.last_global_state = dict(run.server.state.global_state)
                 self.is_in_train = False
             return self._finish_run(start_time)
 
     def _run_rounds(self, run: Run, ignore_keys_for_eval: list[str] | None, trial: Any) -> None:
-        self._open_run(run, trial)
-        factors = learning_rate_factors(self.args, self.args.num_rounds)
-        for round_number in range(run.round + 1, len(factors) + 1):
-            self._stop_if_spent()
+        if run.round == 0:
+            self._open_run(run, trial)
+        for round_number in range(run.round + 1, self.args.num_rounds + 1):
+            if not self.control.should_training_stop and (reason := run.server.why_spent()) is not None:
+                logger.warning(reason)
+                self.control.should_training_stop = True
             if self._runner.agree(self.control.should_training_stop):
                 break
-            self._learning_rate_factor = factors[round_number - 1]
             self._run_round(run, round_number, ignore_keys_for_eval, trial)
 
     def _init_model_again(self, trial: Any) -> None:
@@ -218,8 +299,9 @@ class FederatedMixin(
 
     def _start_run(self, resume_from_checkpoint: str | bool | None, trial: Any) -> Run:
         self._runner.share(chain(self.model.parameters(), self.model.buffers()))  # what was drawn may differ
-        run = Run(self._live_adapter(), personal_patterns=self._personal_patterns)
-        run.take_state()
+        client = self._local_client()
+        server = Server(self._server_settings(), ServerState(client.take_start()))
+        self._last_run = run = Run(server, client)
         check_patterns(run.state(), self.args.local_parameters or ())
         self.last_merge = None
         self.is_in_train = True
@@ -241,6 +323,21 @@ class FederatedMixin(
             self.control.should_training_stop |= was_stopped
         return run
 
+    def _open_run(self, run: Run, trial: Any) -> None:
+        """
+        What comes before the first round, and is not repeated when a run goes on after one: one record, if there is
+        anything.
+        """
+        if run.server.keep_from is None:  # else the run goes on from its start, which is saved
+            self._save_start(run, trial)
+        record = {}
+        if run.client.adapter.awaits_gradient:
+            record = make_common_bases(run, self._runner, self.model, self.args.bases)
+        if self.args.eval_on_start:
+            record.update(self._evaluate_quietly(None))
+        if record:
+            self.log({"round": 0, **record})
+
     def _finish_run(self, start_time: float) -> TrainOutput:
         self._finish_current_push()
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
@@ -260,16 +357,14 @@ class FederatedMixin(
 
     def _run_round(self, run: Run, round_number: int, ignore_keys_for_eval: list[str] | None, trial: Any) -> None:
         start_time = time.perf_counter()
-        this_round, result = self._train_and_merge(run, round_number)
-        if result is not None:  # else the round is skipped
-            self.last_merge = result
-            run.global_state, run.server_state = result.state, result.server_state
-        run.round = round_number
+        record = None
+        while record is None:  # too few clients have succeeded, and others are asked
+            record = self._attempt_round(run, round_number)
+        self.last_merge = run.server.last_merge
         run.load_global()
-        round_seconds = time.perf_counter() - start_time
+        record["round_seconds"] = time.perf_counter() - start_time
 
         self.state.global_step = round_number
-        record = {**this_round.record(), **self._privacy_record(this_round), "round_seconds": round_seconds}
         is_best = False
         if is_due(self.args.eval_strategy, self.args.eval_steps, round_number, self.args.num_rounds):
             metrics = self._evaluate_quietly(ignore_keys_for_eval)
@@ -283,118 +378,20 @@ class FederatedMixin(
         if is_save_due or (is_best and self.args.save_strategy == SaveStrategy.BEST):
             self._save_round(run, trial)
 
-    def _train_and_merge(self, run: Run, round_number: int) -> tuple[Round, MergeResult | None]:
-        """
-        Train the clients of a round and merge what they upload, if need be several times, each with other clients. There
-        is nothing to merge if too few clients are available.
-        """
-        sizes = self._client_sizes()
-        this_round = Round(round_number, self.args.participation.sample(sizes, round_number, self.availability))
-        while True:
-            needed = self._needed_clients(this_round)
-            self._tell("on_round_begin", clients=this_round.clients)
-            result = self._merge(run, this_round) if this_round.clients else None
-            counts = len(this_round.num_examples) >= needed
-            self._settle(run, this_round, counts)
-            if counts:
-                return this_round, result
-            if not any(record.get("clients") for record in self.state.log_history):
-                check_for_a_mistake(this_round, len(self.clients))  # what works for some is no mistake of all
-            if this_round.attempts == self.args.max_round_attempts:
-                raise RoundFailedError(
-                    f"Round {round_number}: fewer than {needed} clients (`min_successful_clients`) succeeded in each of "
-                    f"{this_round.attempts} attempts. {this_round.failed()}"
-                ) from this_round.first_error
-            logger.warning(f"Round {round_number} is repeated with other clients. {this_round.failed()}")
-            others = {client: size for client, size in sizes.items() if client not in this_round.failures}
-            enough = len(others) >= max(needed, self.args.min_clients)
-            clients = self.args.participation.sample(
-                others if enough else sizes, round_number, self.availability, attempt=this_round.attempts
-            )
-            this_round = this_round.again(clients)
+    def _attempt_round(self, run: Run, round_number: int) -> dict[str, Any] | None:
+        tasks = run.server.open(round_number)
+        self._tell("on_round_begin", clients=[task.client for task in tasks])
+        replies = self._told(self._runner.run(tasks, run.client.train))
 
-    def _merge(self, run: Run, this_round: Round) -> MergeResult | None:
-        args = self.args
-        control = ControlVariates(run.server_state, len(self.clients)) if args.scaffold else None
-        this_round.download_bytes += serialized_bytes(run.global_state) * len(this_round.clients)
-        # a client trains when the merge asks for its update: none is kept longer than the merge needs it
-        updates = updates_of(
-            this_round,
-            self._runner.run(
-                this_round.clients, lambda client: self._client_round(run, this_round.round_number, client, control)
-            ),
-            partial(self._receive, this_round, control),
-            lambda client: self._tell("on_client_end", client=client, failure=this_round.failures.get(client)),
-        )
+        def close(replies: Iterable[ClientReply]) -> tuple[dict[str, Any] | None, Progress]:
+            return run.server.close(round_number, replies), run.server.progress
 
-        def merge_updates(updates: Iterable[ClientUpdate]) -> MergeResult:
-            result = merge(
-                run.global_state,
-                updates,
-                self.merge_method,
-                config=self.model.active_peft_config,
-                on_bad_update="drop",
-                limits=args.update_limits if args.update_limits.is_set else None,
-                server_step=ServerStep(
-                    args.server_optimizer,
-                    args.server_optimizer_options or {},
-                    run.server_state,
-                    this_round.round_number,
-                ),
-                mechanism=self._mechanism(this_round),
-                **(args.merge_options or {}),
-            )
-            if control is None:
-                return result
-            dropped = {entry["client"] for entry in result.diagnostics["dropped"]}
-            merged = [client for client in this_round.num_examples if client not in dropped]
-            new_control = self._move_control(this_round, control, merged)
-            return replace(result, server_state={**result.server_state, **new_control})
+        record, run.server.progress = self._runner.at_server(replies, close)
+        return record
 
-        return self._merge_updates(this_round, updates, merge_updates)
-
-    def _merge_updates(
-        self,
-        this_round: Round,
-        updates: Iterable[ClientUpdate],
-        merge_updates: Callable[[Iterable[ClientUpdate]], MergeResult],
-    ) -> MergeResult | None:
-        """Merge the updates of a round. All processes then have the result, and the same record of the round."""
-
-        def merged(updates: Iterable[ClientUpdate]) -> tuple[MergeResult | None, dict[str, Any]]:
-            result = merge_of(this_round, lambda: merge_updates(updates))
-            return result, {**vars(this_round), "first_error": None}  # errors cannot all be sent
-
-        first_error = this_round.first_error
-        result, recorded = self._runner.merge(updates, merged)
-        first_error = first_error or this_round.first_error
-        vars(this_round).update(recorded, first_error=first_error)
-        return result
-
-    @property
-    def merge_method(self) -> str:
-        """The name of the merge method: that of the arguments, or what suits the adapter."""
-        if self.args.merge_method is not None:
-            return self.args.merge_method
-        return "ravan" if self.model.active_peft_config.peft_type == PeftType.RAVAN else "fedavg"
-
-    @property
-    def federation(self) -> Federation:
-        """What the federation is made with."""
-        return Federation(
-            self.args,
-            self.model,
-            self.clients,
-            self._client_sizes(),
-            self.merge_method,
-            self.client_budgets,
-            self.privacy,
-            self.optimizer_cls_and_kwargs,
-            is_given_by_client=isinstance(self.train_dataset, Mapping),
-            num_processes_sharing=self._runner.num_processes_sharing,
-        )
-
-    def _live_adapter(self) -> LiveAdapter:
-        if isinstance(self.model, PeftModel):
-            freeze(self.model, get_merge_method(self.merge_method).frozen_parts)
-        return LiveAdapter(self.model)
+    def _told(self, replies: Iterable[ClientReply]) -> Iterator[ClientReply]:
+        for reply in replies:
+            client, failure = reply.client, reply.failure
+            yield reply
+            del reply
+            self._tell("on_client_end", client=client, failure=failure)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 
-from .arguments import FederatedArguments
-from .privacy import PrivateRounds
+from .data.partition import PartitionSettings
+from .server.settings import ServerSettings
 
 
 @dataclass(frozen=True)
@@ -19,25 +19,21 @@ class Federation:
     What a federation is made with.
 
     Args:
-        args ([`FederatedArguments`]): The arguments.
+        args ([`~transformers.TrainingArguments`]): The arguments, of which those of local training are read.
         model ([`~peft.PeftModel`]): The model with the adapter.
         clients (`Mapping[str, Dataset]`): Client names to data sets.
-        client_sizes (`Mapping[str, int]`): Client names to numbers of examples.
-        merge_method (`str`): The name of the merge method.
-        client_budgets (`Mapping[str, float]`, *optional*): Client names to the shares of the heads that they train.
-        privacy ([`PrivateRounds`], *optional*): The noise and the accounting.
+        server ([`ServerSettings`]): How rounds are run.
+        partition ([`PartitionSettings`]): How the data was split.
         optimizer (`tuple[type, dict]`, *optional*): The class and the arguments of the clients' optimizer, if given.
         is_given_by_client (`bool`, *optional*, defaults to `True`): Whether the data came by client, and was not split.
         num_processes_sharing (`int`, *optional*, defaults to 1): How many processes train a client together.
     """
 
-    args: FederatedArguments
+    args: TrainingArguments
     model: PreTrainedModel
     clients: Mapping[str, Dataset]
-    client_sizes: Mapping[str, int]
-    merge_method: str
-    client_budgets: Mapping[str, float] | None = None
-    privacy: PrivateRounds | None = None
+    server: ServerSettings
+    partition: PartitionSettings = PartitionSettings()
     optimizer: tuple[type, dict[str, Any]] | None = None
     is_given_by_client: bool = True
     num_processes_sharing: int = 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,68 +23,25 @@ from peft_ravan.sharing.reading import adapter_folder, bases_fingerprint, differ
 from peft_ravan.tuner.gradient_bases import awaits_gradient
 from peft_ravan.tuner.state import is_basis
 
-from .checkpoints import (
-    CheckpointError,
-    FederationState,
-    KeptFile,
-    atomic_folder,
-    checkpoint_round,
-    find_checkpoints,
-    read_federation_state,
-    restore_random_state,
-    write_federation_state,
-)
-from .clients import LiveAdapter
-from .personal import split_state
+from .client.store import ClientStore
+from .files import CheckpointError, atomic_folder
+from .run import Run
 from .run_facts import changes, check_same_federation
-from .run_folder import FolderInUseError, RunIdentity, checkpoints_to_resume, lock_folder, rotate_own_checkpoints
+from .run_folder import (
+    FolderInUseError,
+    RunIdentity,
+    checkpoint_round,
+    checkpoints_to_resume,
+    find_checkpoints,
+    lock_folder,
+    rotate_own_checkpoints,
+)
+from .server.checkpoints import SavedServer, read_server_state, write_server_state
 
 
 logger = logging.get_logger(__name__)
 
 _WITHOUT_ROOM = "Checkpoints of earlier rounds are complete: make room, and resume with `resume_from_checkpoint=True`"
-
-
-@dataclass
-class Run:
-    """
-    A run of a federation between two rounds.
-
-    Args:
-        adapter ([`LiveAdapter`]): The adapter in the model.
-        global_state (`dict[str, torch.Tensor]`): What was merged last.
-        server_state (`dict[str, torch.Tensor]`): What server optimizers and merge methods remember.
-        round (`int`): The last round that was run.
-        personal_patterns (`tuple[str, ...]`): Which tensors stay with their clients, as regular expressions.
-        personal_start (`dict[str, torch.Tensor]`): What a client that takes part for the first time has of them.
-        oldest_checkpoint (`int`, *optional*): The first round after which the run can be taken up again.
-        client_states (`dict[str, KeptFile]`): The files of what clients keep, by the names of the clients.
-        facts (`dict[str, Any]`): What it is made with, see [`run_facts`]; nothing for a run that saves no checkpoints.
-        identity ([`RunIdentity`]): What tells it from other runs in its folder.
-    """
-
-    adapter: LiveAdapter
-    global_state: dict[str, torch.Tensor] = field(default_factory=dict)
-    server_state: dict[str, torch.Tensor] = field(default_factory=dict)
-    round: int = 0
-    personal_patterns: tuple[str, ...] = ()
-    personal_start: dict[str, torch.Tensor] = field(default_factory=dict)
-    oldest_checkpoint: int | None = None
-    client_states: dict[str, KeptFile] = field(default_factory=dict)
-    facts: dict[str, Any] = field(default_factory=dict)
-    identity: RunIdentity = field(default_factory=RunIdentity)
-
-    def take_state(self) -> None:
-        """Make the adapter that is in the model the global one."""
-        self.personal_start, self.global_state = split_state(self.adapter.read(), self.personal_patterns)
-
-    def state(self) -> dict[str, torch.Tensor]:
-        """The global adapter. Personal parts are those that clients start with."""
-        return {**self.global_state, **self.personal_start}
-
-    def load_global(self) -> None:
-        """Put the global adapter into the model."""
-        self.adapter.load(self.state())
 
 
 class CheckpointingMixin:
@@ -109,6 +66,7 @@ class CheckpointingMixin:
         """Make this run the last that has begun in its folder: `resume_from_checkpoint=True` goes on with it."""
         self._runner.wait()  # others may still be looking for what to go on from
         run.identity = self._runner.agree(run.identity)
+        run.server.settings = replace(run.server.settings, run=run.identity.name)
         if self._runner.is_main:
             run_dir = Path(self._get_output_dir(trial=trial))
             others = [folder.name for folder in find_checkpoints(run_dir) if not run.identity.has(folder)]
@@ -122,8 +80,12 @@ class CheckpointingMixin:
             if others or self._saves_checkpoints:
                 run.identity.write(run_dir)
             if self._keeps_state:
-                self._store.forget_newer(run.client_states)
+                self._store.forget_newer(run.server.state.kept)
         self._runner.wait()
+
+    @property
+    def _store(self) -> ClientStore:
+        return ClientStore(self.args.output_dir)
 
     @property
     def _saves_checkpoints(self) -> bool:
@@ -133,7 +95,7 @@ class CheckpointingMixin:
         """So that a run that is killed before its first round is saved can be resumed as any other."""
         if self.args.save_strategy in (SaveStrategy.STEPS, SaveStrategy.EPOCH) and not self.args.save_only_model:
             self._write_checkpoint(run, trial)
-            run.oldest_checkpoint = run.round
+            run.server.keep_from = run.round
 
     def _save_round(self, run: Run, trial: Any) -> None:
         run_dir = self._get_output_dir(trial=trial)
@@ -147,7 +109,7 @@ class CheckpointingMixin:
             limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
             rotate_own_checkpoints(run.identity, run_dir, limit, best)
         self._runner.wait()
-        run.oldest_checkpoint = self._oldest_checkpoint(run, trial)
+        run.server.keep_from = self._oldest_checkpoint(run, trial)
         self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
     def _oldest_checkpoint(self, run: Run, trial: Any) -> int:
@@ -163,8 +125,7 @@ class CheckpointingMixin:
                 self.state.save_to_json(str(aside / TRAINER_STATE_NAME))
                 run.identity.write(aside)
                 if not self.args.save_only_model:
-                    state = FederationState(run.round, run.facts, run.server_state, run.client_states)
-                    write_federation_state(aside, state)
+                    write_server_state(aside, run.server.state, run.facts)
         self._runner.wait()
         return folder
 
@@ -180,23 +141,24 @@ class CheckpointingMixin:
         state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
         for own, saved_basis in bases:
             own.copy_(saved_basis)
-        run.adapter.load_checkpoint(tensors)
-        run.take_state()
-        run.server_state, run.round = dict(saved.server_state), saved.round
-        run.client_states = dict(saved.client_states)
-        run.identity = RunIdentity.read(folder).going_on(saved.round)
+        run.client.adapter.load_checkpoint(tensors)
+        run.take_global()
+        # in the order of the model, as before: sums over tensors are then the same to the last bit
+        merged = {name: saved.state.global_state.get(name, own) for name, own in run.server.state.global_state.items()}
+        run.server.state = replace(saved.state, global_state=merged, random_state=None)
+        run.identity = RunIdentity.read(folder).going_on(run.round)
         # clients keep what any checkpoint may need, not only this one
-        run.oldest_checkpoint = self._oldest_checkpoint(run, trial)
+        run.server.keep_from = self._oldest_checkpoint(run, trial)
         self.state = state
-        restore_random_state(folder)
+        saved.state.random_state.restore()
         if changed := changes(saved.facts, run.facts):
             logger.warning(
                 f"The run goes on with other arguments than {folder} was written with, and will differ from one that was "
                 f"not interrupted: {', '.join(changed)}."
             )
-        logger.info(f"Going on after round {saved.round}, from {folder}.")
+        logger.info(f"Going on after round {run.round}, from {folder}.")
 
-    def _choose_checkpoint(self, resume_from_checkpoint: str | bool, trial: Any) -> tuple[Path, FederationState]:
+    def _choose_checkpoint(self, resume_from_checkpoint: str | bool, trial: Any) -> tuple[Path, SavedServer]:
         if not isinstance(resume_from_checkpoint, bool):
             return Path(resume_from_checkpoint), self._read_checkpoint(Path(resume_from_checkpoint))
         run_dir = self._get_output_dir(trial=trial)
@@ -213,11 +175,11 @@ class CheckpointingMixin:
             f"`resume_from_checkpoint`, or name one of another run, such as {of_others[0]}."
         )
 
-    def _read_checkpoint(self, folder: Path) -> FederationState:
-        saved = read_federation_state(folder)
+    def _read_checkpoint(self, folder: Path) -> SavedServer:
+        saved = read_server_state(folder)
         if self._keeps_state:
             try:
-                self._store.check(saved.client_states)
+                self._store.check(saved.state.kept)
             except CheckpointError as error:
                 raise CheckpointError(f"{folder} is incomplete. {error}") from None
         return saved

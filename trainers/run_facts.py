@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from .checkpoints import CheckpointError
 from .data.fingerprint import client_fingerprints, stable_text
 from .federation import Federation
+from .files import CheckpointError
 
 
 # all arguments are compared but these, which do not change what is trained
@@ -76,10 +76,10 @@ def run_facts(federation: Federation, state: Mapping[str, torch.Tensor]) -> dict
             "adapter_name": model.active_adapter,
             "peft_type": config.peft_type,
             "clients": len(federation.clients),
-            "clients_digest": _digest(federation.client_sizes),
+            "clients_digest": _digest(federation.server.client_sizes),
             "compared": {
                 **arguments,
-                "merge_method": federation.merge_method,
+                "merge_method": federation.server.merging.method,
                 "processes that share data": federation.num_processes_sharing,
                 **{f"adapter.{name}": value for name, value in _compared_of(config)},
                 **{f"model.{name}": value for name, value in _compared_of(base_config)},

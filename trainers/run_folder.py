@@ -12,9 +12,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
-
-from .checkpoints import checkpoint_round, find_checkpoints
 
 
 logger = logging.get_logger(__name__)
@@ -25,6 +24,30 @@ _LOCK_FILE = ".federation.lock"
 
 class FolderInUseError(RuntimeError):
     """The output folder of a run that another run is writing into."""
+
+
+def find_checkpoints(output_dir: str | os.PathLike) -> list[Path]:
+    """
+    Args:
+        output_dir (`str` or `os.PathLike`): The folder of the run.
+
+    Returns:
+        `list[Path]`: The folders with the name of a checkpoint, the newest first. They may be damaged.
+    """
+    folders = [path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir()]
+    numbered = [path for path in folders if path.name.rpartition("-")[2].isdigit()]
+    return sorted(numbered, key=checkpoint_round, reverse=True)
+
+
+def checkpoint_round(folder: Path) -> int:
+    """
+    Args:
+        folder (`Path`): The folder of a checkpoint.
+
+    Returns:
+        `int`: The round that it was written after.
+    """
+    return int(folder.name.rpartition("-")[2])
 
 
 @dataclass(frozen=True)

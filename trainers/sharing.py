@@ -154,10 +154,6 @@ class SharingMixin:
         job.add_done_callback(_warn_of_failure)
         self.push_in_progress = PushInProgress([*(current.jobs if is_busy else []), job])
 
-    def _finish_current_push(self) -> None:
-        if self.args.push_to_hub:  # the training of a client does not wait for it
-            super()._finish_current_push()
-
     def _destination(
         self,
         commit_message: str,

@@ -7,7 +7,9 @@ from torch import nn
 
 from peft_ravan import RavanConfig
 from peft_ravan.trainers import FederatedArguments, FederatedCallback, FederatedTrainer
-from peft_ravan.trainers.clients import LiveAdapter
+from peft_ravan.trainers.client.live_adapter import LiveAdapter
+from peft_ravan.trainers.client.store import ClientStore
+from peft_ravan.trainers.server.state import ServerState
 
 from ..conftest import classification_dataset, tiny_bert
 
@@ -71,6 +73,13 @@ def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor],
             torch.testing.assert_close(first[name], second[name], **tolerance)
         else:
             assert torch.equal(first[name], second[name]), name
+
+
+def kept_by_clients(trainer, state: ServerState | None = None) -> dict[str, dict[str, torch.Tensor]]:
+    """What each client keeps for itself, of the rounds in which its update was merged."""
+    state, store = state or trainer.last_server_state, ClientStore(trainer.args.output_dir)
+    files = {client: state.kept.get(client) for client in trainer.clients}
+    return {client: store.load(client, None if file is None else file.round) for client, file in files.items()}
 
 
 def trainable_checkpoint(model) -> dict[str, torch.Tensor]:

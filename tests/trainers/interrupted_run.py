@@ -10,8 +10,9 @@ import sys
 from safetensors.torch import save_file
 
 from peft_ravan import RavanConfig
-from peft_ravan.trainers import FederatedCallback, checkpoints
-from peft_ravan.trainers.personal import ClientStore
+from peft_ravan.trainers import FederatedCallback
+from peft_ravan.trainers.client.store import ClientStore
+from peft_ravan.trainers.server import checkpoints
 from tests.trainers.helpers import resumable_trainer
 
 
@@ -61,19 +62,19 @@ def kill_before_the_rename() -> None:
             kill()
         rename(source, target)
 
-    checkpoints.os.replace = replace
+    os.replace = replace
 
 
 def kill_between_clients_that_keep() -> None:
-    commit, calls = ClientStore.commit, []
+    save, calls = ClientStore.save, []
 
-    def commit_and_kill(store, client, round_number, keep_from):
+    def save_and_kill(store, client, *args):
         calls.append(client)
         if len(calls) == 6:  # two in each round: the first of the third round has what is new, the second has not
             kill()
-        return commit(store, client, round_number, keep_from)
+        return save(store, client, *args)
 
-    ClientStore.commit = commit_and_kill
+    ClientStore.save = save_and_kill
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ from transformers import EarlyStoppingCallback
 
 from peft_ravan import RavanConfig
 from peft_ravan.trainers import FederatedCallback, FederatedSFTConfig, FederatedSFTTrainer
-from peft_ravan.trainers.checkpoints import find_checkpoints
-from peft_ravan.trainers.personal import ClientStore, ClientStoreError
+from peft_ravan.trainers.client.store import ClientStore, ClientStoreError
+from peft_ravan.trainers.run_folder import find_checkpoints
 
 from ..conftest import classification_dataset, make_tokenizer, sentence, tiny_llama
 from .helpers import StopAfter, comparable, lora, make_trainer, ravan
@@ -130,23 +130,23 @@ class KillWithinAClient(FederatedCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def full_disk(store: ClientStore, client: str, round_number: int, tensors: dict) -> None:
+def full_disk(store: ClientStore, client: str, round_number: int, *args) -> str:
     """The disk of the process that trains the second client of the second round is full."""
     if (client, round_number) == ("client_1", 2):
         raise ClientStoreError(errno.ENOSPC, "What client 'client_1' keeps could not be written", str(store.root))
-    set_aside(store, client, round_number, tensors)
+    return save(store, client, round_number, *args)
 
 
 def run_until_the_disk_is_full(folder: Path) -> None:
     """All processes end with the error, and nobody waits for another."""
-    ClientStore.set_aside = full_disk
+    ClientStore.save = full_disk
     with contextlib.suppress(ClientStoreError):
         make("full", folder / "full", Heard()).train()
         raise AssertionError("The run has not ended.")
-    ClientStore.set_aside = set_aside
+    ClientStore.save = save
 
 
-set_aside = ClientStore.set_aside
+save = ClientStore.save
 
 
 def run_one(run: str, folder: Path, kill: bool = False) -> None:

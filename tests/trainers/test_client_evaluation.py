@@ -10,13 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_ravan.trainers import FederatedCallback, make_clients
-from peft_ravan.trainers.checkpoints import random_state
 from peft_ravan.trainers.data.client_eval_data import largest_remainders, make_client_eval_datasets
-from peft_ravan.trainers.personal import ClientStore
+from peft_ravan.trainers.random_state import RandomState
 from peft_ravan.trainers.records.client_metrics import client_statistics, summarize_clients
 
 from ..conftest import classification_dataset
-from .helpers import adapter_state, arguments, assert_same, comparable, lora, make_trainer, ravan
+from .helpers import adapter_state, arguments, assert_same, comparable, kept_by_clients, lora, make_trainer, ravan
 
 
 # ---- The figures -----------------------------------------------------------------
@@ -153,7 +152,7 @@ def test_each_client_is_evaluated_with_its_own_parts(tmp_path, adapter, options)
     for client in trained:
         own = {
             name.replace("lora_B.", "lora_B.default.").replace("classifier.", "classifier.modules_to_save.default."): t
-            for name, t in ClientStore(tmp_path).load(client, before=2).items()
+            for name, t in kept_by_clients(trainer)[client].items()
         }
         assert own and not reference.load_state_dict(own, strict=False).unexpected_keys
         with torch.no_grad():
@@ -200,16 +199,16 @@ def test_the_run_is_the_same_with_and_without(tmp_path, options):
     options = {"max_steps": 2, "eval_strategy": "epoch", "clients_per_round": 2, **options}
     without = make_trainer(tmp_path / "without", **options)
     without.train()
-    json_without, tensors_without = random_state()
+    state_without = RandomState.now()
     events = Events()
     trainer = make_trainer(
         tmp_path / "with", callbacks=[events], eval_clients=True, personalization_steps=1, **options
     )
     trainer.train()
     assert_same(adapter_state(without), adapter_state(trainer))
-    json_with, tensors_with = random_state()
-    assert json_without == json_with
-    assert_same(tensors_without, tensors_with)
+    state_with = RandomState.now()
+    assert state_without.numbers == state_with.numbers
+    assert_same(state_without.tensors, state_with.tensors)
     added = [{k: v for k, v in record.items() if "eval_clients" not in k} for record in trainer.state.log_history]
     assert comparable(without.state.log_history) == comparable(added)
     names = [f"{figure}_{m}" for figure in client_statistics([0]) for m in ("loss", "accuracy")]
@@ -217,9 +216,8 @@ def test_the_run_is_the_same_with_and_without(tmp_path, options):
         assert {k for k in record if "eval_clients" in k} == {f"eval_clients_{name}" for name in names}
     assert events.evaluations == 2 and events.clients == [(client, 4) for client in trainer.clients] * 2
     assert events.steps == 2 * 2 * 2  # of the rounds; those of the personalization are nobody's business
-    for client in trainer.clients:
-        kept = [ClientStore(tmp_path / run).load(client, before=9) for run in ("without", "with")]
-        assert_same(*kept)
+    for first, second in zip(*(kept_by_clients(run).values() for run in (without, trainer)), strict=True):
+        assert_same(first, second)
 
 
 def test_the_best_model_can_be_that_of_the_worst_clients(tmp_path):

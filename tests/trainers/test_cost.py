@@ -7,7 +7,7 @@ from peft import get_peft_model
 
 from peft_ravan import RavanConfig
 from peft_ravan.trainers import FederatedArguments, FederatedTrainer
-from peft_ravan.trainers.clients import frozen_heap
+from peft_ravan.trainers.heap import frozen_heap
 from peft_ravan.trainers.records.callbacks import FederatedCallback
 
 from ..conftest import tiny_bert

@@ -10,7 +10,8 @@ import safetensors.torch
 import torch
 from hypothesis import given
 
-from peft_ravan.trainers.exchange import ClientReply, ClientTask, HeadChoice, MessageError
+from peft_ravan.trainers.exchange import ClientReply, ClientTask, HeadChoice
+from peft_ravan.trainers.messages import MessageError
 
 from ..properties import examples
 
@@ -42,7 +43,10 @@ tasks = st.builds(
     learning_rate_factor=st.floats(),
     max_steps=st.none() | st.integers(1, 100),
     heads=st.none() | st.builds(HeadChoice, share=st.floats(0.01, 1), selection=names, allocation=names, seed=seeds),
+    rank=st.none() | st.integers(1, 100),
+    frozen=st.lists(names, max_size=3).map(tuple),
     kept_in=st.none() | st.integers(1, 100),
+    keep_from=st.integers(0, 100),
     control=st.none() | states(),
 )
 replies = st.builds(
@@ -55,6 +59,7 @@ replies = st.builds(
     train_loss=st.floats(),
     learning_rate=st.none() | st.floats(),
     control_change=st.none() | states(),
+    kept_digest=st.none() | names,
     failure=st.none() | names,
 )
 

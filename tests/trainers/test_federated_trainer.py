@@ -8,7 +8,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from peft_ravan import RavanLayer
 from peft_ravan.trainers import FederatedCallback, FederatedTrainer, RoundFailedError
-from peft_ravan.trainers.clients import LiveAdapter
+from peft_ravan.trainers.client.live_adapter import LiveAdapter
 from peft_ravan.trainers.seeds import derive_seed
 from peft_ravan.tuner.state import exchange_state
 
@@ -140,9 +140,9 @@ def test_uploads_are_the_products_and_the_head(tmp_path):
     numbers = sum(tensor.numel() for tensor in adapter_state(trainer).values())
     targets = len([module for module in trainer.model.modules() if isinstance(module, RavanLayer)])
     assert numbers == targets * 3 * 4**2 + (32 + 1) * 4
-    # safetensors names each tensor; the rest is 4 bytes a number
-    assert 4 * numbers < record["upload_bytes"] / 2 < 4 * numbers + 200 * (targets + 2)
-    assert record["download_bytes"] == record["upload_bytes"]
+    # a list of the tensors and what a task or a reply says besides; the rest is 4 bytes a number
+    for sent in ("upload_bytes", "download_bytes"):
+        assert 4 * numbers < record[sent] / 2 < 4 * numbers + 1000
 
 
 def test_afterwards_every_scaling_is_one_and_the_model_holds_the_last_merge(tmp_path):
@@ -324,10 +324,17 @@ def test_parameter_groups_of_an_optimizer_serve_every_client(tmp_path):
 
 
 def test_scalings_have_no_weight_decay(tmp_path):
-    trainer = make_trainer(tmp_path)
-    decayed = trainer.get_decay_parameter_names(trainer.model)
-    kinds = {name.split(".")[-2] for name in decayed if "ravan_" in name}
-    assert kinds == {"ravan_H"}
+    kinds = {True: set(), False: set()}
+
+    class Watch(FederatedCallback):
+        def on_step_end(self, args, state, control, model, optimizer, **kwargs):
+            names = {id(parameter): name for name, parameter in model.named_parameters() if ".ravan_" in name}
+            for group in optimizer.param_groups:
+                found = {names[id(p)].split(".")[-2] for p in group["params"] if id(p) in names}
+                kinds[group["weight_decay"] > 0] |= found
+
+    make_trainer(tmp_path, callbacks=[Watch()], weight_decay=0.1).train()
+    assert kinds == {True: {"ravan_H"}, False: {"ravan_s"}}
 
 
 @pytest.mark.parametrize("merge_method", [None, "fedrpca"])

@@ -7,14 +7,9 @@ import pytest
 import torch
 from hypothesis import given
 
-from peft_ravan.trainers.head_selection import (
-    BUDGET_DISTRIBUTIONS,
-    HEAD_ALLOCATIONS,
-    draw_client_budgets,
-    head_scores,
-    parse_client_budgets,
-    select_heads,
-)
+from peft_ravan.trainers.client.head_selection import head_scores, select_heads
+from peft_ravan.trainers.exchange import HEAD_ALLOCATIONS
+from peft_ravan.trainers.server.budgets import BUDGET_DISTRIBUTIONS, draw_client_budgets, parse_client_budgets
 
 from ..properties import examples
 

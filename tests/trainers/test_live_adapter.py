@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
 from peft_ravan import RavanConfig
-from peft_ravan.trainers.clients import LiveAdapter
+from peft_ravan.trainers.client.live_adapter import LiveAdapter
 
 from ..conftest import randomize_adapter, tiny_bert, tiny_llama
 from .helpers import WithStatistics, ravan_bert

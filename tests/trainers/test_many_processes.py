@@ -11,7 +11,9 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from peft_ravan.trainers.client_runners import ClientResult, ClientRunner, make_runner, one_process
+from peft_ravan.trainers.exchange import ClientReply, ClientTask
+from peft_ravan.trainers.processes import one_process
+from peft_ravan.trainers.runners import Runner, make_runner
 
 from .helpers import assert_same
 
@@ -133,17 +135,27 @@ def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):
         make_runner("clients")
 
 
-def test_results_come_in_the_order_of_the_clients_and_none_is_ahead():
+def tasks(*clients: str) -> list[ClientTask]:
+    return [ClientTask(1, client, {}, seed=0) for client in clients]
+
+
+def test_replies_come_in_the_order_of_the_tasks_and_none_is_ahead():
     began = []
 
-    def work(client):
-        began.append(client)
-        if client == "b":
-            raise ValueError("no data")
-        return ClientResult(client, train_loss=1.0)
+    def work(task):
+        began.append(task.client)
+        return ClientReply.to(task, train_loss=1.0)
 
-    results = ClientRunner().run(["c", "b", "a"], work)
-    assert next(results).train_loss == 1.0 and began == ["c"]
-    failed = next(results)
-    assert failed.failure == "ValueError: no data" and isinstance(failed.error, ValueError)
-    assert [result.client for result in results] == ["a"]
+    replies = Runner().run(tasks("c", "b", "a"), work)
+    assert next(replies).client == "c" and began == ["c"]
+    assert [reply.client for reply in replies] == ["b", "a"]
+
+
+def test_several_clients_may_be_done_at_once():
+    waiting = []
+
+    def work(task):
+        waiting.append(task)
+        return [ClientReply.to(waiting.pop(0)) for _ in range(2)] if len(waiting) == 2 else []
+
+    assert [reply.client for reply in Runner().run(tasks("a", "b", "c", "d"), work)] == ["a", "b", "c", "d"]

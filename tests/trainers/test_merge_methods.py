@@ -105,7 +105,8 @@ def test_the_first_round_of_rolora_is_one_of_ffa_lora(tmp_path):
     assert {name for name in rolora if name not in ffa_lora} == {name for name in rolora if ".lora_A." in name}
     rolora, ffa_lora = (trainer.state.log_history[-1] for trainer in trainers)
     # both upload B; RoLoRA's A travels down, since other rounds change it
-    assert rolora["upload_bytes"] == ffa_lora["upload_bytes"] == ffa_lora["download_bytes"] < rolora["download_bytes"]
+    assert rolora["upload_bytes"] == ffa_lora["upload_bytes"]
+    assert ffa_lora["download_bytes"] < 1.1 * ffa_lora["upload_bytes"] < rolora["download_bytes"]
 
 
 def test_fedsvd_gives_clients_an_orthonormal_a(tmp_path):
@@ -126,7 +127,7 @@ def test_scaffold_keeps_the_control_variates_of_what_rests(tmp_path):
         {
             n: t
             for n, t in load_file(tmp_path / f"checkpoint-{number}" / "federation_state.safetensors").items()
-            if "scaffold." in n
+            if n.startswith("control.")
         }
         for number in (1, 2, 3)
     ]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 
 from peft_ravan.trainers import FederatedArguments, FederatedCallback
-from peft_ravan.trainers.clients import LiveAdapter
+from peft_ravan.trainers.client.live_adapter import LiveAdapter
 
 from ..conftest import classification_dataset
 from ..properties import examples

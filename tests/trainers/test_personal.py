@@ -9,11 +9,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from peft_ravan.trainers import FederatedCallback, RoundFailedError, personal
-from peft_ravan.trainers.checkpoints import KeptFile
-from peft_ravan.trainers.personal import ClientStore, ClientStoreError
+from peft_ravan.trainers import FederatedCallback, RoundFailedError
+from peft_ravan.trainers.client import store as store_module
+from peft_ravan.trainers.client.store import ClientStore, ClientStoreError
+from peft_ravan.trainers.exchange import KeptFile
 
-from .helpers import StopAfter, adapter_state, assert_same, lora, make_trainer, ravan
+from .helpers import StopAfter, adapter_state, assert_same, kept_by_clients, lora, make_trainer, ravan
 
 
 class Recorder(FederatedCallback):
@@ -77,9 +78,7 @@ def test_a_client_finds_its_own_part_again_and_the_shared_part_of_all(tmp_path, 
 def test_personal_parts_are_saved_for_each_client_and_not_uploaded(tmp_path):
     trainer, recorder, start = recorded_run(tmp_path, lora(), merge_method="fedsa_lora")
     everything, _, _ = recorded_run(tmp_path / "all", lora(), merge_method="fedit")
-    store = ClientStore(tmp_path)
-    for client in trainer.clients:
-        kept = store.load(client, before=4)
+    for client, kept in kept_by_clients(trainer).items():
         assert set(kept) == {name for name in start if "lora_B" in name}
         assert all(torch.equal(tensor, recorder.after[client, 3][name]) for name, tensor in kept.items())
     uploads = [run.state.log_history[-1]["upload_bytes"] for run in (trainer, everything)]
@@ -104,8 +103,7 @@ def test_a_resumed_run_finds_what_its_clients_had(tmp_path):
     resumed = make_trainer(tmp_path / "resumed", **options)
     resumed.train(resume_from_checkpoint=True)
     assert_same(adapter_state(whole), adapter_state(resumed))
-    for client in whole.clients:
-        first, second = (ClientStore(tmp_path / run).load(client, before=5) for run in ("whole", "resumed"))
+    for first, second in zip(*(kept_by_clients(run).values() for run in (whole, resumed)), strict=True):
         assert_same(first, second)
 
 
@@ -123,8 +121,7 @@ def test_what_clients_kept_is_there_for_every_checkpoint_also_after_a_resumed_ru
     resumed = make_trainer(tmp_path / "run", **options)
     resumed.train(resume_from_checkpoint=True)
     assert_same(adapter_state(whole), adapter_state(resumed))
-    for client in whole.clients:
-        first, second = (ClientStore(tmp_path / run).load(client, before=5) for run in ("whole", "run"))
+    for first, second in zip(*(kept_by_clients(run).values() for run in (whole, resumed)), strict=True):
         assert_same(first, second)
 
 
@@ -162,7 +159,6 @@ def test_a_client_whose_upload_is_refused_has_what_it_had_before(tmp_path, fault
     for number, has in ((2, start), (4, recorder.after["client_1", 2])):
         before = recorder.before["client_1", number]
         assert all(torch.equal(before[name], has[name]) for name in before if "classifier" in name)
-    assert not list(tmp_path.rglob("*.aside"))
 
 
 def test_clients_of_an_attempt_that_does_not_count_have_what_they_had_before(tmp_path):
@@ -176,17 +172,14 @@ def test_clients_of_an_attempt_that_does_not_count_have_what_they_had_before(tmp
         tmp_path, ravan(), recorder, local_parameters="classifier", client_fault=client_fault, num_rounds=2,
         num_clients=8, clients_per_round=3, min_successful_clients=3,
     )  # fmt: skip
-    store = ClientStore(tmp_path)
     first, discarded, second = recorder.attempts
     assert [record["clients"] for record in trainer.state.log_history] == [first, second]
-    for client in trainer.clients:
-        kept = store.load(client, before=9)
+    for client, kept in kept_by_clients(trainer).items():
         took_part = [number for number, clients in ((1, first), (2, second)) if client in clients]
         assert bool(kept) == bool(took_part)
         for name, tensor in kept.items():
             assert torch.equal(tensor, recorder.after[client, took_part[-1]][name])
     assert set(discarded) - {*first, *second}  # else nothing was tested
-    assert not list(tmp_path.rglob("*.aside"))
 
 
 def test_a_round_that_is_given_up_leaves_nothing_with_its_clients(tmp_path):
@@ -200,12 +193,12 @@ def test_a_round_that_is_given_up_leaves_nothing_with_its_clients(tmp_path):
     )  # fmt: skip
     with pytest.raises(RoundFailedError):
         trainer.train()
-    assert {path.name for path in tmp_path.glob("client_states/*/*")} == {"round-1.safetensors"}
+    assert {file.round for file in trainer.last_server_state.kept.values()} == {1}
 
 
 def test_a_full_disk_ends_the_run_and_is_not_the_fault_of_a_client(tmp_path, monkeypatch):
     options = {"local_parameters": "classifier", "num_rounds": 3, "save_strategy": "epoch", "max_steps": 1}
-    write, calls = personal.save_file, []
+    write, calls = store_module.save_file, []
 
     def full(tensors, path):
         calls.append(path)
@@ -213,7 +206,7 @@ def test_a_full_disk_ends_the_run_and_is_not_the_fault_of_a_client(tmp_path, mon
             raise OSError(errno.ENOSPC, "No space left on device")
         write(tensors, path)
 
-    monkeypatch.setattr(personal, "save_file", full)
+    monkeypatch.setattr(store_module, "save_file", full)
     trainer = make_trainer(tmp_path / "run", **options)
     with pytest.raises(OSError, match="'client_1' keeps could not be written .No space left on device") as caught:
         trainer.train()
@@ -242,36 +235,26 @@ def value(number: float) -> dict[str, torch.Tensor]:
     return {"w": torch.tensor([number])}
 
 
-def save(store: ClientStore, client: str, number: int, keep_from: int = 0) -> KeptFile:
-    store.set_aside(client, number, value(number))
-    return store.commit(client, number, keep_from)
-
-
-def test_the_store_gives_the_last_round_before(tmp_path):
+def test_the_store_gives_what_was_kept_in_a_round(tmp_path):
     store = ClientStore(tmp_path)
-    assert store.load("a", before=5) == {}
-    for number in (1, 3):
-        save(store, "a", number)
-    assert [store.load("a", before=number).get("w", torch.zeros(1)).item() for number in (1, 2, 3, 4)] == [0, 1, 1, 3]
-    store.forget_newer({"a": KeptFile(1, "")})
-    assert store.load("a", before=9)["w"].item() == 1
-
-
-def test_what_is_set_aside_counts_only_when_it_is_committed(tmp_path):
-    store = ClientStore(tmp_path)
-    save(store, "a", 1)
-    for client in ("a", "b"):
-        store.set_aside(client, 2, value(2))
-    assert store.load("a", before=9)["w"].item() == 1 and store.load_aside("a", 2)["w"].item() == 2
-    store.discard("a", 2)
-    store.discard("a", 2)  # of one that has nothing there
-    file = store.commit("b", 2, keep_from=0)
+    assert store.load("a", None) == {} and store.newest("a", up_to=5) is None
+    digests = {number: store.save("a", number, value(number), kept_in=number - 1) for number in (1, 2, 3)}
+    assert [store.load("a", number)["w"].item() for number in (1, 2, 3)] == [1, 2, 3]
+    assert [store.newest("a", up_to=number) for number in (0, 2, 9)] == [None, 2, 3]
     [path] = tmp_path.rglob("round-2.*")
-    assert file == (2, hashlib.sha256(path.read_bytes()).hexdigest())
-    assert store.load("a", before=9)["w"].item() == 1 and store.load("b", before=9)["w"].item() == 2
-    store.set_aside("a", 2, value(2))  # and then the run is killed
-    store.forget_newer({"a": KeptFile(1, ""), "b": file})
-    assert sorted(path.name for path in tmp_path.rglob("round-*")) == ["round-1.safetensors", "round-2.safetensors"]
+    assert digests[2] == hashlib.sha256(path.read_bytes()).hexdigest()
+    with pytest.raises(ClientStoreError, match="What client 'a' keeps could not be read"):
+        store.load("a", 4)
+    store.forget_newer({"a": KeptFile(1, "")})
+    assert [path.name for path in tmp_path.rglob("round-*")] == ["round-1.safetensors"]
+
+
+def test_what_was_kept_in_a_round_that_does_not_count_is_deleted_with_the_next(tmp_path):
+    store = ClientStore(tmp_path)
+    for number in (1, 2, 3):  # the updates of rounds 2 and 3 were refused
+        store.save("a", number, value(number), kept_in=1)
+        assert store.load("a", 1)["w"].item() == 1
+    assert sorted(path.name for path in tmp_path.rglob("round-*")) == ["round-1.safetensors", "round-3.safetensors"]
 
 
 def test_a_full_disk_is_told_apart_from_a_failing_client(tmp_path, monkeypatch):
@@ -280,22 +263,22 @@ def test_a_full_disk_is_told_apart_from_a_failing_client(tmp_path, monkeypatch):
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     store = ClientStore(tmp_path)
-    save(store, "a", 1)
-    monkeypatch.setattr(personal, "save_file", full)
+    store.save("a", 1, value(1))
+    monkeypatch.setattr(store_module, "save_file", full)
     with pytest.raises(
         ClientStoreError, match="What client 'a' keeps could not be written .*No space left.*making room"
     ):
-        store.set_aside("a", 2, value(2))
+        store.save("a", 2, value(2), kept_in=1)
     assert [path.name for path in tmp_path.rglob("round-*")] == ["round-1.safetensors"]
     next(tmp_path.rglob("round-1.safetensors")).write_bytes(b"half")
     with pytest.raises(ClientStoreError, match="What client 'a' keeps could not be read"):
-        store.load("a", before=2)
+        store.load("a", 1)
 
 
 def test_the_store_deletes_what_no_resumed_run_needs(tmp_path):
     store = ClientStore(tmp_path)
-    for number in (1, 2, 4, 5):
-        save(store, "a", number, keep_from=number - 1)
+    for number, kept_in in ((1, None), (2, 1), (4, 2), (5, 4)):
+        store.save("a", number, value(number), kept_in, keep_from=number - 1)
     # a run may go on after round 4 or 5
     assert sorted(path.name for path in tmp_path.rglob("*.safetensors")) == [
         "round-4.safetensors",
@@ -307,8 +290,7 @@ def test_the_store_deletes_what_no_resumed_run_needs(tmp_path):
 def test_names_of_clients_do_not_lead_out_of_the_folder(tmp_path):
     store = ClientStore(tmp_path / "run")
     for name in ("../../etc", "a/b", "a_b", "x" * 500, "Zürich ☃"):
-        store.set_aside(name, 1, value(len(name)))
-        store.commit(name, 1, keep_from=0)
+        store.save(name, 1, value(len(name)))
     assert {path.parent.parent for path in tmp_path.rglob("*.safetensors")} == {tmp_path / "run" / "client_states"}
-    assert store.load("a/b", before=2)["w"].item() == 3 and store.load("x" * 500, before=2)["w"].item() == 500
+    assert store.load("a/b", 1)["w"].item() == 3 and store.load("x" * 500, 1)["w"].item() == 500
     assert len(list(tmp_path.rglob("*.safetensors"))) == 5

@@ -9,7 +9,7 @@ import dp_accounting
 import pytest
 
 from peft_ravan.trainers import Privacy
-from peft_ravan.trainers.privacy import NoisyRound, PrivateRounds, calibrated_noise_multiplier, epsilon_of
+from peft_ravan.trainers.server.privacy import NoisyRound, PrivateRounds, calibrated_noise_multiplier, epsilon_of
 
 
 DELTA = 1e-5
@@ -108,8 +108,9 @@ def test_the_history_says_what_was_spent_also_where_the_noise_has_changed():
     history = [record(1, 2.0), record(2), record(3, None, clients=[]), record(4, clients=[], failed_clients=[{}])]
     assert private.epsilon(history) == epsilon_of({NoisyRound(2.0): 1, NoisyRound(4.0): 2}, 20, DELTA)
     assert private.next_epsilon(history) == epsilon_of({NoisyRound(2.0): 1, NoisyRound(4.0): 3}, 20, DELTA)
-    assert private.record(history, asked=False) == {"epsilon": private.epsilon(history)}
-    assert private.record(history, asked=True) == {
+    spent = {NoisyRound(2.0): 1, NoisyRound(4.0): 2}
+    assert private.record(spent, asked=False) == {"epsilon": private.epsilon(history)}
+    assert private.record(spent, asked=True) == {
         "noise_multiplier": 4.0, "sampling_rate": 1.0, "epsilon": private.next_epsilon(history),
     }  # fmt: skip
 

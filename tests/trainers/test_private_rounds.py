@@ -13,7 +13,7 @@ from transformers import HfArgumentParser
 from peft_ravan import RavanConfig
 from peft_ravan.merging import MERGE_METHODS
 from peft_ravan.trainers import FederatedArguments, FederatedCallback, FederatedTrainer, Privacy
-from peft_ravan.trainers.clients import LiveAdapter
+from peft_ravan.trainers.client.live_adapter import LiveAdapter
 
 from ..conftest import classification_dataset, tiny_bert
 from .helpers import (

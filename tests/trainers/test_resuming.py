@@ -16,11 +16,23 @@ from safetensors.torch import load_file, save_file
 from transformers import EarlyStoppingCallback
 
 from peft_ravan import RavanConfig
-from peft_ravan.trainers import CheckpointError, FederatedCallback, checkpoints, read_history
-from peft_ravan.trainers.personal import ClientStore
+from peft_ravan.trainers import CheckpointError, FederatedCallback, read_history
+from peft_ravan.trainers.client.store import ClientStore
+from peft_ravan.trainers.server import checkpoints
+from peft_ravan.trainers.server.checkpoints import read_server_state
 
 from ..conftest import classification_dataset
-from .helpers import StopAfter, adapter_state, assert_same, comparable, interrupted, lora, ravan, resumable_trainer
+from .helpers import (
+    StopAfter,
+    adapter_state,
+    assert_same,
+    comparable,
+    interrupted,
+    kept_by_clients,
+    lora,
+    ravan,
+    resumable_trainer,
+)
 
 
 ROOT = Path(__file__).parents[2]
@@ -76,7 +88,8 @@ def test_after_kill_at_any_point_the_run_goes_on_to_the_last_bit(tmp_path):
         killed = subprocess.run([*command, str(tmp_path / moment), moment], cwd=ROOT, capture_output=True)
         assert killed.returncode == -9, killed.stderr.decode()
     assert left == {moment: sorted(path.name for path in (tmp_path / moment).glob("checkpoint-*")) for moment in left}
-    assert len(list((tmp_path / "keeping").rglob("*.aside"))) == 1  # it was killed in the middle
+    # it was killed in the middle: one client has kept something in a round that does not count
+    assert len(list((tmp_path / "keeping").rglob("round-3.safetensors"))) == 1
     folders = [str(tmp_path / moment) for moment in left]
     subprocess.run([*command, *folders, "-"], cwd=ROOT, check=True, capture_output=True)
     for folder in folders:
@@ -84,12 +97,14 @@ def test_after_kill_at_any_point_the_run_goes_on_to_the_last_bit(tmp_path):
         assert_same(load_file(Path(folder) / "end.safetensors"), trainer.last_global_state)
         assert comparable(read_history(folder)) == comparable(trainer.state.log_history)
         # nothing half is left
-        assert not list(Path(folder).glob(".*")) and not list(Path(folder).rglob("*.aside"))
+        assert not list(Path(folder).glob(".*")) and not list(Path(folder).rglob("*.incomplete"))
     adapters = [tmp_path / run / "checkpoint-4" / "adapter_model.safetensors" for run in ("bases", "whole_with_bases")]
     assert_same(*map(load_file, adapters))  # the bases, too
-    for client in keeping.clients:
-        kept = [ClientStore(tmp_path / run).load(client, before=5) for run in ("keeping", "whole_keeping")]
-        assert_same(*kept)
+    last = read_server_state(tmp_path / "keeping" / "checkpoint-4").state
+    kept, store = kept_by_clients(keeping), ClientStore(tmp_path / "keeping")
+    for client, file in last.kept.items():
+        assert_same(store.load(client, file.round), kept[client])
+    assert last.kept == keeping.last_server_state.kept
 
 
 def test_a_finished_run_is_loaded_and_not_run_again(tmp_path):
@@ -153,7 +168,7 @@ def finished(tmp_path_factory):
         ("flipped bit", "adapter_model.safetensors is not what was written"),
         ("changed state", "federation_state.json is not what was written"),
         ("changed list", "federation_state.json is not what was written"),
-        ("other version", "format version 99, and this version reads 2"),
+        ("other version", "format version 99, and this version reads 3"),
     ],
 )
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_used(tmp_path, finished, kind, message, caplog):
@@ -257,15 +272,15 @@ def test_without_a_checkpoint_there_is_nothing_to_resume(tmp_path):
 
 
 def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
-    write, calls = checkpoints.write_federation_state, []
+    write, calls = checkpoints.write_server_state, []
 
-    def full(folder, state):
+    def full(folder, *args):
         calls.append(folder)
         if len(calls) == 4:
             raise OSError(errno.ENOSPC, "No space left on device")
-        write(folder, state)
+        write(folder, *args)
 
-    monkeypatch.setattr("peft_ravan.trainers.resuming.write_federation_state", full)
+    monkeypatch.setattr("peft_ravan.trainers.resuming.write_server_state", full)
     trainer = resumable_trainer(tmp_path)
     with pytest.raises(OSError, match="could not be written .No space left on device.*earlier rounds are complete"):
         trainer.train()

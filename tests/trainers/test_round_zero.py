@@ -12,9 +12,10 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from peft_ravan import RavanConfig, initialize_bases_from_gradient, optimizer_parameter_groups
 from peft_ravan.trainers import CheckpointError, FederatedCallback, FederatedTrainer, RoundFailedError
-from peft_ravan.trainers.checkpoints import OWN_DIGEST, content_digest, file_digest
+from peft_ravan.trainers.files import file_digest
 from peft_ravan.trainers.records.reporting import federation_record
-from peft_ravan.trainers.round_zero import sample_bases_clients
+from peft_ravan.trainers.server.checkpoints import OWN_DIGEST, content_digest
+from peft_ravan.trainers.server.round_zero import sample_bases_clients
 from peft_ravan.tuner.gradient_bases import awaits_gradient, make_sketches, sketch_state
 
 from ..conftest import VOCAB_SIZE, classification_dataset, tiny_bert, tiny_llama

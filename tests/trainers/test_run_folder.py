@@ -9,10 +9,10 @@ import pytest
 from filelock import FileLock, Timeout
 
 from peft_ravan.trainers import CheckpointError, FederatedCallback, FolderInUseError
-from peft_ravan.trainers.checkpoints import checkpoint_round
 from peft_ravan.trainers.run_folder import (
     RUN_FILE,
     RunIdentity,
+    checkpoint_round,
     checkpoints_to_resume,
     lock_folder,
     rotate_own_checkpoints,

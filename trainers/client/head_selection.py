@@ -5,86 +5,14 @@ know of shares, scores and seeds, and of no model.
 
 from __future__ import annotations
 
-import json
 import math
 import random
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
-import numpy as np
 import torch
 
-from .seeds import derive_seed
-
-
-# The names follow the paper; the form is ours and was not checked against it. Beta distributions of the share of heads lie
-# between 0 and 1 whatever the number of heads; these have means of 0.5, 0.5 and 2 / 7.
-BUDGET_DISTRIBUTIONS = {"uniform": (1.0, 1.0), "bell": (5.0, 5.0), "right_skewed": (2.0, 5.0)}
-HEAD_SELECTIONS = ("random", "weight", "gradient")
-HEAD_ALLOCATIONS = ("layer", "global")
-
-
-def draw_client_budgets(clients: Iterable[str], distribution: str, seed: int) -> dict[str, float]:
-    """
-    Draw the share of heads that each client can train.
-
-    Args:
-        clients (`Iterable[str]`): The names of the clients. What one of them gets does not depend on the others.
-        distribution (`str`):
-            `"uniform"` (every share is as likely), `"bell"` (most clients can train about half of the heads) or
-            `"right_skewed"` (most clients can train few heads, and a few clients many): the Beta distributions (1, 1),
-            (5, 5) and (2, 5).
-        seed (`int`): The seed.
-
-    Returns:
-        `dict[str, float]`: Client names to shares above 0 and up to 1.
-
-    Raises:
-        ValueError: if there is no such distribution.
-    """
-    if distribution not in BUDGET_DISTRIBUTIONS:
-        raise ValueError(
-            f"A distribution of budgets is one of {', '.join(BUDGET_DISTRIBUTIONS)}, got {distribution!r}."
-        )
-    shape = BUDGET_DISTRIBUTIONS[distribution]
-    return {
-        client: float(np.random.default_rng(derive_seed(seed, "budget", client)).beta(*shape)) for client in clients
-    }
-
-
-def parse_client_budgets(budgets: Any) -> float | dict[str, float] | str | None:
-    """
-    Read the budgets of clients as an argument gives them.
-
-    Args:
-        budgets (`float`, `dict[str, float]` or `str`, *optional*):
-            A share for all clients, client names to shares, one of these as JSON, or the name of a distribution.
-
-    Returns:
-        `float`, `dict[str, float]` or `str`: The same, without JSON.
-
-    Raises:
-        ValueError: if it is none of these, or if a share is not above 0 and up to 1.
-    """
-    if budgets is None or (isinstance(budgets, str) and budgets in BUDGET_DISTRIBUTIONS):
-        return budgets
-    parsed = _from_json(budgets) if isinstance(budgets, str) else budgets
-    shares = parsed if isinstance(parsed, Mapping) else {None: parsed}
-    for client, share in shares.items():
-        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
-            of_client = "" if client is None else f" of client {client!r}"
-            raise ValueError(
-                "`client_budgets` is a share of heads above 0 and up to 1, a dict of client names to shares, or one of "
-                f"{', '.join(BUDGET_DISTRIBUTIONS)}, but the share{of_client} is {share!r}."
-            )
-    return {str(client): float(share) for client, share in shares.items()} if shares is parsed else float(parsed)
-
-
-def _from_json(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
+from ..exchange import HEAD_ALLOCATIONS
+from ..seeds import derive_seed
 
 
 def head_scores(matrices: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -1,88 +1,21 @@
-"""Clients that can train only some heads of a Ravan adapter: their budgets, and their choice of heads in each round."""
+"""The heads of a Ravan adapter that a client trains, where it cannot train all."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftType
 from torch import nn
 from transformers import Trainer, set_seed
 
 from peft_ravan import RavanLayer
-from peft_ravan.merging import MERGE_METHODS, get_merge_method
 from peft_ravan.tuner.functional import scaled_cores
 
-from .exchange import HeadChoice
-from .head_selection import draw_client_budgets, head_scores, select_heads
-
-
-def resolve_client_budgets(
-    budgets: float | str | Mapping[str, float] | None,
-    clients: Sequence[str],
-    seed: int,
-    config: PeftConfig,
-    merge_method: str,
-) -> dict[str, float] | None:
-    """
-    Find the share of heads of each client.
-
-    Args:
-        budgets (`float`, `str` or `Mapping[str, float]`, *optional*): `client_budgets` of the arguments.
-        clients (`Sequence[str]`): The names of the clients.
-        seed (`int`): The seed of the run.
-        config ([`~peft.PeftConfig`]): The configuration of the adapter.
-        merge_method (`str`): The name of the merge method.
-
-    Returns:
-        `dict[str, float]`: Client names to shares, above 0 and up to 1, or `None` if `client_budgets` is not set.
-
-    Raises:
-        ValueError: if the adapter has no heads, if clients are named that there are not, or if the merge method needs all
-            heads of every client.
-    """
-    if budgets is None:
-        return None
-    if config.peft_type != PeftType.RAVAN:
-        raise ValueError(
-            f"`client_budgets` are shares of the heads of a Ravan adapter, but this adapter is {config.peft_type.value}, "
-            "which has no heads. Use `RavanConfig`, or leave `client_budgets` out."
-        )
-    if isinstance(budgets, str):
-        shares = draw_client_budgets(clients, budgets, seed)
-    elif isinstance(budgets, Mapping):
-        unknown = [client for client in budgets if client not in clients]
-        if unknown:
-            raise ValueError(
-                f"`client_budgets` names the client {unknown[0]!r}, but the clients are {_some(clients)}."
-            )
-        shares = {client: budgets.get(client, 1.0) for client in clients}
-    else:
-        shares = dict.fromkeys(clients, budgets)
-    if any(share < 1 for share in shares.values()):
-        _check_partial_heads(config, merge_method)
-    return shares
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def _check_partial_heads(config: PeftConfig, merge_method: str) -> None:
-    if not get_merge_method(merge_method).different_heads:
-        able = ", ".join(name for name, method in MERGE_METHODS.items() if method.different_heads)
-        raise ValueError(
-            f"`client_budgets` below 1 let clients train different heads, but merge_method={merge_method!r} needs all heads "
-            f"of every client. Choose one of: {able}."
-        )
-    if config.target_parameters:
-        raise ValueError(
-            "`client_budgets` below 1 do not work with `target_parameters`, which train all their heads. Adapt layers "
-            "(`target_modules`) only."
-        )
+from ..exchange import HeadChoice
+from .head_selection import head_scores, select_heads
 
 
 def choose_heads(trainer: Trainer, choice: HeadChoice) -> None:

@@ -1,69 +1,20 @@
-"""What a client is on this machine: the arguments it trains by, and the adapter in the model, loaded before, read after."""
+"""The adapter in the model of a client: loaded before its training, and read after it."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
-import gc
 from collections.abc import Iterator, Mapping
-from typing import TypeVar
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
-from transformers import TrainingArguments
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from peft_ravan import RavanModel
 from peft_ravan.tuner.functional import scaled_cores
 from peft_ravan.tuner.gradient_bases import awaits_gradient
 from peft_ravan.tuner.layer import RavanLayer
 from peft_ravan.tuner.state import CORE_NAME, checkpoint_state, exchange_state, has_part, is_scaling
-
-
-Arguments = TypeVar("Arguments", bound=TrainingArguments)
-
-
-def local_arguments(args: Arguments, seed: int) -> Arguments:
-    """
-    The arguments of a client's local training: nothing is logged, evaluated, saved or pushed there.
-
-    Args:
-        args ([`~transformers.TrainingArguments`]): The arguments of the federation.
-        seed (`int`): The seed of the local training.
-
-    Returns:
-        [`~transformers.TrainingArguments`]: A changed copy.
-    """
-    local = copy.copy(args)
-    local.seed = seed
-    local.data_seed = None
-    local.eval_on_start = False
-    local.eval_strategy = local.logging_strategy = IntervalStrategy.NO
-    local.save_strategy = SaveStrategy.NO
-    local.push_to_hub = False
-    return local
-
-
-@contextlib.contextmanager
-def frozen_heap() -> Iterator[None]:
-    """
-    Leave all that exists out of garbage collection for a while.
-
-    Accelerate collects garbage at the start of each local training. That walks the whole heap, which the imported modules
-    fill, and takes longer than many a client's steps. Who has frozen the heap already has done the same, and wants it to
-    stay so: Python cannot unfreeze a part of it.
-    """
-    is_frozen = gc.get_freeze_count() > 0
-    if not is_frozen:
-        gc.collect()
-        gc.freeze()
-    try:
-        yield
-    finally:
-        if not is_frozen:
-            gc.unfreeze()
 
 
 def freeze(model: nn.Module, parts: tuple[str, ...]) -> list[nn.Parameter]:
@@ -166,7 +117,11 @@ class LiveAdapter:
 
         Args:
             state (`Mapping[str, torch.Tensor]`): Checkpoint names to tensors, as [`LiveAdapter.read`] gives them.
+
+        Raises:
+            ValueError: if it is not a state of this adapter. Nothing is written then.
         """
+        self._check_fits(state)
         if self._layers:
             self._tuner.set_trained_heads(None, self.adapter_name)
         with torch.no_grad():
@@ -174,6 +129,21 @@ class LiveAdapter:
                 self._tensors[name].copy_(tensor)
             for buffer, first_value in self._other_buffers:
                 buffer.copy_(first_value)
+
+    def _check_fits(self, state: Mapping[str, torch.Tensor]) -> None:
+        own = {name: tensor for name, tensor in self._tensors.items() if not is_scaling(name)}
+        for name in sorted(own.keys() ^ state.keys())[:1]:
+            problem = f"lacks {name!r}, which" if name in own else f"has {name!r}, which is not what"
+            raise ValueError(
+                f"The state {problem} the adapter of the model has. Is it of another adapter, or should other parts stay with "
+                "the clients?"
+            )
+        for name, tensor in state.items():
+            if tensor.shape != own[name].shape:
+                raise ValueError(
+                    f"{name!r} of the state has the shape {list(tensor.shape)}, and that of the model "
+                    f"{list(own[name].shape)}. Is it of another adapter?"
+                )
 
     @contextlib.contextmanager
     def preserved(self) -> Iterator[None]:

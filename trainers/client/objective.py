@@ -107,44 +107,6 @@ def of_scaffold(kept: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name.removeprefix(SCAFFOLD_PREFIX): tensor for name, tensor in prefixed.items()}
 
 
-class ControlVariates:
-    """
-    SCAFFOLD's control variates during a round. Only clients whose updates are merged move them, so that c stays the mean
-    of all c_i.
-
-    Args:
-        server_state (`Mapping[str, torch.Tensor]`): What the server remembers; c is under `scaffold.`.
-        num_clients (`int`): The number of all clients.
-    """
-
-    def __init__(self, server_state: Mapping[str, torch.Tensor], num_clients: int):
-        self.server = of_scaffold(server_state)
-        self._num_clients = num_clients
-        self._change: dict[str, torch.Tensor] = {}
-
-    def add(self, difference: Mapping[str, torch.Tensor]) -> None:
-        """
-        Args:
-            difference (`Mapping[str, torch.Tensor]`): What a client whose update was merged uploads besides, see
-                [`control_change`].
-        """
-        for name, tensor in difference.items():
-            # c moves by the mean over the clients of the round times their share of all clients
-            share = tensor / self._num_clients
-            self._change[name] = self._change[name] + share if name in self._change else share
-
-    def server_state(self) -> dict[str, torch.Tensor]:
-        """
-        Returns:
-            `dict[str, torch.Tensor]`: c after the round, as the server remembers it.
-        """
-        names = {**self.server, **self._change}
-        return {
-            f"{SCAFFOLD_PREFIX}{name}": sum(part[name] for part in (self.server, self._change) if name in part)
-            for name in names
-        }
-
-
 def control_change(old: Mapping[str, torch.Tensor], new: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """
     Args:

@@ -1,103 +1,28 @@
-"""What stays with a client between its rounds: personal parts of the adapter, and control variates."""
+"""What a client keeps between its rounds: personal parts of the adapter, and control variates."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from .checkpoints import CheckpointError, KeptFile, file_digest
+from ..exchange import KeptFile
+from ..files import CheckpointError, file_digest
 
 
 FOLDER = "client_states"
-_VERSION = re.compile(r"round-(\d+)\.(safetensors|aside)")
-
-
-State = dict[str, torch.Tensor]
+_VERSION = re.compile(r"round-(\d+)\.safetensors")
 
 
 class ClientStoreError(OSError):
     """What clients keep could not be written or read: a fault of this machine, and not of a client."""
-
-
-def split_state(state: Mapping[str, torch.Tensor], patterns: Sequence[str]) -> tuple[State, State]:
-    """
-    Args:
-        state (`Mapping[str, torch.Tensor]`): Checkpoint names to tensors.
-        patterns (`Sequence[str]`): Regular expressions, which are searched for in the names.
-
-    Returns:
-        `tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]`: What stays with its client, and what is shared.
-    """
-    personal = {name: tensor for name, tensor in state.items() if any(re.search(p, name) for p in patterns)}
-    return personal, {name: tensor for name, tensor in state.items() if name not in personal}
-
-
-def of_parts(state: Mapping[str, torch.Tensor], parts: tuple[str, ...]) -> tuple[State, State]:
-    """
-    Args:
-        state (`Mapping[str, torch.Tensor]`): Names to tensors.
-        parts (`tuple[str, ...]`): Parts of names, such as those that a merge method freezes in a round.
-
-    Returns:
-        `tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]`: What has one of them in its name, and the rest.
-    """
-    return split_state(state, [re.escape(part) for part in parts])
-
-
-def read_patterns(value: Sequence[str] | str | None) -> list[str] | None:
-    """
-    Args:
-        value (`list[str]` or `str`, *optional*): Regular expressions: one, or several, also as JSON.
-
-    Returns:
-        `list[str]`: The expressions, or `None` if there are none given.
-
-    Raises:
-        ValueError: if one of them is not a regular expression.
-    """
-    if value is None:
-        return None
-    patterns = [value] if isinstance(value, str) else list(value)
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        with contextlib.suppress(ValueError):  # else it is one that begins with a set of characters
-            patterns = json.loads(value)
-    for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except (re.error, TypeError) as error:
-            raise ValueError(
-                f"`local_parameters` must be regular expressions, but {pattern!r} is none: {error}. Put a backslash before "
-                "characters that are meant as they are, as `re.escape` does."
-            ) from None
-    return patterns
-
-
-def check_patterns(state: Mapping[str, torch.Tensor], patterns: Sequence[str]) -> None:
-    """
-    Args:
-        state (`Mapping[str, torch.Tensor]`): Checkpoint names to tensors.
-        patterns (`Sequence[str]`): Regular expressions.
-
-    Raises:
-        ValueError: if one of them is found in no name, or nothing is left to share.
-    """
-    for pattern in patterns:
-        if not any(re.search(pattern, name) for name in state):
-            raise ValueError(
-                f"`local_parameters`: {pattern!r} is in none of the names of what clients train, such as "
-                f"{next(iter(state))!r}."
-            )
-    if not split_state(state, patterns)[1]:
-        raise ValueError("`local_parameters` name all that clients train, so there is nothing to share.")
 
 
 class ClientStore:
@@ -105,8 +30,8 @@ class ClientStore:
     Keeps tensors of clients on disk, a file for each client and round, so that memory does not grow with the number of
     clients, and a run that goes on from a checkpoint finds what its clients had then.
 
-    What counts is what was merged: a client writes aside what it keeps of a round, and the server commits that when the
-    round counts and the client's update is in it. Otherwise the client has what it had before.
+    What counts is what was merged, which the server knows: it names the round whose file a client goes on from. Newer files
+    are of rounds in which the client's update was not merged, and are deleted when it keeps something again.
 
     Args:
         output_dir (`str` or `os.PathLike`): The folder of the run. Files are written into its folder `client_states`.
@@ -115,88 +40,72 @@ class ClientStore:
     def __init__(self, output_dir: str | os.PathLike):
         self.root = Path(output_dir) / FOLDER
 
-    def load(self, client: str, before: int) -> dict[str, torch.Tensor]:
+    def load(self, client: str, round_number: int | None) -> dict[str, torch.Tensor]:
         """
         Args:
             client (`str`): The name of the client.
-            before (`int`): The round that begins.
+            round_number (`int`, *optional*): The round that it has kept it in.
 
         Returns:
-            `dict[str, torch.Tensor]`: What the client kept at the end of its last round before this one; nothing if no
-            update of it was merged yet.
+            `dict[str, torch.Tensor]`: What it has kept; nothing without a round.
 
         Raises:
             ClientStoreError: if its file cannot be read.
         """
-        versions = [number for number in self._versions(client) if number < before]
-        return _read(client, self._path(client, max(versions))) if versions else {}
+        if round_number is None:
+            return {}
+        path = self._path(client, round_number)
+        with _store_errors(client, path, "read"):
+            return load_file(path)
 
-    def set_aside(self, client: str, round_number: int, tensors: Mapping[str, torch.Tensor]) -> None:
+    def newest(self, client: str, up_to: int) -> int | None:
         """
-        Write what a client keeps, if its update is merged.
+        Args:
+            client (`str`): The name of the client.
+            up_to (`int`): A round.
+
+        Returns:
+            `int`: The last round up to this one in which the client has kept something, or `None` if there is none.
+        """
+        return max((version for version in self._versions(client) if version <= up_to), default=None)
+
+    def save(
+        self,
+        client: str,
+        round_number: int,
+        tensors: Mapping[str, torch.Tensor],
+        kept_in: int | None = None,
+        keep_from: int = 0,
+    ) -> str:
+        """
+        Write what a client keeps of a round. It counts if the client's update is merged.
 
         Args:
             client (`str`): The name of the client.
             round_number (`int`): The round.
             tensors (`Mapping[str, torch.Tensor]`): What the client keeps.
+            kept_in (`int`, *optional*): The round from which it has what it has had so far. What is newer is deleted.
+            keep_from (`int`, *optional*, defaults to 0): The first round after which a run may go on. What only earlier ones
+                need is deleted.
+
+        Returns:
+            `str`: The SHA-256 of the file.
 
         Raises:
             ClientStoreError: if it could not be written.
         """
-        path = self._aside(client, round_number)
+        path = self._path(client, round_number)
+        aside = path.with_suffix(".incomplete")
         try:
             with _store_errors(client, path, "written"):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside)
+                os.replace(aside, path)
+                self._delete_spare(client, round_number, kept_in or 0, keep_from)
+                return file_digest(path)
         except ClientStoreError:
-            path.unlink(missing_ok=True)
+            aside.unlink(missing_ok=True)
             raise
-
-    def load_aside(self, client: str, round_number: int) -> dict[str, torch.Tensor]:
-        """
-        Args:
-            client (`str`): The name of the client.
-            round_number (`int`): The round.
-
-        Returns:
-            `dict[str, torch.Tensor]`: What the client has set aside.
-
-        Raises:
-            ClientStoreError: if its file cannot be read.
-        """
-        return _read(client, self._aside(client, round_number))
-
-    def commit(self, client: str, round_number: int, keep_from: int) -> KeptFile:
-        """
-        Let what a client has set aside be what it has.
-
-        Args:
-            client (`str`): The name of the client.
-            round_number (`int`): The round.
-            keep_from (`int`): The first round after which a run may go on: what only earlier ones need is deleted.
-
-        Returns:
-            [`~peft_ravan.trainers.checkpoints.KeptFile`]: The file, for the checkpoints that need it.
-
-        Raises:
-            ClientStoreError: if the files could not be read, renamed or deleted.
-        """
-        path = self._path(client, round_number)
-        with _store_errors(client, path, "written"):
-            os.replace(self._aside(client, round_number), path)
-            for number in sorted(version for version in self._versions(client) if version <= keep_from)[:-1]:
-                self._path(client, number).unlink()
-            return KeptFile(round_number, file_digest(path))
-
-    def discard(self, client: str, round_number: int) -> None:
-        """
-        Delete what a client has set aside, if it has.
-
-        Args:
-            client (`str`): The name of the client.
-            round_number (`int`): The round.
-        """
-        self._aside(client, round_number).unlink(missing_ok=True)
 
     def check(self, kept: Mapping[str, KeptFile]) -> None:
         """
@@ -219,38 +128,37 @@ class ClientStore:
 
     def forget_newer(self, kept: Mapping[str, KeptFile]) -> None:
         """
-        Delete what was written in rounds that are run again, or by another run, and what was set aside in rounds that
-        were not ended.
+        Delete what was written in rounds that are run again, or by another run, and what does not count.
 
         Args:
             kept (`Mapping[str, KeptFile]`): What clients have now, by their names: none for a new run.
         """
-        newest = {self._path(client, file.round).parent.name: file.round for client, file in kept.items()}
+        newest = {self._folder(client).name: file.round for client, file in kept.items()}
         folders = self.root.iterdir() if self.root.is_dir() else ()
         for path in [path for folder in folders if folder.is_dir() for path in folder.iterdir()]:
             match = _VERSION.fullmatch(path.name)
-            if match and (match[2] == "aside" or int(match[1]) > newest.get(path.parent.name, 0)):
+            if path.suffix == ".incomplete" or (match and int(match[1]) > newest.get(path.parent.name, 0)):
                 path.unlink()
 
-    def _versions(self, client: str) -> list[int]:
-        folder = self._path(client, 0).parent
-        names = os.listdir(folder) if folder.is_dir() else []
-        matches = [match for name in names if (match := _VERSION.fullmatch(name))]
-        return [int(match[1]) for match in matches if match[2] == "safetensors"]
+    def _delete_spare(self, client: str, round_number: int, kept_in: int, keep_from: int) -> None:
+        versions = self._versions(client)
+        refused = [version for version in versions if version > kept_in and version != round_number]
+        settled = sorted(version for version in versions if version <= min(kept_in, keep_from))
+        for version in [*refused, *settled[:-1]]:
+            self._path(client, version).unlink()
 
-    def _path(self, client: str, round_number: int) -> Path:
+    def _versions(self, client: str) -> list[int]:
+        folder = self._folder(client)
+        names = os.listdir(folder) if folder.is_dir() else []
+        return [int(match[1]) for name in names if (match := _VERSION.fullmatch(name))]
+
+    def _folder(self, client: str) -> Path:
         # a name may be long, or have characters that lead out of the folder
         readable = re.sub(r"[^A-Za-z0-9_-]+", "_", client)[:40]
-        folder = f"{readable}-{hashlib.sha256(client.encode()).hexdigest()[:12]}"
-        return self.root / folder / f"round-{round_number}.safetensors"
+        return self.root / f"{readable}-{hashlib.sha256(client.encode()).hexdigest()[:12]}"
 
-    def _aside(self, client: str, round_number: int) -> Path:
-        return self._path(client, round_number).with_suffix(".aside")
-
-
-def _read(client: str, path: Path) -> dict[str, torch.Tensor]:
-    with _store_errors(client, path, "read"):
-        return load_file(path)
+    def _path(self, client: str, round_number: int) -> Path:
+        return self._folder(client) / f"round-{round_number}.safetensors"
 
 
 @contextlib.contextmanager

@@ -22,8 +22,9 @@ from peft_ravan.sharing.adapter_files import (
     other_files,
 )
 
-from ..checkpoints import STATE_FILE, TENSORS_FILE, atomic_folder, find_checkpoints
-from ..run_folder import RUN_FILE
+from ..files import atomic_folder
+from ..run_folder import RUN_FILE, find_checkpoints
+from ..server.checkpoints import STATE_FILE, TENSORS_FILE
 
 
 # of the files in a folder that is refused, so many are told

@@ -8,7 +8,7 @@ import datasets
 import numpy as np
 import pyarrow.compute as pc
 from torch.utils.data import Dataset
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from .columns import LABEL_COLUMNS
 
@@ -100,6 +100,23 @@ def check_labels(trainer: Trainer, train_dataset: Dataset | Mapping[str, Dataset
                 f"so labels are 0 to {num_labels - 1}. Load the model with as many labels as the data has, or number them "
                 "from 0."
             )
+
+
+def check_batches(largest: int, batch_size: int, args: TrainingArguments) -> None:
+    """
+    Args:
+        largest (`int`): How many examples the client with the most has.
+        batch_size (`int`): The examples of a batch that is full.
+        args ([`~transformers.TrainingArguments`]): The arguments.
+
+    Raises:
+        ValueError: if no client has enough examples for one batch, where smaller ones are left out.
+    """
+    if args.dataloader_drop_last and largest < batch_size:
+        raise ValueError(
+            f"Clients would train nothing: none has more than {largest} examples, and `dataloader_drop_last=True` leaves out "
+            f"batches of fewer than {batch_size}. Use smaller batches, fewer clients, or `dataloader_drop_last=False`."
+        )
 
 
 def _num_labels(trainer: Trainer) -> int | None:

@@ -22,7 +22,7 @@ from datasets.formatting import query_table
 from torch.utils.data import Dataset
 from transformers.trainer_utils import has_length
 
-from ..checkpoints import preserved_random_state
+from ..random_state import preserved_random_state
 from .partition import ClientParts
 from .preparation import given_clients
 

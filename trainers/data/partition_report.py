@@ -14,7 +14,6 @@ from transformers.trainer_utils import has_length
 from peft_ravan.sharing.plotting import make_figure, name_ticks
 
 from .columns import find_label_column, label_names, read_labels
-from .preparation import given_clients
 
 
 if TYPE_CHECKING:
@@ -183,38 +182,3 @@ def _draw_heat_map(axes: Axes, labels: pd.DataFrame) -> None:
     axes.figure.colorbar(image, label="examples (white: none)", ticks=ticks, format="%d").minorticks_off()
     name_ticks(axes.yaxis, labels.index)
     name_ticks(axes.xaxis, labels.columns, rotation=90)
-
-
-class PartitionReportMixin:
-    """Shows which client of a [`FederatedTrainer`] has what."""
-
-    def partition_table(self, label_column: str | None = None) -> pd.DataFrame:
-        """
-        Count the examples of each client by label.
-
-        Args:
-            label_column (`str`, *optional*):
-                The column with the labels. By default the one that the data was split by, or else `"label"` or
-                `"labels"`.
-
-        Returns:
-            `pandas.DataFrame`: The table, see [`partition_table`].
-        """
-        return partition_table(given_clients(self.clients), label_column or self._split_by())
-
-    def plot_partition(self, path: str | os.PathLike | None = None, label_column: str | None = None) -> Figure:
-        """
-        Draw the examples of each client by label.
-
-        Args:
-            path (`str` or `os.PathLike`, *optional*): Where to save the picture; its ending tells the format.
-            label_column (`str`, *optional*): The column with the labels, as for [`FederatedTrainer.partition_table`].
-
-        Returns:
-            `matplotlib.figure.Figure`: The picture, see [`plot_partition`].
-        """
-        return plot_partition(given_clients(self.clients), label_column or self._split_by(), path)
-
-    def _split_by(self) -> str | None:
-        settings = self.args.partition_settings
-        return settings.column if settings.is_by_label and not isinstance(self.train_dataset, Mapping) else None

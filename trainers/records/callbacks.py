@@ -7,6 +7,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback
+from transformers import trainer as trainer_module
 from transformers.trainer_callback import CallbackHandler
 from transformers.utils import is_in_notebook
 
@@ -75,12 +76,19 @@ class LocalCallbackHandler(CallbackHandler):
         Returns:
             [`LocalCallbackHandler`]: One with the callbacks of both.
         """
-        return cls([*handler.callbacks, *callbacks], handler.model, handler.processing_class, None, None)
+        own = [callback for callback in handler.callbacks if not _is_bar_over_steps(callback)]
+        return cls([*own, *callbacks], handler.model, handler.processing_class, None, None)
 
     def call_event(self, event, args, state, control, **kwargs):
         if event not in LOCAL_EVENTS:
             return control
         return super().call_event(event, args, state, control, **kwargs)
+
+
+def _is_bar_over_steps(callback: TrainerCallback) -> bool:
+    """Whether a callback draws a bar over the steps of a run, which it has not been told the begin of."""
+    bars = (ProgressCallback, trainer_module.DEFAULT_PROGRESS_CALLBACK)
+    return isinstance(callback, bars) and not isinstance(callback, FederatedCallback)
 
 
 class FederatedProgressCallback(ProgressCallback, FederatedCallback):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,11 +12,10 @@ from peft_ravan.sharing.federation_record import HISTORY_FILE, history_lines, wr
 
 from .callbacks import FederatedCallback
 from .client_metrics import TIMED
-from .history_plot import head_norms, plot_history, plot_public_history
 
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    pass
 
 
 class HistoryFileCallback(FederatedCallback):
@@ -75,42 +73,3 @@ def history_table(history: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     last = ["uploaded_MB", "downloaded_MB", "seconds"]  # also after metrics that only later rounds have
     table = table[[name for name in table.columns if name not in last] + last].astype(float)
     return table.astype(dict.fromkeys(counts, int))
-
-
-class HistoryMixin:
-    """Shows what has happened in a [`FederatedTrainer`]."""
-
-    def history_table(self) -> pd.DataFrame:
-        """
-        Make a table of the rounds so far.
-
-        Returns:
-            `pandas.DataFrame`: The table, see [`history_table`].
-        """
-        return history_table(self.state.log_history)
-
-    def plot_history(self, path: str | os.PathLike | None = None, metric: str | None = None) -> Figure:
-        """
-        Draw the metric and the loss over rounds and over megabytes, who took part, and of a Ravan adapter how large the
-        products s*H of its heads are at each target now.
-
-        Args:
-            path (`str` or `os.PathLike`, *optional*): Where to save the picture; its ending tells the format.
-            metric (`str`, *optional*): The metric to draw, such as `"accuracy"`. By default `metric_for_best_model`, if
-                there is one other than a loss, or else the first one that is not.
-
-        Returns:
-            `matplotlib.figure.Figure`: The picture, see [`plot_history`].
-        """
-        clients = list(self.clients)
-        return plot_history(self.state.log_history, path, self._drawn_metric(metric), clients, head_norms(self.model))
-
-    def _draw_public_history(self, path: str | os.PathLike) -> None:
-        Path(path).unlink(missing_ok=True)
-        plot_public_history(self.state.log_history, path, self._drawn_metric(), head_norms(self.model))
-
-    def _drawn_metric(self, metric: str | None = None) -> str | None:
-        best = (self.args.metric_for_best_model or "loss").removeprefix("eval_")
-        if metric is None and not best.endswith("loss") and not best.startswith("clients_"):
-            return best
-        return metric

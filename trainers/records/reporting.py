@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from peft_ravan.merging import get_merge_method, get_server_optimizer
+from peft_ravan.merging import get_server_optimizer
 from peft_ravan.sharing.federation_record import FederationRecord, current_versions, public_history
 
-from ..arguments import FederatedArguments
 from ..federation import Federation
+from ..server.merging import MergeSettings
 
 
 def federation_record(
@@ -29,7 +29,8 @@ def federation_record(
     history = [record for record in log_history if record.get("round")]
     if not history:
         return None
-    args, method = federation.args, get_merge_method(federation.merge_method)
+    args, server = federation.args, federation.server
+    merging, method = server.merging, server.merging.merge_method
     num_clients = len(federation.clients)
     steps = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
     batch_size = args.train_batch_size * args.gradient_accumulation_steps
@@ -41,16 +42,14 @@ def federation_record(
     )
     facts = {
         "Clients": num_clients,
-        "Clients per round": args.participation.describe(num_clients),
-        "Data of the clients": "given by client"
-        if federation.is_given_by_client
-        else args.partition_settings.describe(),
+        "Clients per round": server.participation.describe(num_clients),
+        "Data of the clients": "given by client" if federation.is_given_by_client else federation.partition.describe(),
         "Rounds": f"{len(history)}, {skipped} of them skipped" if skipped else len(history),
         "Local training": f"{steps} of {batch_size} examples, {_optimizer(federation)}",
         "Learning rate": f"{_learning_rates(federation)}, {args.lr_scheduler_type.value} over the rounds",
         "Merge method": f"[{method.pretty_name}]({method.reference})",
-        "Merge options": {**method.options, **(args.merge_options or {})} or "none",
-        **_server_optimizer(args),
+        "Merge options": {**method.options, **merging.options} or "none",
+        **_server_optimizer(merging),
         **_client_budgets(federation),
         **_privacy(federation, history),
         **_common_bases(opening),
@@ -67,47 +66,47 @@ def federation_record(
     )
 
 
-def _server_optimizer(args: FederatedArguments) -> dict[str, str]:
-    if args.server_optimizer is None:
+def _server_optimizer(merging: MergeSettings) -> dict[str, str]:
+    if merging.server_optimizer is None:
         return {}
-    optimizer = get_server_optimizer(args.server_optimizer)
-    options = {**optimizer.options, **(args.server_optimizer_options or {})}
+    optimizer = get_server_optimizer(merging.server_optimizer)
+    options = {**optimizer.options, **merging.server_optimizer_options}
     return {"Server optimizer": f"[{optimizer.pretty_name}]({optimizer.reference}), {options}"}
 
 
 def _client_budgets(federation: Federation) -> dict[str, str]:
-    if federation.client_budgets is None:
+    if federation.server.client_budgets is None:
         return {}
-    args, shares = federation.args, federation.client_budgets.values()
+    heads, shares = federation.server.heads, federation.server.client_budgets.values()
     mean = sum(shares) / len(shares)
-    spent = "at every target" if args.head_allocation == "layer" else "over all targets"
+    spent = "at every target" if heads.allocation == "layer" else "over all targets"
     return {
-        "Heads a client trains": f"{min(shares):.0%} to {max(shares):.0%} (mean {mean:.0%}), by {args.head_selection}, {spent}"
+        "Heads a client trains": f"{min(shares):.0%} to {max(shares):.0%} (mean {mean:.0%}), by {heads.selection}, {spent}"
     }
 
 
 def _seeds(federation: Federation) -> dict[str, int]:
-    args = federation.args
     if _is_secret(federation):
         return {}
-    return {"Seed": args.federated_seed} | (
-        {} if args.seed == args.federated_seed else {"Seed of the trainer": args.seed}
-    )
+    own, of_trainer = federation.server.seed, federation.args.seed
+    return {"Seed": own} | ({} if of_trainer == own else {"Seed of the trainer": of_trainer})
 
 
 def _is_secret(federation: Federation) -> bool:
     """Whether the guarantee needs that nobody can work out who took part."""
-    return federation.privacy is not None and federation.privacy.privacy.secret_sampling
+    privacy = federation.server.privacy
+    return privacy is not None and privacy.privacy.secret_sampling
 
 
 def _privacy(federation: Federation, history: list[dict[str, Any]]) -> dict[str, str]:
-    if federation.privacy is None:
+    private = federation.server.privacy
+    if private is None:
         return {}
-    privacy, noisy = federation.privacy.privacy, federation.privacy.round
+    privacy, noisy = private.privacy, private.round
     counted = "takes part in secret" if _is_secret(federation) else "takes part in every round"
     seed = "the operating system" if privacy.noise_seed is None else "a seed, which must be secret"
     return {
-        "Differential privacy": f"ε = {federation.privacy.epsilon(history):.3g} at δ = {privacy.delta:g}, for the data of one "
+        "Differential privacy": f"ε = {private.epsilon(history):.3g} at δ = {privacy.delta:g}, for the data of one "
         f"client being replaced, if it {counted}",
         "Clipping and noise": f"norm {privacy.clip_norm:g} of a whole upload, noise multiplier "
         f"{noisy.noise_multiplier:.4g} from {seed}, uniform weights",

@@ -12,7 +12,7 @@ from numbers import Real
 
 import numpy as np
 
-from .seeds import derive_seed
+from ..seeds import derive_seed
 
 
 Availability = Callable[[str, int], bool]

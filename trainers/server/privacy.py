@@ -17,7 +17,10 @@ from functools import lru_cache
 from types import ModuleType
 from typing import Any, NamedTuple
 
+from peft_ravan.merging import GaussianMechanism
 from peft_ravan.merging.privacy import check_clipping
+
+from ..seeds import derive_seed
 
 
 @dataclass(frozen=True)
@@ -244,9 +247,9 @@ class PrivateRounds:
         if noise_multiplier is None:
             noise_multiplier = calibrated_noise_multiplier(privacy, num_rounds, num_clients, sampling_rate)
         self.round = NoisyRound(noise_multiplier, sampling_rate)
-        if self.next_epsilon(()) > self.target_epsilon:
+        if self.next_epsilon_of({}) > self.target_epsilon:
             raise ValueError(
-                f"One round would cost ε = {self.next_epsilon(()):.3g}, more than `target_epsilon` of "
+                f"One round would cost ε = {self.next_epsilon_of({}):.3g}, more than `target_epsilon` of "
                 f"{privacy.target_epsilon:g}. Give a larger `noise_multiplier`, or none to have it worked out."
             )
 
@@ -263,7 +266,7 @@ class PrivateRounds:
         Returns:
             `float`: The ε that they have cost. Infinite, if clients took part in a round without noise.
         """
-        return epsilon_of(_noisy_rounds(history), self.num_clients, self.privacy.delta)
+        return self.epsilon_of(_noisy_rounds(history))
 
     def next_epsilon(self, history: Iterable[Mapping[str, Any]]) -> float:
         """
@@ -273,20 +276,55 @@ class PrivateRounds:
         Returns:
             `float`: The ε that they and one more round cost.
         """
-        return epsilon_of(_noisy_rounds(history) + Counter([self.round]), self.num_clients, self.privacy.delta)
+        return self.next_epsilon_of(_noisy_rounds(history))
 
-    def record(self, history: Iterable[Mapping[str, Any]], asked: bool) -> dict[str, float]:
+    def epsilon_of(self, spent: Mapping[NoisyRound, int]) -> float:
         """
         Args:
-            history (`Iterable[Mapping[str, Any]]`): The records of the rounds before.
+            spent (`Mapping[NoisyRound, int]`): Rounds, and how often there were such.
+
+        Returns:
+            `float`: The ε that they have cost.
+        """
+        return epsilon_of(spent, self.num_clients, self.privacy.delta)
+
+    def next_epsilon_of(self, spent: Mapping[NoisyRound, int]) -> float:
+        """
+        Args:
+            spent (`Mapping[NoisyRound, int]`): Rounds, and how often there were such.
+
+        Returns:
+            `float`: The ε that they and one more round cost.
+        """
+        return self.epsilon_of(Counter(spent) + Counter([self.round]))
+
+    def record(self, spent: Mapping[NoisyRound, int], asked: bool) -> dict[str, float]:
+        """
+        Args:
+            spent (`Mapping[NoisyRound, int]`): The rounds before.
             asked (`bool`): Whether clients were asked in the round, and it was not skipped.
 
         Returns:
             `dict[str, float]`: What the record of the round says: its noise, if it had any, and the ε up to its end.
         """
         if not asked:
-            return {"epsilon": self.epsilon(history)}
-        return {**self.round._asdict(), "epsilon": self.next_epsilon(history)}
+            return {"epsilon": self.epsilon_of(spent)}
+        return {**self.round._asdict(), "epsilon": self.next_epsilon_of(spent)}
+
+    def mechanism(self, round_number: int, num_clients: int) -> GaussianMechanism:
+        """
+        Args:
+            round_number (`int`): A round.
+            num_clients (`int`): How many clients are asked in it.
+
+        Returns:
+            [`~peft_ravan.merging.GaussianMechanism`]: The clipping and the noise of the round.
+        """
+        privacy, seed = self.privacy, None
+        if privacy.noise_seed is not None:
+            # 128 bits, of which derive_seed gives 32 at a time
+            seed = [derive_seed(privacy.noise_seed, "noise", round_number, part) for part in range(4)]
+        return GaussianMechanism(privacy.clip_norm, self.round.noise_multiplier, num_clients, seed)
 
 
 def _noisy_rounds(history: Iterable[Mapping[str, Any]]) -> Counter[NoisyRound]:

@@ -1,68 +1,20 @@
-"""What a round is: its learning rate, what happens after it, the bytes of what is sent, and what is recorded of it."""
+"""One round, as the server sees it: who was asked, what came back, what failed, and what is recorded of it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-
-import torch
-from transformers import TrainingArguments, get_scheduler
-from transformers.trainer_utils import IntervalStrategy
 
 from peft_ravan.merging import ClientUpdate
 from peft_ravan.tuner.state import is_core
 
-from .serialized import serialized_bytes
+
+class RoundFailedError(RuntimeError):
+    """Too few clients of a round succeeded, in all its attempts."""
 
 
-def learning_rate_factors(args: TrainingArguments, num_rounds: int) -> list[float]:
-    """
-    What `lr_scheduler_type` makes of the learning rate over the rounds.
-
-    Args:
-        args ([`~transformers.TrainingArguments`]): The arguments, of which the schedule is read.
-        num_rounds (`int`): The number of rounds.
-
-    Returns:
-        `list[float]`: The factor of the learning rate for each round.
-    """
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    scheduler = get_scheduler(
-        args.lr_scheduler_type,
-        optimizer=optimizer,
-        num_warmup_steps=args.get_warmup_steps(num_rounds),
-        num_training_steps=num_rounds,
-        scheduler_specific_kwargs=args.lr_scheduler_kwargs,
-    )
-    factors = []
-    for _ in range(num_rounds):
-        factors.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()
-    return factors
-
-
-def is_due(strategy: str, every: float, round_number: int, last: int, also_last: bool = False) -> bool:
-    """
-    Whether something is done after a round.
-
-    Args:
-        strategy (`str`): `"epoch"` for every round, `"steps"` for every `every` rounds; anything else for none.
-        every (`float`): The number of rounds, or if below 1 the share of all rounds.
-        round_number (`int`): The round, from 1.
-        last (`int`): The number of the last round.
-        also_last (`bool`, *optional*, defaults to `False`): Whether `"steps"` includes the last round.
-
-    Returns:
-        `bool`: Whether it is due.
-    """
-    if strategy == IntervalStrategy.EPOCH:
-        return True
-    if strategy == IntervalStrategy.STEPS:
-        interval = max(1, round(every * last)) if every < 1 else int(every)
-        return round_number % interval == 0 or (also_last and round_number == last)
-    return False
+# errors that come back whoever trains, unless the data of some clients differs from that of others
+_MISTAKES = {"AttributeError", "IndexError", "KeyError", "NotImplementedError", "TypeError", "ValueError"}
 
 
 @dataclass
@@ -101,9 +53,9 @@ class Round:
     def add(self, update: ClientUpdate, train_loss: float, count_heads: bool = False) -> None:
         """
         Args:
-            update ([`ClientUpdate`]): What a client uploaded.
+            update ([`~peft_ravan.merging.ClientUpdate`]): What a client has uploaded.
             train_loss (`float`): Its mean local training loss.
-            count_heads (`bool`, *optional*, defaults to `False`): Whether to say how many heads it trained.
+            count_heads (`bool`, *optional*, defaults to `False`): Whether to say how many heads it has trained.
         """
         self.num_examples[update.client_id] = update.num_examples
         self.train_losses[update.client_id] = train_loss
@@ -111,7 +63,6 @@ class Round:
             self.heads_trained[update.client_id] = sum(
                 len(t) for name, t in update.state.items() if is_core(name) and t.dim()
             )
-        self.upload_bytes += serialized_bytes(update.state)
 
     def fail(self, client: str, reason: str, error: Exception | None = None) -> None:
         """
@@ -177,22 +128,23 @@ class Round:
         return {**record, "train_loss": weighted / total, "learning_rate": self.learning_rate}
 
 
-def mean_train_loss(history: Sequence[Mapping[str, Any]], min_clients: int) -> float:
+def check_for_a_mistake(this_round: Round, num_clients: int) -> None:
     """
-    Args:
-        history (`Sequence[Mapping[str, Any]]`): The records of the rounds.
-        min_clients (`int`): How many clients a round needs, for the error.
+    Tell a mistake in the data, the model or the arguments from faults of clients, which others may not have.
 
-    Returns:
-        `float`: The mean training loss over the rounds in which clients trained.
+    Args:
+        this_round ([`Round`]): A round that has failed, in a run in which no client has succeeded yet.
+        num_clients (`int`): How many clients there are.
 
     Raises:
-        RuntimeError: if there was none.
+        RoundFailedError: if all clients that have tried, two at least if there are as many, had an error of the same kind, of
+            those that do not pass.
     """
-    losses = [record["train_loss"] for record in history if "train_loss" in record]
-    if not losses:
-        raise RuntimeError(
-            f"Nothing was trained: in none of the {len(history)} rounds were min_clients={min_clients} clients "
-            "available. Use a smaller `min_clients`, more rounds, or look into `availability`."
-        )
-    return sum(losses) / len(losses)
+    failures = list(this_round.failures.values())
+    kinds = {reason.partition(":")[0] for reason in failures}
+    if this_round.num_examples or len(failures) < min(2, num_clients) or len(kinds) != 1 or not kinds <= _MISTAKES:
+        return
+    raise RoundFailedError(
+        f"Round {this_round.round_number}: all {len(failures)} clients that have tried failed with the same error, as others "
+        f"would, so the round is not repeated. Look into the data, the model and the arguments. {failures[0]}"
+    ) from this_round.first_error

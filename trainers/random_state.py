@@ -1,0 +1,62 @@
+"""The random generators of a process, as they are at one moment."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class RandomState:
+    """
+    The state of the random generators of Python, NumPy and torch.
+
+    Args:
+        numbers (`Mapping[str, Any]`): What JSON can hold of it.
+        tensors (`Mapping[str, torch.Tensor]`): The rest.
+    """
+
+    numbers: Mapping[str, Any]
+    tensors: Mapping[str, torch.Tensor]
+
+    @classmethod
+    def now(cls) -> RandomState:
+        """
+        Returns:
+            [`RandomState`]: The generators as they are now.
+        """
+        kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+        tensors = {"rng.torch": torch.get_rng_state(), "rng.numpy": torch.from_numpy(keys.astype(np.int64))}
+        if torch.cuda.is_available():
+            tensors.update({f"rng.cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())})
+        version, internal, gauss_next = random.getstate()
+        numbers = {"numpy": [kind, position, has_gauss, gauss], "python": [version, list(internal), gauss_next]}
+        return cls(numbers, tensors)
+
+    def restore(self) -> None:
+        """Put the generators into this state."""
+        torch.set_rng_state(self.tensors["rng.torch"])
+        kind, position, has_gauss, gauss = self.numbers["numpy"]
+        keys = self.tensors["rng.numpy"].numpy().astype(np.uint32)
+        np.random.set_state((kind, keys, position, has_gauss, gauss))
+        version, internal, gauss_next = self.numbers["python"]
+        random.setstate((version, tuple(internal), gauss_next))
+        for device in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+            if f"rng.cuda.{device}" in self.tensors:
+                torch.cuda.set_rng_state(self.tensors[f"rng.cuda.{device}"], device)
+
+
+@contextlib.contextmanager
+def preserved_random_state() -> Iterator[None]:
+    """Leave the random generators as they were, whatever is drawn from them within."""
+    state = RandomState.now()
+    try:
+        yield
+    finally:
+        state.restore()

@@ -1,0 +1,238 @@
+"""What a federation shows of itself: one log record a round, tables and plots."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+from torch.utils.data import Dataset
+
+from ..client_evaluation import ModelInRounds, aside, evaluate_each
+from ..data.client_eval_data import make_client_eval_datasets
+from ..data.partition_report import partition_table, plot_partition
+from ..data.preparation import given_clients
+from .callbacks import LocalCallbackHandler, call_federated_event
+from .client_metrics import summarize_clients
+from .history import history_table
+from .history_plot import head_norms, plot_history, plot_public_history
+
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class ReportsMixin:
+    """
+    Lets a [`~transformers.Trainer`] log one record a round, whatever it logs while it evaluates, tell callbacks of rounds
+    and clients, evaluate each client, and show what has happened and which client has what.
+    """
+
+    last_client_metrics: pd.DataFrame | None = None
+    _client_eval_datasets: Mapping[str, Dataset] | None = None
+
+    _log_sink: dict[str, Any] | None = None  # set while logs belong to a round's record
+
+    def _evaluate_quietly(self, ignore_keys: list[str] | None) -> dict[str, float]:
+        """Evaluate without a log record of its own: the metrics become part of the record of the round."""
+        self._log_sink = {}
+        # where processes have trained alone, each evaluates all, as one would: the figures and the callbacks are those of one
+        try:
+            with self._runner.alone():
+                self.evaluate(ignore_keys=ignore_keys)
+                if self.args.eval_clients:
+                    self._log_sink.update(summarize_clients(self.evaluate_clients(ignore_keys=ignore_keys)))
+            return self._runner.agree(self._log_sink)
+        finally:
+            self._log_sink = None
+
+    def _tell(self, event: str, **kwargs) -> None:
+        call_federated_event(self.callback_handler, event, self.args, self.state, self.control, **kwargs)
+
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
+        """
+        Log a record. While a client trains or a round is evaluated, what is logged goes into the record of the round, or
+        nowhere.
+
+        Args:
+            logs (`dict[str, Any]`): The record.
+            start_time (`float`, *optional*): As for [`~transformers.Trainer.log`].
+        """
+        if self._log_sink is not None:
+            self._log_sink.update(self._logged_aside(logs, start_time))
+            return
+        # the loggers of report_to take numbers only; the history has the names, too
+        names = {key: value for key, value in logs.items() if isinstance(value, list)}
+        is_round = "round" in logs and "train_loss" in logs
+        if is_round:
+            # as Trainer calls that of a step: `train_loss` is to W&B and trackio that of a finished run, without a step
+            names["train_loss"], logs = logs["train_loss"], {**logs, "loss": logs["train_loss"]}
+        # the same dict, if it can be: what the trainer below adds to it is part of what `evaluate` returns
+        super().log({k: v for k, v in logs.items() if k not in names} if names else logs, start_time)
+        self.state.log_history[-1].update(names)
+        if is_round:
+            del self.state.log_history[-1]["loss"]
+
+    def _logged_aside(self, logs: dict[str, Any], start_time: float | None) -> dict[str, Any]:
+        """Let the trainer below complete a record, such as with metrics of its own, which goes nowhere else."""
+        handler, history = self.callback_handler, self.state.log_history
+        self.callback_handler, self.state.log_history = LocalCallbackHandler.of(handler), []
+        try:
+            super().log(logs, start_time)
+            [record] = self.state.log_history
+        finally:
+            self.callback_handler, self.state.log_history = handler, history
+        return {key: value for key, value in record.items() if key not in ("epoch", "step")}
+
+    # ---- Each client -------------------------------------------------------------
+
+    def evaluate_clients(
+        self,
+        client_eval_dataset: Dataset | Mapping[str, Dataset] | None = None,
+        ignore_keys: list[str] | None = None,
+        personalization_steps: int | None = None,
+    ) -> pd.DataFrame:
+        """
+        Evaluate each client on its own data, with its own personal parts, if it has any (`args.local_parameters`), those
+        of its last round. A client that has not taken part yet has those that every client starts with.
+
+        Nothing of the run changes: neither the adapter and the random state, nor what clients keep. The callbacks are
+        told by `on_client_evaluate` only.
+
+        Args:
+            client_eval_dataset (`Dataset` or `Mapping[str, Dataset]`, *optional*):
+                Client names to data sets, or one data set that is split as the training data of the clients is, see
+                [`make_client_eval_datasets`]. By default that of the trainer, or its `eval_dataset`.
+            ignore_keys (`list[str]`, *optional*):
+                As for [`~transformers.Trainer.evaluate`].
+            personalization_steps (`int`, *optional*):
+                For how many steps each client trains the adapter on its training data before it is evaluated, at the
+                learning rate of `args` and with the heads it can afford. By default `args.personalization_steps`.
+
+        Returns:
+            `pandas.DataFrame`: A row for each client, with the number of `examples` and a column for each metric: `loss`,
+            and what `compute_metrics` gives. It is kept as `last_client_metrics`; [`summarize_clients`] sums it up.
+
+        Raises:
+            ValueError: if there is no data to evaluate clients on.
+        """
+        datasets = self._datasets_to_evaluate(client_eval_dataset)
+        steps = self.args.personalization_steps if personalization_steps is None else personalization_steps
+        local_client, rows, callbacks = self._local_client(), {}, self.callback_handler
+        model = ModelInRounds(
+            self._round_of_the_model(),
+            self.last_server_state,
+            self.args.federated_seed,
+            self.args.heads,
+            self.client_budgets,
+        )
+
+        def evaluate(dataset: Dataset) -> dict[str, float]:
+            self._log_sink = {}
+            return self.evaluate(dataset, ignore_keys=ignore_keys)
+
+        sink = self._log_sink
+        try:
+            with aside(self, local_client, self._runner):
+                for client, metrics in evaluate_each(local_client, datasets, evaluate, model, steps):
+                    rows[client] = metrics
+                    told = {"client": client, "metrics": metrics, "num_clients": len(datasets)}
+                    call_federated_event(callbacks, "on_client_evaluate", self.args, self.state, self.control, **told)
+        finally:
+            self._log_sink = sink
+        self.last_client_metrics = pd.DataFrame.from_dict(rows, orient="index").rename_axis("client")
+        return self.last_client_metrics
+
+    def _datasets_to_evaluate(self, given: Dataset | Mapping[str, Dataset] | None = None) -> Mapping[str, Dataset]:
+        if given is not None:
+            return self._prepared_for_evaluation(
+                make_client_eval_datasets(given, self.clients, self.args.partition_settings)
+            )
+        if self._client_eval_datasets is None:
+            # as it was given: a preparation drops columns that the split may go by, and may pack clients together
+            own = self._given_eval_dataset if self._eval_preparations else self.eval_dataset
+            dataset = own if self.client_eval_dataset is None else self.client_eval_dataset
+            if dataset is None or (self.client_eval_dataset is None and isinstance(dataset, Mapping)):
+                raise ValueError(
+                    "There is nothing to evaluate the clients on. Give the trainer a `client_eval_dataset`, or an "
+                    "`eval_dataset` that is one data set, which is then split among the clients."
+                )
+            parts = make_client_eval_datasets(dataset, self.clients, self.args.partition_settings)
+            self._client_eval_datasets = self._prepared_for_evaluation(parts)
+        return self._client_eval_datasets
+
+    def _round_of_the_model(self) -> int:
+        """The round that the adapter in the model is from."""
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint and not self.is_in_train:
+            return self.state.best_global_step
+        return self.state.global_step
+
+    # ---- Tables and plots --------------------------------------------------------
+
+    def history_table(self) -> pd.DataFrame:
+        """
+        Make a table of the rounds so far.
+
+        Returns:
+            `pandas.DataFrame`: The table, see [`history_table`].
+        """
+        return history_table(self.state.log_history)
+
+    def plot_history(self, path: str | os.PathLike | None = None, metric: str | None = None) -> Figure:
+        """
+        Draw the metric and the loss over rounds and over megabytes, who took part, and of a Ravan adapter how large the
+        products s*H of its heads are at each target now.
+
+        Args:
+            path (`str` or `os.PathLike`, *optional*): Where to save the picture; its ending tells the format.
+            metric (`str`, *optional*): The metric to draw, such as `"accuracy"`. By default `metric_for_best_model`, if
+                there is one other than a loss, or else the first one that is not.
+
+        Returns:
+            `matplotlib.figure.Figure`: The picture, see [`plot_history`].
+        """
+        clients = list(self.clients)
+        return plot_history(self.state.log_history, path, self._drawn_metric(metric), clients, head_norms(self.model))
+
+    def _draw_public_history(self, path: str | os.PathLike) -> None:
+        Path(path).unlink(missing_ok=True)
+        plot_public_history(self.state.log_history, path, self._drawn_metric(), head_norms(self.model))
+
+    def _drawn_metric(self, metric: str | None = None) -> str | None:
+        best = (self.args.metric_for_best_model or "loss").removeprefix("eval_")
+        if metric is None and not best.endswith("loss") and not best.startswith("clients_"):
+            return best
+        return metric
+
+    def partition_table(self, label_column: str | None = None) -> pd.DataFrame:
+        """
+        Count the examples of each client by label.
+
+        Args:
+            label_column (`str`, *optional*):
+                The column with the labels. By default the one that the data was split by, or else `"label"` or
+                `"labels"`.
+
+        Returns:
+            `pandas.DataFrame`: The table, see [`partition_table`].
+        """
+        return partition_table(given_clients(self.clients), label_column or self._split_by())
+
+    def plot_partition(self, path: str | os.PathLike | None = None, label_column: str | None = None) -> Figure:
+        """
+        Draw the examples of each client by label.
+
+        Args:
+            path (`str` or `os.PathLike`, *optional*): Where to save the picture; its ending tells the format.
+            label_column (`str`, *optional*): The column with the labels, as for [`FederatedTrainer.partition_table`].
+
+        Returns:
+            `matplotlib.figure.Figure`: The picture, see [`plot_partition`].
+        """
+        return plot_partition(given_clients(self.clients), label_column or self._split_by(), path)
+
+    def _split_by(self) -> str | None:
+        settings = self.args.partition_settings
+        return settings.column if settings.is_by_label and not isinstance(self.train_dataset, Mapping) else None

@@ -1,0 +1,51 @@
+"""A run of a federation on one machine: its server, its clients, and which run it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from .client.local_client import LocalClient
+from .run_folder import RunIdentity
+from .server.server import Server
+
+
+@dataclass
+class Run:
+    """
+    A run of a federation between two rounds.
+
+    Args:
+        server ([`Server`]): The server.
+        client ([`LocalClient`]): The clients, which take turns.
+        facts (`Mapping[str, Any]`): What it is made with, see [`run_facts`]; nothing for a run that saves no checkpoints.
+        identity ([`RunIdentity`]): What tells it from other runs in its folder.
+    """
+
+    server: Server
+    client: LocalClient
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    identity: RunIdentity = field(default_factory=RunIdentity)
+
+    @property
+    def round(self) -> int:
+        """The last round that was run."""
+        return self.server.state.round
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """
+        Returns:
+            `dict[str, torch.Tensor]`: The global adapter. Personal parts are those that clients start with.
+        """
+        return {**self.server.state.global_state, **self.client.personal_start}
+
+    def load_global(self) -> None:
+        """Put the global adapter into the model."""
+        self.client.adapter.load(self.state())
+
+    def take_global(self) -> None:
+        """Make the adapter that is in the model the global one."""
+        self.server.state = replace(self.server.state, global_state=self.client.take_start())

@@ -1,0 +1,7 @@
+"""How the tasks of a round meet clients on one machine: one by one, over processes, or by all processes together."""
+
+from .choice import PARALLEL_MODES, make_runner
+from .one_by_one import Runner
+
+
+__all__ = ["PARALLEL_MODES", "Runner", "make_runner"]

@@ -1,0 +1,80 @@
+"""What counts time in a federation: the learning rate of its rounds, what happens after them, and what they add up to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import TrainingArguments, get_scheduler
+from transformers.trainer_utils import IntervalStrategy
+
+
+def learning_rate_factors(args: TrainingArguments, num_rounds: int) -> list[float]:
+    """
+    What `lr_scheduler_type` makes of the learning rate over the rounds.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]): The arguments, of which the schedule is read.
+        num_rounds (`int`): The number of rounds.
+
+    Returns:
+        `list[float]`: The factor of the learning rate for each round.
+    """
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    scheduler = get_scheduler(
+        args.lr_scheduler_type,
+        optimizer=optimizer,
+        num_warmup_steps=args.get_warmup_steps(num_rounds),
+        num_training_steps=num_rounds,
+        scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+    )
+    factors = []
+    for _ in range(num_rounds):
+        factors.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return factors
+
+
+def is_due(strategy: str, every: float, round_number: int, last: int, also_last: bool = False) -> bool:
+    """
+    Whether something is done after a round.
+
+    Args:
+        strategy (`str`): `"epoch"` for every round, `"steps"` for every `every` rounds; anything else for none.
+        every (`float`): The number of rounds, or if below 1 the share of all rounds.
+        round_number (`int`): The round, from 1.
+        last (`int`): The number of the last round.
+        also_last (`bool`, *optional*, defaults to `False`): Whether `"steps"` includes the last round.
+
+    Returns:
+        `bool`: Whether it is due.
+    """
+    if strategy == IntervalStrategy.EPOCH:
+        return True
+    if strategy == IntervalStrategy.STEPS:
+        interval = max(1, round(every * last)) if every < 1 else int(every)
+        return round_number % interval == 0 or (also_last and round_number == last)
+    return False
+
+
+def mean_train_loss(history: Sequence[Mapping[str, Any]], min_clients: int) -> float:
+    """
+    Args:
+        history (`Sequence[Mapping[str, Any]]`): The records of the rounds.
+        min_clients (`int`): How many clients a round needs, for the error.
+
+    Returns:
+        `float`: The mean training loss over the rounds in which clients trained.
+
+    Raises:
+        RuntimeError: if there was none.
+    """
+    losses = [record["train_loss"] for record in history if "train_loss" in record]
+    if not losses:
+        raise RuntimeError(
+            f"Nothing was trained: in none of the {len(history)} rounds were min_clients={min_clients} clients "
+            "available. Use a smaller `min_clients`, more rounds, or look into `availability`."
+        )
+    return sum(losses) / len(losses)

@@ -1,0 +1,187 @@
+"""Clients that can train only some heads of a Ravan adapter: the share of each, and how they choose."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from peft import PeftConfig, PeftType
+
+from peft_ravan.merging import MERGE_METHODS, get_merge_method
+
+from ..exchange import HEAD_ALLOCATIONS, HEAD_SELECTIONS, HeadChoice
+from ..seeds import derive_seed
+
+
+# The names follow the paper; the form is ours and was not checked against it. Beta distributions of the share of heads lie
+# between 0 and 1 whatever the number of heads; these have means of 0.5, 0.5 and 2 / 7.
+BUDGET_DISTRIBUTIONS = {"uniform": (1.0, 1.0), "bell": (5.0, 5.0), "right_skewed": (2.0, 5.0)}
+
+
+@dataclass(frozen=True)
+class HeadSettings:
+    """
+    Which heads clients train.
+
+    Args:
+        budgets (`float`, `dict[str, float]` or `str`, *optional*):
+            The share of heads of all clients, or by the name of the client, or the name of a distribution, see
+            [`draw_client_budgets`]. By default all heads.
+        selection (`str`, *optional*, defaults to `"random"`): How a client chooses its heads, one of `HEAD_SELECTIONS`.
+        allocation (`str`, *optional*, defaults to `"layer"`): How its share is spent, one of `HEAD_ALLOCATIONS`.
+
+    Raises:
+        ValueError: if one of them is none of these.
+    """
+
+    budgets: float | Mapping[str, float] | str | None = None
+    selection: str = "random"
+    allocation: str = "layer"
+
+    def __post_init__(self):
+        object.__setattr__(self, "budgets", parse_client_budgets(self.budgets))
+        for name, choices in (("selection", HEAD_SELECTIONS), ("allocation", HEAD_ALLOCATIONS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`head_{name}` must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
+
+    def choice(self, share: float, seed: int) -> HeadChoice:
+        """
+        Args:
+            share (`float`): The share of a client.
+            seed (`int`): The seed of its choice.
+
+        Returns:
+            [`HeadChoice`]: What the client is told.
+        """
+        return HeadChoice(share, self.selection, self.allocation, seed)
+
+
+def resolve_client_budgets(
+    budgets: float | str | Mapping[str, float] | None,
+    clients: Sequence[str],
+    seed: int,
+    config: PeftConfig,
+    merge_method: str,
+) -> dict[str, float] | None:
+    """
+    Find the share of heads of each client.
+
+    Args:
+        budgets (`float`, `str` or `Mapping[str, float]`, *optional*): `client_budgets` of the arguments.
+        clients (`Sequence[str]`): The names of the clients.
+        seed (`int`): The seed of the run.
+        config ([`~peft.PeftConfig`]): The configuration of the adapter.
+        merge_method (`str`): The name of the merge method.
+
+    Returns:
+        `dict[str, float]`: Client names to shares, above 0 and up to 1, or `None` if `client_budgets` is not set.
+
+    Raises:
+        ValueError: if the adapter has no heads, if clients are named that there are not, or if the merge method needs all
+            heads of every client.
+    """
+    if budgets is None:
+        return None
+    if config.peft_type != PeftType.RAVAN:
+        raise ValueError(
+            f"`client_budgets` are shares of the heads of a Ravan adapter, but this adapter is {config.peft_type.value}, "
+            "which has no heads. Use `RavanConfig`, or leave `client_budgets` out."
+        )
+    if isinstance(budgets, str):
+        shares = draw_client_budgets(clients, budgets, seed)
+    elif isinstance(budgets, Mapping):
+        unknown = [client for client in budgets if client not in clients]
+        if unknown:
+            raise ValueError(
+                f"`client_budgets` names the client {unknown[0]!r}, but the clients are {_some(clients)}."
+            )
+        shares = {client: budgets.get(client, 1.0) for client in clients}
+    else:
+        shares = dict.fromkeys(clients, budgets)
+    if any(share < 1 for share in shares.values()):
+        _check_partial_heads(config, merge_method)
+    return shares
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _check_partial_heads(config: PeftConfig, merge_method: str) -> None:
+    if not get_merge_method(merge_method).different_heads:
+        able = ", ".join(name for name, method in MERGE_METHODS.items() if method.different_heads)
+        raise ValueError(
+            f"`client_budgets` below 1 let clients train different heads, but merge_method={merge_method!r} needs all heads "
+            f"of every client. Choose one of: {able}."
+        )
+    if config.target_parameters:
+        raise ValueError(
+            "`client_budgets` below 1 do not work with `target_parameters`, which train all their heads. Adapt layers "
+            "(`target_modules`) only."
+        )
+
+
+def draw_client_budgets(clients: Iterable[str], distribution: str, seed: int) -> dict[str, float]:
+    """
+    Draw the share of heads that each client can train.
+
+    Args:
+        clients (`Iterable[str]`): The names of the clients. What one of them gets does not depend on the others.
+        distribution (`str`):
+            `"uniform"` (every share is as likely), `"bell"` (most clients can train about half of the heads) or
+            `"right_skewed"` (most clients can train few heads, and a few clients many): the Beta distributions (1, 1),
+            (5, 5) and (2, 5).
+        seed (`int`): The seed.
+
+    Returns:
+        `dict[str, float]`: Client names to shares above 0 and up to 1.
+
+    Raises:
+        ValueError: if there is no such distribution.
+    """
+    if distribution not in BUDGET_DISTRIBUTIONS:
+        raise ValueError(
+            f"A distribution of budgets is one of {', '.join(BUDGET_DISTRIBUTIONS)}, got {distribution!r}."
+        )
+    shape = BUDGET_DISTRIBUTIONS[distribution]
+    return {
+        client: float(np.random.default_rng(derive_seed(seed, "budget", client)).beta(*shape)) for client in clients
+    }
+
+
+def parse_client_budgets(budgets: Any) -> float | dict[str, float] | str | None:
+    """
+    Read the budgets of clients as an argument gives them.
+
+    Args:
+        budgets (`float`, `dict[str, float]` or `str`, *optional*):
+            A share for all clients, client names to shares, one of these as JSON, or the name of a distribution.
+
+    Returns:
+        `float`, `dict[str, float]` or `str`: The same, without JSON.
+
+    Raises:
+        ValueError: if it is none of these, or if a share is not above 0 and up to 1.
+    """
+    if budgets is None or (isinstance(budgets, str) and budgets in BUDGET_DISTRIBUTIONS):
+        return budgets
+    parsed = _from_json(budgets) if isinstance(budgets, str) else budgets
+    shares = parsed if isinstance(parsed, Mapping) else {None: parsed}
+    for client, share in shares.items():
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
+            of_client = "" if client is None else f" of client {client!r}"
+            raise ValueError(
+                "`client_budgets` is a share of heads above 0 and up to 1, a dict of client names to shares, or one of "
+                f"{', '.join(BUDGET_DISTRIBUTIONS)}, but the share{of_client} is {share!r}."
+            )
+    return {str(client): float(share) for client, share in shares.items()} if shares is parsed else float(parsed)
+
+
+def _from_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text

@@ -1,0 +1,76 @@
+"""What comes back in a round: which replies are taken, and who has failed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+from transformers.utils import logging
+
+from ..exchange import ClientReply, ClientTask
+from ..messages import MessageError
+from .rounds import Round
+
+
+logger = logging.get_logger(__name__)
+
+
+class Inbox:
+    """
+    Takes the replies of a round, and records those of clients that have failed.
+
+    Args:
+        this_round ([`Round`]): The round. Clients that fail are recorded there.
+        tasks (`Mapping[str, ClientTask]`): What the clients were asked, by their names.
+
+    **Attributes**:
+        - **kept_digests** (`dict[str, str | None]`) -- What the files have of what clients keep, by their names.
+    """
+
+    def __init__(self, this_round: Round, tasks: Mapping[str, ClientTask]):
+        self._round, self._tasks = this_round, tasks
+        self._arrived: set[str] = set()
+        self.kept_digests: dict[str, str | None] = {}
+
+    def taken(self, replies: Iterable[ClientReply]) -> Iterator[ClientReply]:
+        """
+        Args:
+            replies (`Iterable[ClientReply]`): What comes back.
+
+        Yields:
+            [`ClientReply`]: The first reply to each task that has an update. Nothing is kept of one once the next is asked
+            for.
+        """
+        for reply in replies:
+            if not self._is_expected(reply):
+                logger.warning(
+                    f"Round {self._round.round_number}: a reply in the name of {reply.client!r} is left out. It is not the "
+                    f"first one to a task of this round (it is of round {reply.round_number}, attempt {reply.attempt})."
+                )
+                continue
+            self._arrived.add(reply.client)
+            reason = reply.failure
+            try:
+                self._round.upload_bytes += reply.num_bytes
+            except MessageError as error:
+                reason = reason or f"{type(error).__name__}: {error}"
+            if reason is None and reply.update is None:
+                reason = "It has uploaded nothing."
+            if reason is not None:
+                self._fail(reply.client, reason, reply.error)
+                continue
+            self.kept_digests[reply.client] = reply.kept_digest
+            yield reply
+            del reply
+
+    def miss_the_others(self) -> None:
+        """Record the clients that have not replied."""
+        for client in [client for client in self._tasks if client not in self._arrived]:
+            self._fail(client, "It has not replied.", None)
+
+    def _is_expected(self, reply: ClientReply) -> bool:
+        task = self._tasks.get(reply.client)
+        return task is not None and reply.answers(task) and reply.client not in self._arrived
+
+    def _fail(self, client: str, reason: str, error: Exception | None) -> None:
+        self._round.fail(client, reason, error)
+        logger.warning(f"Round {self._round.round_number}: client {client!r} failed and is left out. {reason}")

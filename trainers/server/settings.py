@@ -1,0 +1,56 @@
+"""What a server is told before its first round."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from .budgets import HeadSettings
+from .merging import MergeSettings
+from .participation import Availability, Participation
+from .privacy import PrivateRounds
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """
+    How a server runs its rounds.
+
+    Args:
+        client_sizes (`Mapping[str, int]`): The names of all clients, and how many examples each has.
+        merging ([`MergeSettings`]): What it does with uploads.
+        participation ([`Participation`], *optional*): Who takes part in which round. By default all.
+        seed (`int`, *optional*, defaults to 42): The seed of the run.
+        learning_rate_factors (`Sequence[float]`, *optional*):
+            What the learning rate is multiplied by in each round. By default 1.
+        max_round_attempts (`int`, *optional*, defaults to 3): How often a round is tried before the run ends.
+        availability (`Callable[[str, int], bool]`, *optional*): Whether a client is available in a round.
+        heads ([`HeadSettings`], *optional*): How clients choose heads.
+        client_budgets (`Mapping[str, float]`, *optional*): Client names to shares of the heads. By default all heads.
+        scaffold (`bool`, *optional*, defaults to `False`): Whether clients correct their gradients by control variates.
+        privacy ([`PrivateRounds`], *optional*): The noise and the accounting.
+        run (`str`, *optional*): The name of the run, which tasks and replies have.
+    """
+
+    client_sizes: Mapping[str, int]
+    merging: MergeSettings
+    participation: Participation = Participation()
+    seed: int = 42
+    learning_rate_factors: Sequence[float] = ()
+    max_round_attempts: int = 3
+    availability: Availability | None = None
+    heads: HeadSettings = HeadSettings()
+    client_budgets: Mapping[str, float] | None = None
+    scaffold: bool = False
+    privacy: PrivateRounds | None = None
+    run: str = ""
+
+    def learning_rate_factor(self, round_number: int) -> float:
+        """
+        Args:
+            round_number (`int`): A round, from 1.
+
+        Returns:
+            `float`: What the learning rate is multiplied by in it.
+        """
+        return self.learning_rate_factors[round_number - 1] if self.learning_rate_factors else 1.0
