@@ -45,12 +45,13 @@ class FederatedTrainer(FederatedMixin, Trainer):
         - **client_budgets** (`dict[str, float]`) -- The share of the heads that each client can train, or `None`.
         - **state.log_history** (`list[dict]`) -- One record a round: `round` (from 1), `clients` (whose updates were
           merged), `failed_clients` (with the reason), `attempts`, `num_examples`, `train_loss`, the metrics of the
-          evaluation, `upload_bytes` and `download_bytes` (of all clients, counted from the serialised tensors),
+          evaluation, `upload_bytes` and `download_bytes` (of the tasks and the replies of all clients, as bytes),
           `round_seconds` (without the evaluation), `learning_rate` and, with `client_budgets`, `heads_trained` (the number
           of heads of each client) or, with `privacy`, `noise_multiplier`, `sampling_rate` and `epsilon` (up to this
           round). A record of round 0 comes before with `eval_on_start`, and where common bases are made
           from the clients' gradients (`init_bases="gradient_svd"`).
         - **privacy** ([`PrivateRounds`]) -- The noise and the accounting of the rounds, or `None`.
+        - **last_server_state** ([`ServerState`]) -- What the server has after the last round, as one value.
         - **last_global_state** (`dict[str, torch.Tensor]`) -- The merged state that the last run has ended with.
         - **last_client_metrics** (`pandas.DataFrame`) -- The metrics of each client in its last evaluation.
         - **last_merge** ([`~peft_ravan.merging.MergeResult`]) -- The last merge, with its diagnostics.
