@@ -9,7 +9,6 @@ from itertools import chain
 from typing import Any, ClassVar
 
 import torch
-from peft import PeftModel
 from torch.utils.data import Dataset
 from transformers import TrainerState, set_seed
 from transformers import trainer as trainer_module
@@ -20,7 +19,7 @@ from peft_ravan.merging import MergeResult
 
 from .arguments import FederatedArguments, FederatedArgumentsMixin
 from .client.faults import ClientFault
-from .client.live_adapter import LiveAdapter, freeze
+from .client.live_adapter import single_active_adapter
 from .client.local_client import LocalClient
 from .client.personal import check_patterns
 from .client.settings import ClientSettings
@@ -96,7 +95,7 @@ class FederatedMixin(PreparationMixin, CheckpointingMixin, SharingMixin, Reports
         self.train_dataset = given
         self.clients: Mapping[str, Dataset] = {}
         self.client_budgets: dict[str, float] | None = None
-        self.availability = availability
+        self.availability, self.client_fault = availability, client_fault
         if given is not None:
             self._set_up_clients(clients, given)
         self.client_eval_dataset = client_eval_dataset
@@ -104,7 +103,6 @@ class FederatedMixin(PreparationMixin, CheckpointingMixin, SharingMixin, Reports
             self._datasets_to_evaluate()  # raises if there are none
         self.last_merge: MergeResult | None = None
         self.last_global_state: dict[str, torch.Tensor] | None = None
-        self.client_fault = client_fault
         # that of notebooks needs epochs, which the rounds do not have
         if self.pop_callback(trainer_module.DEFAULT_PROGRESS_CALLBACK) is not None:
             self.add_callback(FederatedProgressCallback)
@@ -136,7 +134,8 @@ class FederatedMixin(PreparationMixin, CheckpointingMixin, SharingMixin, Reports
 
     def _set_up_clients(self, clients: Mapping[str, Dataset], given: Dataset | Mapping[str, Dataset]) -> None:
         args = self.args
-        adapter = self._live_adapter()  # raises if the model cannot be trained this way
+        single_active_adapter(self.model)  # raises if the model cannot be trained this way
+        adapter = self._local_client().adapter
         self.clients = self._prepared(clients)
         self.client_budgets = resolve_client_budgets(
             args.heads.budgets, list(clients), args.federated_seed, self.model.active_peft_config, self.merge_method
@@ -198,9 +197,12 @@ class FederatedMixin(PreparationMixin, CheckpointingMixin, SharingMixin, Reports
         )
 
     def _local_client(self) -> LocalClient:
-        self._live_adapter()  # which freezes what the merge method keeps common
         settings = ClientSettings(
-            self._personal_patterns, self.args.proximal_mu, self.args.faults.client_timeout, self.client_attributes
+            self._personal_patterns,
+            self._merging.merge_method.frozen_parts,
+            self.args.proximal_mu,
+            self.args.faults.client_timeout,
+            self.client_attributes,
         )
         return LocalClient(
             self,
@@ -211,11 +213,6 @@ class FederatedMixin(PreparationMixin, CheckpointingMixin, SharingMixin, Reports
             group=self._runner.group,
             fault=self.client_fault,
         )
-
-    def _live_adapter(self) -> LiveAdapter:
-        if isinstance(self.model, PeftModel):
-            freeze(self.model, self._merging.merge_method.frozen_parts)
-        return LiveAdapter(self.model)
 
     @property
     def _personal_patterns(self) -> tuple[str, ...]:

@@ -211,7 +211,7 @@ class CheckpointingMixin:
         except FileNotFoundError:
             logger.warning(f"The best adapter is not in {best} any more. The model has that of the last round.")
             return
-        self._live_adapter().load_checkpoint(tensors)
+        self._local_client().adapter.load_checkpoint(tensors)
 
     def _restore_callbacks(self) -> None:
         # Trainer does so on request; here a run that goes on is to be the run that was interrupted

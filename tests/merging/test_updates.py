@@ -1,9 +1,11 @@
 """Uploads that do not fit are refused by name, before anything is merged."""
 
+import math
+
 import pytest
 import torch
 
-from peft_ravan.merging import ClientUpdate, UpdateError, merge
+from peft_ravan.merging import ClientUpdate, ServerStep, UpdateError, merge
 
 
 CORE = "base_model.model.q.ravan_H"
@@ -70,3 +72,19 @@ def test_unknown_methods_and_options_are_told_with_those_that_exist():
         merge(global_state(), [good()], method="average")
     with pytest.raises(TypeError, match="'fedrpca' has no option 'betta'. Its options are: beta, beta_max"):
         merge(global_state(), [good()], method="fedrpca", betta=2)
+
+
+@pytest.mark.parametrize("method, streams", [("fedavg", True), ("median", False)])
+def test_the_server_is_told_whose_updates_are_merged(method, streams):
+    """Of a method that streams, before the next update is asked for; of the others at the end."""
+    events = []
+
+    def updates():
+        for name, value in (("a", 1.0), ("b", math.nan), ("c", 2.0)):
+            events.append(f"asked {name}")
+            yield ClientUpdate({"w": torch.full((2,), value)}, 10, name)
+
+    step = ServerStep(on_merged=lambda client: events.append(f"merged {client}"))
+    merge({"w": torch.zeros(2)}, updates(), method, on_bad_update="drop", server_step=step)
+    in_turn = ["asked a", "merged a", "asked b", "asked c", "merged c"]
+    assert events == (in_turn if streams else ["asked a", "asked b", "asked c", "merged a", "merged c"])

@@ -78,7 +78,7 @@ class LiveAdapter:
     """
 
     def __init__(self, model: nn.Module):
-        self.adapter_name = _single_active_adapter(model)
+        self.adapter_name = single_active_adapter(model)
         self._model, self._tuner = model, model.base_model
         self._layers = _ravan_layers(self._tuner, self.adapter_name)
         checkpoint = get_peft_model_state_dict(model, adapter_name=self.adapter_name, save_embedding_layers=False)
@@ -216,7 +216,18 @@ def _ravan_layers(tuner: nn.Module, adapter_name: str) -> dict[str, RavanLayer]:
     return {f"base_model.model.{name}.{CORE_NAME}": tuner.model.get_submodule(name) for name in masks}
 
 
-def _single_active_adapter(model: nn.Module) -> str:
+def single_active_adapter(model: nn.Module) -> str:
+    """
+    Args:
+        model (`torch.nn.Module`): A model.
+
+    Returns:
+        `str`: The name of its one active adapter.
+
+    Raises:
+        TypeError: if it is not a PEFT model.
+        ValueError: if it has no adapter that is active, or several, or one that a federation cannot train.
+    """
     if not isinstance(model, PeftModel):
         raise TypeError(
             f"The FederatedTrainer trains an adapter, but the model is a {type(model).__name__} without one. Wrap it first: "

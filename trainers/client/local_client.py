@@ -20,7 +20,7 @@ from ..messages import MAX_TEXT_LENGTH
 from ..processes import TrainingGroup, one_process
 from .faults import ClientFault, NothingTrainedError, TimeoutCallback
 from .heads import choose_heads
-from .live_adapter import LiveAdapter, frozen_for_now
+from .live_adapter import LiveAdapter, freeze, frozen_for_now
 from .objective import SCAFFOLD_PREFIX, GradientCorrection, control_change, of_scaffold
 from .personal import of_parts, split_state
 from .round_zero import sketch_gradient, warm_up_head
@@ -73,6 +73,7 @@ class LocalClient:
         self.trainer, self.store = trainer, store
         self.settings = settings or ClientSettings()
         self.data = data or ClientData.of_one(trainer.train_dataset, trainer.args)
+        freeze(trainer.model, self.settings.frozen_parts)
         self.adapter = LiveAdapter(trainer.model)
         self.personal_start: dict[str, torch.Tensor] = {}
         self._train = trainer.train if train is None else train

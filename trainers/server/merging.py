@@ -94,7 +94,7 @@ class MergeSettings:
             updates (`Iterable[ClientUpdate]`): What clients have uploaded.
             round_number (`int`): The round.
             mechanism ([`~peft_ravan.merging.GaussianMechanism`], *optional*): The clipping and the noise.
-            on_merged (`Callable[[str], None]`, *optional*): As for [`~peft_ravan.merging.merge`].
+            on_merged (`Callable[[str], None]`, *optional*): As for [`~peft_ravan.merging.ServerStep`].
 
         Returns:
             [`~peft_ravan.merging.MergeResult`]: What was merged. Updates that do not fit are left out.
@@ -102,7 +102,9 @@ class MergeSettings:
         Raises:
             UpdateError: if none is left.
         """
-        step = ServerStep(self.server_optimizer, self.server_optimizer_options, state.merge_memory, round_number)
+        step = ServerStep(
+            self.server_optimizer, self.server_optimizer_options, state.merge_memory, round_number, on_merged
+        )
         return merge(
             state.global_state,
             updates,
@@ -112,7 +114,6 @@ class MergeSettings:
             limits=self.limits if self.limits.is_set else None,
             server_step=step,
             mechanism=mechanism,
-            on_merged=on_merged,
             **self.options,
         )
 

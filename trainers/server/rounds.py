@@ -33,7 +33,7 @@ class Round:
         first_error (`Exception`, *optional*): The error of the first of them.
         attempts (`int`): How often the round was tried, this time included.
         learning_rate (`float`): The learning rate of the round, of the optimizer's first parameter group.
-        upload_bytes (`int`): What clients have sent, serialised, also in attempts that failed.
+        upload_bytes (`int`): What clients have sent, also in attempts that failed.
         download_bytes (`int`): What they have been sent.
     """
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -29,7 +29,6 @@ def merge(
     limits: UpdateLimits | None = None,
     server_step: ServerStep | None = None,
     mechanism: GaussianMechanism | None = None,
-    on_merged: Callable[[str], None] | None = None,
     **options,
 ) -> MergeResult:
     """
@@ -58,9 +57,6 @@ def merge(
         mechanism ([`GaussianMechanism`], *optional*):
             Clips what each client has changed and adds noise to the mean, which has uniform weights then. What comes after,
             such as a server optimizer, sees only that mean. There may be no updates left: the noise is added all the same.
-        on_merged (`Callable[[str], None]`, *optional*):
-            Is called with the name of each client whose update is merged, and not dropped. A method that streams does so
-            before it asks for the next update, so that what belongs to an update need not be kept longer than the update.
         **options:
             The options of the method.
 
@@ -114,10 +110,10 @@ def merge(
             round_number=server_step.round_number,
         )
         if mechanism is None:
-            result = _merge_checked(merge_method, products, updates, checker, options, on_merged)
+            result = _merge_checked(merge_method, products, updates, checker, options, server_step)
         else:
             frozen = merge_method.frozen_in(server_step.round_number)
-            passing = _told(checker.passing(updates), on_merged)
+            passing = server_step.told(checker.passing(updates))
             result = merge_privately(merge_method, products, passing, mechanism, options, frozen)
         state, remembered = server_step.take(merge_method, options, products, result)
         check_merged(state)
@@ -145,25 +141,16 @@ def _merge_checked(
     updates: Iterable[ClientUpdate],
     checker: UpdateChecker,
     options: Mapping[str, Any],
-    on_merged: Callable[[str], None] | None,
+    server_step: ServerStep,
 ) -> MergeResult:
     passing = checker.passing(updates)
     if method.streaming:
-        return method.function(global_state, _told(passing, on_merged), **options)
+        return method.function(global_state, server_step.told(passing), **options)
     kept = list(passing)
     result = method.function(global_state, kept, **options)
     while not is_finite_state(result.state):
         kept = checker.without_the_largest(kept)
         result = method.function(global_state, kept, **options)
-    for _ in _told(kept, on_merged):
+    for _ in server_step.told(kept):
         pass
     return result
-
-
-def _told(updates: Iterable[ClientUpdate], on_merged: Callable[[str], None] | None) -> Iterator[ClientUpdate]:
-    for update in updates:
-        client = update.client_id
-        yield update
-        del update
-        if on_merged is not None:
-            on_merged(client)

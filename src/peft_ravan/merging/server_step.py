@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -14,7 +14,7 @@ from .lora import lora_targets
 from .method import MergeMethod
 from .methods.registry import get_server_optimizer
 from .server_optimizers import State, step_between_products
-from .updates import MergeResult
+from .updates import ClientUpdate, MergeResult
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,31 @@ class ServerStep:
             The `server_state` of the last round's result, for server optimizers and methods that remember something.
         round_number (`int`, *optional*, defaults to 1):
             The round, for methods that do not do the same in all of them.
+        on_merged (`Callable[[str], None]`, *optional*):
+            Is called with the name of each client whose update is merged, and not dropped. With a method that streams this
+            is before the next update is asked for, so that what comes with an update need not be kept longer than it.
     """
 
     optimizer: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     state: Mapping[str, torch.Tensor] = field(default_factory=dict)
     round_number: int = 1
+    on_merged: Callable[[str], None] | None = None
+
+    def told(self, updates: Iterable[ClientUpdate]) -> Iterator[ClientUpdate]:
+        """
+        Args:
+            updates (`Iterable[ClientUpdate]`): Updates that are merged.
+
+        Yields:
+            [`ClientUpdate`]: The same. `on_merged` is called after each.
+        """
+        for update in updates:
+            client = update.client_id
+            yield update
+            del update
+            if self.on_merged is not None:
+                self.on_merged(client)
 
     def check(self) -> None:
         """
