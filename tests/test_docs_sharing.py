@@ -53,7 +53,7 @@ def test_the_table_of_files_has_those_that_a_federation_uploads():
 
 
 def test_the_table_of_arguments_has_every_argument_and_its_default():
-    arguments = {row[0].strip("`") for row in rows(section(TEXT, "The LoRA twin"))}
+    arguments = {row[0].strip("`") for row in rows(section(TEXT, "Convert to LoRA"))}
     defaults = {
         f"{name}={parameter.default!r}".replace("'", '"')
         for name, parameter in inspect.signature(to_lora).parameters.items()
