@@ -52,7 +52,7 @@ def test_the_code_gives_the_results_it_shows(tmp_path, monkeypatch):
 
 
 def test_every_partition_is_in_the_table_with_its_arguments():
-    table = {row[0].strip('`"'): row[2] for row in rows(section(TEXT, "Who has what", level=3))}
+    table = {row[0].strip('`"'): row[2] for row in rows(section(TEXT, "Partitions", level=3))}
     assert set(table) == {*PARTITIONS, "an object"}
     defaults = dict(re.findall(r"`(\w+)` \(([\d.]+)\)", " ".join(table.values())))
     args = FederatedArguments("out")
@@ -61,12 +61,12 @@ def test_every_partition_is_in_the_table_with_its_arguments():
 
 
 def test_the_limits_of_bars():
-    text = section(TEXT, "The table and the picture", level=3)
+    text = section(TEXT, "Inspecting the partition", level=3)
     assert f"more than {MAX_BARS} clients or {MAX_COLOURS} labels" in text
 
 
 def test_the_figures_of_bases_from_the_clients():
-    figures = rows(section(TEXT, "What it costs", level=3))
+    figures = rows(section(TEXT, "Communication cost", level=3))
     for (_, heads, *columns), d in zip(figures, (384, 4096), strict=True):
         num_heads, r = map(int, re.findall(r"\d+", heads))
         sketch = GradientSketch(BasesShape(d, d, num_heads, r), 0, "cpu")
@@ -74,7 +74,7 @@ def test_the_figures_of_bases_from_the_clients():
         sizes = [sketch_bytes, 4 * d * d, 4 * 2 * d * num_heads * r]
         assert columns[:3] == [f"{size / 1e6:.2f} MB" for size in sizes]
         assert columns[3] == f"{4 * num_heads * r**2 / 1e6:.3f} MB"
-        assert f"{sketch_bytes / (4 * num_heads * r**2):.0f} rounds" in section(TEXT, "What it costs", level=3)
+        assert f"{sketch_bytes / (4 * num_heads * r**2):.0f} rounds" in section(TEXT, "Communication cost", level=3)
 
 
 def test_links_within_the_page():
@@ -82,7 +82,7 @@ def test_links_within_the_page():
 
 
 def test_the_arguments_of_faults_are_in_the_table_with_their_defaults():
-    table = {row[0].strip("`"): row[1] for row in rows(section(TEXT, "Clients", level=3))}
+    table = {row[0].strip("`"): row[1] for row in rows(section(TEXT, "Failing clients", level=3))}
     args = FederatedArguments("out")
     assert set(table) == {"client_timeout", "min_successful_clients", "max_round_attempts"}
     assert f"({args.min_successful_clients})" in table["min_successful_clients"]
@@ -97,12 +97,12 @@ def test_the_fields_of_privacy_are_in_the_table_with_their_defaults():
 
 
 def test_every_figure_of_clients_is_in_the_table():
-    table = rows(section(TEXT, "Each client", level=3))
+    table = rows(section(TEXT, "Evaluating each client", level=3))
     assert [name for row in table for name in re.findall(r"`(\w+)`", row[0])] == list(client_statistics([0]))
 
 
 def test_the_ways_to_share_work_are_in_the_table():
-    table = [row[0] for row in rows(section(TEXT, "Many processes"))]
+    table = [row[0] for row in rows(section(TEXT, "Multiple processes"))]
     args = FederatedArguments("out")
     assert [name.split("`")[1].strip('"') for name in table] == list(PARALLEL_MODES)
     assert table[0] == f'`"{args.parallel}"` (default)' and f"`ddp_timeout` ({args.ddp_timeout:,} s)" in TEXT

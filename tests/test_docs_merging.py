@@ -66,7 +66,7 @@ def test_every_method_has_a_section_with_its_reference_its_options_and_an_exampl
 def test_what_is_said_of_groups_of_methods():
     streaming = section(TEXT, "Streaming and memory").split(" stream: ")[0]
     assert names_in(streaming) == {method.name for method in MERGE_METHODS.values() if method.streaming}
-    situations = dict(rows(section(TEXT, "Which to choose")))
+    situations = dict(rows(section(TEXT, "Choosing a method")))
     secure = {method.name for method in MERGE_METHODS.values() if method.secure_aggregation}
     assert names_in(situations["Secure aggregation"]) == secure
     assert all(MERGE_METHODS[name].different_ranks for name in names_in(situations["LoRA, different ranks"]))
