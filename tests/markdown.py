@@ -40,8 +40,17 @@ def run_blocks(page: Path, namespace: dict, optionflags: int) -> int:
     return runner.summarize(verbose=False).attempted
 
 
-def dead_links(text: str) -> set[str]:
-    """The links within a page that lead nowhere."""
+def dead_links(page: Path) -> list[str]:
+    """The links of a page that lead to no file of the project, or to no section of one of its pages."""
+    dead = []
+    for link in re.findall(r"\]\((?!https?:|mailto:)([^)\s]+)\)", page.read_text()):
+        file, _, anchor = link.partition("#")
+        target = page.parent / file if file else page
+        if not target.exists() or (anchor and anchor not in _anchors(target.read_text())):
+            dead.append(link)
+    return dead
+
+
+def _anchors(text: str) -> set[str]:
     titles = re.findall(r"^##+ (.*)$", text, flags=re.MULTILINE)
-    anchors = {re.sub(r"[^\w\- ]", "", title).lower().replace(" ", "-") for title in titles}
-    return set(re.findall(r"\]\(#([\w-]+)\)", text)) - anchors
+    return {re.sub(r"[^\w\- ]", "", title).lower().replace(" ", "-") for title in titles}

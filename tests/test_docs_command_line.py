@@ -13,7 +13,7 @@ from peft_ravan.trainers.commands.run_arguments import DataArguments, ModelArgum
 from .commands.conftest import place, run, saved  # noqa: F401
 from .commands.helpers import COMMANDS
 from .conftest import sentence
-from .markdown import dead_links, rows, section
+from .markdown import rows, section
 
 
 PAGE = Path(__file__).parent.parent / "docs" / "command_line.md"
@@ -46,9 +46,3 @@ def test_the_tables_have_every_command_and_argument():
 def test_the_table_of_starts_has_every_method_that_needs_one():
     named = {name for row in rows(section(TEXT, "merge")) for name in re.findall(r"`(\w+)`", row[0])}
     assert named == {name for name, method in MERGE_METHODS.items() if method.from_start or method.frozen_in(1)}
-
-
-def test_links():
-    assert not dead_links(TEXT)
-    for page in re.findall(r"\]\((\w+\.md)", TEXT):
-        assert (PAGE.parent / page).exists()

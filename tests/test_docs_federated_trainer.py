@@ -19,7 +19,7 @@ from peft_ravan.trainers.runners import PARALLEL_MODES
 from peft_ravan.tuner.bases import BasesShape
 
 from .conftest import classification_dataset, make_model, make_tokenizer, sentence, tiny_llama
-from .markdown import dead_links, rows, run_blocks, section
+from .markdown import rows, run_blocks, section
 
 
 PAGE = Path(__file__).parent.parent / "docs" / "federated_trainer.md"
@@ -75,10 +75,6 @@ def test_the_figures_of_bases_from_the_clients():
         assert columns[:3] == [f"{size / 1e6:.2f} MB" for size in sizes]
         assert columns[3] == f"{4 * num_heads * r**2 / 1e6:.3f} MB"
         assert f"{sketch_bytes / (4 * num_heads * r**2):.0f} rounds" in section(TEXT, "Communication cost", level=3)
-
-
-def test_links_within_the_page():
-    assert not dead_links(TEXT)
 
 
 def test_the_arguments_of_faults_are_in_the_table_with_their_defaults():
