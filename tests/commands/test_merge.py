@@ -278,7 +278,7 @@ def test_adapters_come_from_the_hub_too(place, monkeypatch):
 
 
 def test_what_the_hub_does_not_have_is_told(place):
-    assert_refused(run("merge", "north", "clinic/none", "-o", "merged"), "could not be had from the Hub either")
+    assert_refused(run("merge", "north", "clinic/none", "-o", "merged"), "could not be downloaded from the Hub either")
 
 
 def test_methods_are_listed_with_their_options():

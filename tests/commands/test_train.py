@@ -160,7 +160,7 @@ def test_what_cannot_be_is_told_in_one_line(folder, changes, words, reason):
 
 
 @pytest.mark.parametrize(
-    "text, reason", [("a: [1", "is no YAML"), ("- a", "must have lines of the form"), ("", "got NoneType")]
+    "text, reason", [("a: [1", "is not valid YAML"), ("- a", "must have lines of the form"), ("", "got NoneType")]
 )
 def test_a_file_that_is_no_run_is_told(place, text, reason):
     (place / "run.yaml").write_text(text)
