@@ -251,7 +251,7 @@ def test_it_can_be_parsed_from_a_command_line():
             if not method.plain_mean and not method.changes_model
         ),
         ({"scaffold": True}, "does not go with `scaffold`"),
-        ({"participation_weights": "examples"}, "would tell how much data clients have"),
+        ({"participation_weights": "examples"}, "would reveal how much data clients have"),
         ({"min_successful_clients": 2}, "does not go with min_successful_clients=2"),
         ({"privacy": {**NOISE, "secret_sampling": True}}, "but all take part. Set `clients_per_round`"),
         (
