@@ -72,7 +72,7 @@ def test_a_cycle_is_seen(tmp_path):
 
 
 @pytest.mark.parametrize("files, folder", [(TUNER_WING, ROOT / "src"), (TRAINER_WING, ROOT)], ids=["tuner", "trainer"])
-def test_imports_of_a_wing_form_no_circle(files, folder):
+def test_imports_of_a_wing_form_no_cycle(files, folder):
     assert cycle_among(files, folder) == []
 
 
@@ -86,7 +86,7 @@ def closure(part: str) -> set[Path]:
     return found
 
 
-def test_server_and_client_meet_only_in_what_travels():
+def test_server_and_client_share_only_what_is_sent():
     server, client = closure("server"), closure("client")
     assert not [path for path in server if path.parent.name == "client"]
     assert not [path for path in client if path.parent.name == "server"]

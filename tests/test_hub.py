@@ -182,7 +182,7 @@ def a_tokenizer():
     return Tokenizer(models.WordLevel({"[UNK]": 0, "ward": 1}, unk_token="[UNK]"))
 
 
-def test_no_path_and_no_token_is_told(hub, tmp_path):
+def test_no_path_and_no_token_is_revealed(hub, tmp_path):
     tiny_bert().save_pretrained(tmp_path / "base")
     base_model = type(tiny_bert()).from_pretrained(tmp_path / "base")
     PreTrainedTokenizerFast(tokenizer_object=a_tokenizer(), unk_token="[UNK]").save_pretrained(tmp_path / "base")
@@ -267,7 +267,7 @@ def test_a_drop_that_the_client_survives_is_no_error(hub):
     assert torch.equal(logits(PeftModel.from_pretrained(tiny_bert(), REPO)), logits(model))
 
 
-def test_what_the_hub_refuses_is_told_as_the_hub_tells_it(hub):
+def test_refusals_of_the_hub_are_reported_in_its_words(hub):
     with pytest.raises(HfHubHTTPError, match="404"):  # there is no such pull request
         push_to_hub(ravan_model(), REPO, revision="refs/pr/1")
 

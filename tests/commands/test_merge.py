@@ -277,7 +277,7 @@ def test_adapters_come_from_the_hub_too(place, monkeypatch):
     assert "clinic/north, clinic/south@v2" in (place / "merged" / "README.md").read_text()
 
 
-def test_what_the_hub_does_not_have_is_told(place):
+def test_what_the_hub_does_not_have_is_reported(place):
     assert_refused(run("merge", "north", "clinic/none", "-o", "merged"), "could not be downloaded from the Hub either")
 
 

@@ -178,7 +178,7 @@ def test_a_merge_of_bad_uploads_alone_says_what_was_wrong_with_each(method, adap
         merge_faithfully(method, global_state, [])
 
 
-def test_nameless_clients_are_told_by_their_number():
+def test_nameless_clients_are_reported_by_number():
     state = {"w": torch.ones(2)}
     nameless = [ClientUpdate(state, 1), ClientUpdate({"w": torch.tensor([1.0, torch.nan])}, 1), ClientUpdate(state, 1)]
     with pytest.raises(UpdateError, match="client number 1 .without a name., tensor 'w': 1 of 2 entries"):
@@ -226,7 +226,7 @@ def test_the_largest_entries_that_are_taken_do_not_overflow():
         merge_faithfully(method, global_state, large)
 
 
-def test_an_update_that_overflows_in_half_precision_is_told_by_client():
+def test_an_update_that_overflows_in_half_precision_is_reported_by_client():
     """A and B are in the range of half precision, and the one factor that gets the whole norm is not."""
     large = {"m.lora_A.weight": torch.full((1, 4), 200.0).half(), "m.lora_B.weight": torch.full((4, 1), 200.0).half()}
     start = {name: torch.zeros_like(tensor) for name, tensor in large.items()}
@@ -252,7 +252,7 @@ def test_a_global_state_that_is_broken_is_not_blamed_on_clients():
     assert not isinstance(caught.value, UpdateError)
 
 
-def test_a_factor_of_the_method_that_overflows_is_told():
+def test_a_factor_of_the_method_that_overflows_is_reported():
     state = {"m.lora_A.weight": torch.full((1, 4), 60000.0).half()}
     start = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
     with pytest.raises(ValueError, match="Tensor 'm.lora_A.weight': the merge has made entries that are NaN or infi"):

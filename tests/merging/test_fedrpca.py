@@ -55,7 +55,7 @@ def test_adaptive_beta_is_kept_below_beta_max():
     assert result.diagnostics["matrices"][LORA_A]["beta"] == 1.5
 
 
-def test_beta_one_is_fedavg_to_the_last_bit():
+def test_beta_one_is_fedavg_bit_for_bit():
     generator = torch.Generator().manual_seed(0)
     shapes = {LORA_A: (4, 30), LORA_B: (20, 4), CORE: (3, 5, 5), HEAD: (7,)}
     global_state = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}

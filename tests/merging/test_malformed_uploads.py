@@ -80,7 +80,7 @@ def test_integers_of_numpy_count_examples():
 
 
 @pytest.mark.parametrize("what", [None, "update", {"w": torch.ones(1)}])
-def test_what_is_no_update_is_told_by_its_number(what):
+def test_what_is_not_an_update_is_reported_by_number(what):
     with pytest.raises(UpdateError, match="client number 1 .without a name.: must upload a ClientUpdate, got"):
         merge({"w": torch.zeros(1)}, [ClientUpdate({"w": torch.ones(1)}, 1), what], "fedavg")
 

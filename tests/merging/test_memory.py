@@ -251,7 +251,7 @@ def test_what_a_layer_more_costs_does_not_grow_with_the_clients(method, adapter,
 
 
 @every_case
-def test_uploads_in_files_are_merged_to_the_same_bits(method, adapter, tmp_path):
+def test_uploads_in_files_are_merged_bit_for_bit(method, adapter, tmp_path):
     global_state, updates = random_round(method, adapter, dtype=torch.bfloat16)
     files = []
     for update in updates:
@@ -279,7 +279,7 @@ def test_asking_a_file_for_a_name_does_not_read_the_tensor(tmp_path, monkeypatch
     assert "w" in state and "x" not in state
 
 
-def test_a_file_that_is_cut_off_is_told(tmp_path):
+def test_a_file_that_is_cut_off_is_reported(tmp_path):
     path = tmp_path / "update.safetensors"
     save_file({"w": torch.ones(100)}, path)
     path.write_bytes(path.read_bytes()[:-10])

@@ -136,7 +136,7 @@ def test_the_largest_numbers_of_a_dtype_are_clipped(dtype):
     assert norm <= 1 + 1e-6 and all(torch.isfinite(tensor).all() for tensor in change.values())
 
 
-def test_who_fails_counts_as_one_that_has_changed_nothing():
+def test_a_client_that_fails_counts_as_one_that_has_changed_nothing():
     global_state = {"a": torch.tensor([1.0])}
     updates = [client({"a": torch.tensor([5.0])}, index=1), client({"a": torch.tensor([torch.nan])}, index=2)]
     result = merge_clipped("fedavg", global_state, updates, num_clients=4, clip_norm=10.0)
@@ -174,7 +174,7 @@ def test_more_updates_than_clients_are_refused():
         ({"num_clients": 0}, "`num_clients` must be 1 or more, got 0"),
     ],
 )
-def test_numbers_out_of_range_are_told(fields, message):
+def test_numbers_out_of_range_are_reported(fields, message):
     with pytest.raises(ValueError, match=message):
         mechanism(**fields)
 

@@ -123,7 +123,7 @@ def test_the_objective_is_the_optimum(kind, shape):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_large_matrices_come_to_the_optimum(kind):
+def test_large_matrices_reach_the_optimum(kind):
     M = of_kind(kind, 12_288, 50, seed=0)
     L, S, info = robust_pca(M)
     assert info.converged and info.gap <= 1e-6

@@ -106,7 +106,7 @@ def test_defaults_over_several_rounds(name, seed, num_rounds):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("name", SERVER_OPTIMIZERS)
-def test_what_is_remembered_survives_a_file_to_the_last_bit(name, dtype, tmp_path):
+def test_what_is_remembered_survives_a_file_bit_for_bit(name, dtype, tmp_path):
     generator = seeded()
     state = ravan_state(generator, dtype)
     updates = [[client(ravan_state(generator, dtype), i + 1, i) for i in range(3)] for _ in range(3)]
@@ -145,7 +145,7 @@ def test_moments_of_one_optimizer_are_not_taken_for_those_of_another():
     assert torch.equal(round_to(3.0, 1.0, "fedyogi", {}, remembered).state["w"], fresh.state["w"])
 
 
-def test_the_server_state_of_another_adapter_is_told():
+def test_the_server_state_of_another_adapter_is_reported():
     remembered = round_to(3.0, 1.0, "fedavgm").server_state
     update = ClientUpdate({"w": torch.ones(2)}, 1)
     with pytest.raises(
@@ -230,7 +230,7 @@ def test_options_out_of_range(optimizer, options, message):
         round_to(2.0, 1.0, optimizer, options)
 
 
-def test_unknown_optimizers_and_options_are_told_with_those_that_exist():
+def test_unknown_optimizers_and_options_are_refused_with_those_that_exist():
     with pytest.raises(ValueError, match="no server optimizer 'adam'. Choose one of: fedavgm, fedadam, fedyogi"):
         round_to(2.0, 1.0, "adam")
     with pytest.raises(TypeError, match="'fedavgm' has no option 'beta_1'. Its options are: learning_rate, momentum"):

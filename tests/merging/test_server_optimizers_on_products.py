@@ -169,7 +169,7 @@ def test_clients_that_did_not_move_leave_the_product(method, kind, optimizer):
         torch.testing.assert_close(product(target, result.state), product(target, state), atol=1e-5, rtol=1e-5)
 
 
-def test_a_step_beyond_the_dtype_is_told_by_name():
+def test_a_step_beyond_the_dtype_is_reported_by_name():
     start = lora_start(LINEAR, 7, 9, 3)
     step = ServerStep("fedavgm", {"learning_rate": 1e300})
     with pytest.raises(

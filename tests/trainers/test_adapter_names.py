@@ -101,7 +101,7 @@ def test_the_best_adapter_is_loaded_at_the_end(tmp_path, name):
     assert not torch.equal(logits(last), logits(trainer.model))
 
 
-def test_a_best_adapter_that_was_deleted_is_told(tmp_path, monkeypatch):
+def test_a_best_adapter_that_was_deleted_is_reported(tmp_path, monkeypatch):
     class Delete(FederatedCallback):
         def on_save(self, args, state, control, **kwargs):
             shutil.rmtree(tmp_path / f"checkpoint-{state.global_step}")

@@ -66,7 +66,7 @@ def run(tmp_path, adapter=None, callbacks=(), **kwargs):
 
 
 @pytest.mark.parametrize("head_selection", HEAD_SELECTIONS)
-def test_a_budget_of_all_heads_is_no_budget_to_the_last_bit(tmp_path, head_selection):
+def test_a_budget_of_all_heads_is_no_budget_bit_for_bit(tmp_path, head_selection):
     few = {"partition": "dirichlet", "num_clients": 2, "max_steps": 2}
     without = run(tmp_path, **few)
     for head_allocation in ("layer", "global"):
@@ -158,7 +158,7 @@ def test_a_head_is_averaged_over_the_clients_that_trained_it(tmp_path):
 
 
 @pytest.mark.parametrize("head_selection", HEAD_SELECTIONS)
-def test_runs_with_budgets_can_be_repeated_to_the_last_bit(tmp_path, head_selection):
+def test_runs_with_budgets_can_be_repeated_bit_for_bit(tmp_path, head_selection):
     runs = []
     for garbage in (1, 2):
         torch.manual_seed(garbage)
@@ -397,7 +397,7 @@ def test_a_server_optimizer_leaves_heads_alone_that_nobody_trained(tmp_path):
         (ravan(), {"head_allocation": "model"}, "`head_allocation` must be one of layer, global, got 'model'"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_is_told_before_the_run(tmp_path, adapter, budgets, message):
+def test_invalid_settings_are_refused_before_the_run(tmp_path, adapter, budgets, message):
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, adapter, **budgets)
 

@@ -50,7 +50,7 @@ def test_a_client_without_a_number_is_not_left_out_in_silence():
         client_statistics([])
 
 
-def test_of_a_loss_less_is_better():
+def test_a_smaller_loss_is_better():
     figures = summarize_clients(pd.DataFrame({"examples": [5, 7], "loss": [1.0, 3.0], "accuracy": [0.5, 0.75]}))
     assert figures["eval_clients_worst_loss"] == 3.0 and figures["eval_clients_worst_accuracy"] == 0.5
     assert figures["eval_clients_mean_accuracy"] == 0.625 and not any("examples" in name for name in figures)

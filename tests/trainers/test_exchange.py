@@ -142,7 +142,7 @@ def test_fields_that_are_not_what_they_should_be_are_refused(change, message):
         ClientReply.from_bytes(data)
 
 
-def test_a_field_that_is_missing_is_told():
+def test_a_field_that_is_missing_is_reported():
     data = rewritten(example(), lambda fields: {k: v for k, v in fields.items() if k != "attempt"})
     with pytest.raises(MessageError, match="lacks the field 'attempt'"):
         ClientReply.from_bytes(data)

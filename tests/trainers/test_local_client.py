@@ -51,7 +51,7 @@ def by_hand(clients: dict[str, LocalClient], state, num_rounds: int, as_bytes: b
 @pytest.mark.parametrize(
     "options", [{}, {"scaffold": True, "local_parameters": ["classifier"], "optim": "sgd"}], ids=str
 )
-def test_clients_that_do_not_know_of_each_other_come_to_what_a_federated_trainer_does(tmp_path, adapter, options):
+def test_independent_clients_give_the_same_result_as_a_federated_trainer(tmp_path, adapter, options):
     trainer = make_trainer(tmp_path / "one", adapter(), seed=3, clients_per_round=2, num_rounds=3, **options)
     state = {n: t for n, t in adapter_state(trainer).items() if not (options and "classifier" in n)}
     settings = ClientSettings(tuple(options.get("local_parameters", ())))
@@ -129,7 +129,7 @@ def test_a_trainer_is_as_before_after_a_task(tmp_path):
     assert not {"create_optimizer", "create_scheduler", "log", "floating_point_ops"} & set(vars(trainer))
 
 
-def test_a_task_is_done_again_to_the_last_bit(tmp_path):
+def test_a_task_is_repeated_bit_for_bit(tmp_path):
     client = alone(tmp_path, classification_dataset(40))
     task = task_of(client, max_steps=2)
     first, second = client.train(task), client.train(task)
@@ -154,7 +154,7 @@ def test_what_goes_wrong_is_said_in_the_reply(tmp_path):
     assert "longer than `client_timeout`" in slow.train(task_of(slow)).failure
 
 
-def test_who_has_to_keep_something_needs_a_store(tmp_path):
+def test_a_client_that_keeps_state_needs_a_store(tmp_path):
     settings = ClientSettings(("classifier",))
     client = alone(tmp_path, classification_dataset(40), settings=settings)
     state = client.take_start()

@@ -96,7 +96,7 @@ def check_no_process_leaves_its_group_behind(two: Path) -> None:
     assert {path.name for path in two.glob("left-*")} == {"left-0", "left-1"}
 
 
-def test_two_processes_come_to_what_one_does(tmp_path):
+def test_two_processes_give_the_same_results_as_one(tmp_path):
     # one test, since to launch processes takes longer than all that they run, and several tests may go to several workers
     one, two = tmp_path / "one", tmp_path / "two"
     one.mkdir(), two.mkdir()

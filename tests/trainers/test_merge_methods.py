@@ -180,7 +180,7 @@ def test_the_card_names_the_server_optimizer(tmp_path, server_optimizer):
 
 
 @pytest.mark.parametrize("adapter", [ravan, lora])
-def test_a_method_that_does_not_suit_the_adapter_is_told_by_what_does(tmp_path, adapter):
+def test_a_method_that_does_not_suit_the_adapter_is_refused_with_what_does(tmp_path, adapter):
     merge_method, message = ("fedit", "method='ravan'") if adapter is ravan else ("fed_sb", "num_heads=1")
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, adapter(), merge_method=merge_method, max_steps=1).train()
@@ -194,7 +194,7 @@ def test_a_method_that_does_not_suit_the_adapter_is_told_by_what_does(tmp_path, 
         ({"merge_method": "flora"}, "'flora'` changes the base model or the rank"),
     ],
 )
-def test_what_cannot_run_is_told_before_the_run(tmp_path, options, message):
+def test_what_cannot_run_is_refused_before_the_run(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         arguments(tmp_path, **options)
 

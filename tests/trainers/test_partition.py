@@ -240,6 +240,6 @@ def stream():
         ),
     ],
 )
-def test_what_cannot_be_split_is_told(dataset, fields, message):
+def test_what_cannot_be_split_is_refused(dataset, fields, message):
     with pytest.raises(ValueError, match=message):
         make_clients(dataset, args(**fields))

@@ -257,7 +257,7 @@ def test_what_was_kept_in_a_round_that_does_not_count_is_deleted_with_the_next(t
     assert sorted(path.name for path in tmp_path.rglob("round-*")) == ["round-1.safetensors", "round-3.safetensors"]
 
 
-def test_a_full_disk_is_told_apart_from_a_failing_client(tmp_path, monkeypatch):
+def test_a_full_disk_is_distinguished_from_a_failing_client(tmp_path, monkeypatch):
     def full(tensors, path):
         path.write_bytes(b"half")
         raise SafetensorError("I/O error: No space left on device (os error 28)")

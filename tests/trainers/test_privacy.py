@@ -157,12 +157,12 @@ def test_it_can_be_given_as_itself_as_a_dict_or_as_json():
         (1.0, TypeError, "a dict of its fields or JSON of these, got 1.0"),
     ],
 )
-def test_what_it_cannot_be_is_told(value, error, message):
+def test_invalid_values_are_reported(value, error, message):
     with pytest.raises(error, match=message):
         Privacy.parse(value)
 
 
-def test_that_the_accountant_is_missing_is_told(monkeypatch):
+def test_a_missing_accountant_is_reported(monkeypatch):
     monkeypatch.setitem(sys.modules, "dp_accounting", None)
     with pytest.raises(ImportError, match=r"pip install 'peft-ravan\[privacy\]'"):
         private_rounds(noise_multiplier=3.21)

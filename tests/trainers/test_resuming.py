@@ -66,7 +66,7 @@ def test_a_resumed_run_is_the_uninterrupted_run(tmp_path, adapter, after, option
         assert_same(first, second)
 
 
-def test_after_kill_at_any_point_the_run_goes_on_to_the_last_bit(tmp_path):
+def test_after_a_kill_at_any_point_the_run_resumes_bit_for_bit(tmp_path):
     whole = resumable_trainer(tmp_path / "whole")
     whole.train()
     gradient_svd = RavanConfig(r=2, num_heads=2, init_bases="gradient_svd", task_type="SEQ_CLS")

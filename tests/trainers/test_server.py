@@ -81,7 +81,7 @@ def test_a_reply_is_asked_for_when_the_one_before_is_merged():
     assert asked == list(SIZES)
 
 
-def test_who_does_not_reply_has_failed(caplog):
+def test_a_client_that_does_not_reply_has_failed(caplog):
     server = make_server()
     north, south, west = server.open(1)
     record = server.close(1, [upload(north, 1.0), ClientReply.to(west, failure="RuntimeError: out of paper")])
@@ -200,7 +200,7 @@ def test_the_control_variate_moves_by_those_who_were_merged():
     assert torch.equal(server.open(2)[0].control["p"], torch.tensor([1.0]))
 
 
-def test_budgets_are_told_to_the_clients():
+def test_budgets_are_sent_to_the_clients():
     server = make_server(heads=HeadSettings(0.5, "gradient", "global"), client_budgets=dict.fromkeys(SIZES, 0.5))
     choices = [task.heads for task in server.open(1)]
     assert all(choice == HeadChoice(0.5, "gradient", "global", choice.seed) for choice in choices)

@@ -194,7 +194,7 @@ def test_a_client_of_whose_data_nothing_is_left_fails_alone(tmp_path, tokenizer)
     assert trainer.train_dataset.keys() == {"good", "long"} and trainer.args.seed == 42
 
 
-def test_what_cannot_be_prepared_is_told_before_the_run(tmp_path, tokenizer):
+def test_what_cannot_be_prepared_is_refused_before_the_run(tmp_path, tokenizer):
     with pytest.raises(ValueError, match="Unsupported truncation mode: keep_middle"):
         sft(tmp_path, tokenizer, texts(range(20)), truncation_mode="keep_middle")
     with pytest.raises(ValueError, match="`partition_column` names 'role', but the data set has the columns"):

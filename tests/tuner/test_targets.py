@@ -193,7 +193,7 @@ def test_weights_that_kernels_read_by_themselves_are_refused():
     assert adapted_layers(get_peft_model(model, RavanConfig(target_modules=["in_proj"], **SMALL)))
 
 
-def test_patterns_that_match_no_target_are_told():
+def test_patterns_that_match_no_target_are_reported():
     fields = {"target_modules": ["q_proj"], "r": 2, "num_heads": 2}
     with pytest.warns(RuntimeWarning, match=r"heads_pattern keys did not match any targeted module .*: \['k_proj'\]"):
         get_peft_model(tiny_llama(), RavanConfig(heads_pattern={"k_proj": 3, r"0\.self_attn\.q_proj": 1}, **fields))

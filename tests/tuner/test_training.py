@@ -39,7 +39,7 @@ def assert_same(first, second):
         torch.testing.assert_close(first[name], second[name], msg=name, atol=0, rtol=0)
 
 
-def test_trainer_resumes_to_the_last_bit(tmp_path):
+def test_trainer_resumes_bit_for_bit(tmp_path):
     def train(folder, **kwargs):
         model = get_peft_model(tiny_bert(), RavanConfig(r=3, num_heads=2, task_type="SEQ_CLS"))
         trainer = Trainer(model, arguments(folder), train_dataset=classification_dataset())
