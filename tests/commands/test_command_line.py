@@ -1,4 +1,4 @@
-"""The command line as it is typed: help, exit codes, errors in one line, and the commands that look into adapters."""
+"""The command line: help, exit codes, one-line errors, and the commands that inspect adapters."""
 
 import json
 import os
@@ -68,7 +68,7 @@ def test_debug_shows_the_traceback(place):
 
 
 def test_a_full_disk_is_reported_and_nothing_is_left_behind(place):
-    # files above this size are refused, as they are where there is no room; that needs no disk
+    # files above this size are refused, which simulates a full disk
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
 

@@ -1,4 +1,4 @@
-"""What people type by mistake: each is told in one line, and leaves nothing behind."""
+"""Mistakes on the command line: each is reported in one line, and leaves nothing behind."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""`peft-ravan train`: the model, the data, the adapter and the arguments in one file, and on the line."""
+"""`peft-ravan train`: the model, the data, the adapter and the arguments, in a file and on the command line."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""FedAvg and Ravan's average: explicit numbers, and equality with the mean of the dense weights."""
+"""FedAvg and Ravan's average: explicit numbers, and agreement with the mean of the dense weights."""
 
 import hypothesis.strategies as st
 import torch

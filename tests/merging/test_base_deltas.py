@@ -1,4 +1,4 @@
-"""Exact merges in real PEFT models, against the weights that PEFT itself makes of every client's adapter."""
+"""Exact merges in real PEFT models, compared with the weights that PEFT itself computes for every client's adapter."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from ..conftest import randomize_adapter, tiny_bert, tiny_gpt2
 
 
 class Mixed(nn.Module):
-    """One of each layer that LoRA adapts and that keeps its weight in another way."""
+    """One layer of each type that LoRA adapts and that stores its weight in a different way."""
 
     def __init__(self):
         super().__init__()

@@ -12,7 +12,7 @@ HEAD = "model.classifier.weight"
 def planted_updates(
     num_clients: int = 40, shift: float = 0.0
 ) -> tuple[list[ClientUpdate], torch.Tensor, torch.Tensor]:
-    """Clients that share a direction and have, each, a few entries of their own. Returns mean(L) and mean(S), too."""
+    """Clients with a common direction and a few entries of their own. Also returns mean(L) and mean(S)."""
     generator = torch.Generator().manual_seed(0)
     common = torch.randn(2000, generator=generator)
     strength = 1 + 0.2 * torch.randn(num_clients, generator=generator)

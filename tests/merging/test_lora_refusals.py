@@ -1,4 +1,4 @@
-"""What the methods for LoRA refuse, and how they say so."""
+"""The refusals of the methods for LoRA, and their messages."""
 
 import pytest
 import torch

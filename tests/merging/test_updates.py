@@ -1,4 +1,4 @@
-"""Uploads that do not fit are refused by name, before anything is merged."""
+"""Uploads that do not fit are refused with the name of the client, before anything is merged."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Mistakes in the data are told before the first round, or once for all clients, and not as failures of clients."""
+"""Mistakes in the data are reported before the first round, or once for all clients, not as failures of clients."""
 
 import datasets
 import numpy as np
@@ -190,7 +190,7 @@ def test_other_failures_are_tried_again(tmp_path, errors):
 
 
 def test_a_client_with_other_data_may_succeed(tmp_path):
-    """Once a client has succeeded, errors are those of clients."""
+    """Once a client has succeeded, errors count as failures of clients."""
 
     def client_fault(client, round_number, update):
         if round_number == 2:

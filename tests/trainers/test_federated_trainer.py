@@ -74,7 +74,7 @@ def test_a_run_can_be_repeated_bit_for_bit(tmp_path):
 
 
 def test_the_global_adapter_is_the_mean_of_dense_weights(tmp_path):
-    """Merging, then computing the weight, is the mean of the clients' weights: for Ravan, but not for LoRA."""
+    """The weight of the merged adapter is the mean of the clients' weights for Ravan, but not for LoRA."""
 
     class Weights(FederatedCallback):
         def __init__(self):
@@ -155,7 +155,7 @@ def test_afterwards_every_scaling_is_one_and_the_model_holds_the_last_merge(tmp_
 
 
 class StartingPoints(FederatedCallback):
-    """Remembers what each client starts from, and checks that its optimizer is fresh."""
+    """Records the state that each client starts from, and checks that its optimizer is fresh."""
 
     def __init__(self):
         self.adapters, self.rounds, self.rates = [], 0, []
@@ -197,7 +197,7 @@ EVENTS = (
 
 
 class Events(FederatedCallback):
-    """Counts what it is told."""
+    """Counts the events that it receives."""
 
     def __init__(self):
         self.counts = dict.fromkeys(EVENTS, 0)

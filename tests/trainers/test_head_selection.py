@@ -1,4 +1,4 @@
-"""Budgets of clients and the choice of heads, as pure functions."""
+"""Budgets of clients and the selection of heads, as pure functions."""
 
 from decimal import ROUND_HALF_UP, Decimal
 
@@ -186,7 +186,7 @@ def test_planted_heads_are_found():
         "a": [False, True, False, True],
         "b": [True, False, False, True],
     }
-    # over all targets together, the poor one gets what the rich one leaves
+    # over all targets together, the one with low scores gets what the other leaves
     assert as_lists(select_heads(scores, 0.25, 0, "global")) == {"a": [False, True, False, True], "b": [False] * 4}
     assert as_lists(select_heads(scores, 0.01, 0, "global")) == {"a": [False, True, False, False], "b": [False] * 4}
     # a head of "a" costs 10 of 44 parameters: one of them fits into half of these, and all of "b"

@@ -1,4 +1,4 @@
-"""What travels between server and clients, and what must not leak from one client to the next."""
+"""What is sent between server and clients, and what must not leak from one client to the next."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A client around any Trainer, with its own data only."""
+"""A client around any Trainer, with only its own data."""
 
 import copy
 
@@ -24,14 +24,14 @@ from .helpers import adapter_state, arguments, assert_same, lora, make_trainer, 
 
 
 def alone(folder, dataset, adapter=None, settings=None, store=None, **kwargs) -> LocalClient:
-    """A client in a process that has neither the data of others nor their number; `num_clients` is not looked at."""
+    """A client in a process that knows neither the data nor the number of the others; `num_clients` is not used."""
     args = arguments(folder, **{"num_clients": 20, **kwargs})
     trainer = Trainer(get_peft_model(tiny_bert(), adapter or ravan()), args, train_dataset=dataset)
     return LocalClient(trainer, store, settings=settings)
 
 
 def by_hand(clients: dict[str, LocalClient], state, num_rounds: int, as_bytes: bool = False, **settings) -> Server:
-    """A federation without a FederatedTrainer: a server, and clients that do not know of each other."""
+    """A federation without a FederatedTrainer: a server and independent clients."""
     sizes = {name: len(client.trainer.train_dataset) for name, client in clients.items()}
     config = next(iter(clients.values())).trainer.model.active_peft_config
     server = Server(ServerSettings(sizes, MergeSettings().of(config), **settings), ServerState(state))
@@ -77,7 +77,7 @@ def test_independent_clients_give_the_same_result_as_a_federated_trainer(tmp_pat
 
 
 class OverBytes(Runner):
-    """Sends every task and every reply, and counts what it sends."""
+    """Sends every task and every reply as bytes, and counts them."""
 
     def __init__(self):
         self.down = self.up = 0
@@ -165,7 +165,7 @@ def test_a_client_that_keeps_state_needs_a_store(tmp_path):
 
 
 def test_a_federated_trainer_has_the_clients_it_was_given_and_a_local_client_needs_none(tmp_path):
-    """The number of clients is that of the federation; a process with one of them is no federation."""
+    """`num_clients` is the number in the federation; a process with a single client is not a federation."""
     one = {"north": classification_dataset(20)}
     args = FederatedArguments(str(tmp_path), num_clients=20, report_to="none", use_cpu=True, max_steps=1)
     with pytest.raises(ValueError, match="`num_clients` is 20, but the data has 1 clients"):

@@ -1,4 +1,4 @@
-"""What is other than before when a run goes on is told: arguments, configurations, and the data of each client."""
+"""A resumed run reports what has changed: arguments, configurations, and the data of each client."""
 
 import dataclasses
 import random
@@ -42,7 +42,7 @@ def facts(tmp_path, **kwargs):
         ({"head_selection": "weight"}, "head_selection ('random', now 'weight')"),
         ({"server_optimizer": "fedadam"}, "server_optimizer (None, now 'fedadam')"),
         ({"merge_method": "fedrpca"}, "merge_method ('ravan', now 'fedrpca')"),
-        ({"merge_method": "ravan"}, ""),  # which it was before
+        ({"merge_method": "ravan"}, ""),  # the same as before
         ({"seed": 3, "federated_seed": 42}, "seed (42, now 3)"),
         ({"adapter": dataclasses.replace(ravan(), ravan_dropout=0.1)}, "adapter.ravan_dropout (0.0, now 0.1)"),
     ],
@@ -180,7 +180,7 @@ def test_data_is_looked_at_as_it_was_given():
 
 
 class Augmented(Dataset):
-    """Examples with noise that comes from where the method says."""
+    """Examples with noise from a given source."""
 
     def __init__(self, noise, seed=0):
         self.noise, self.seed = noise, seed
@@ -232,7 +232,7 @@ def test_data_of_other_kinds():
     assert changed(parts(tensors), parts(same)) == [] and len(changed(parts(tensors), parts(other))) == 4
     assert changed({"a": Subset(tensors, [1, 2])}, {"a": Subset(tensors, [1, 3])}) == ["a"]
     assert changed({"a": [{"x": {3, 1}}]}, {"a": [{"x": {1, 3}}]}) == []
-    assert changed({"a": [object()]}, {"a": [object()]}) == []  # of which nothing can be said but the class
+    assert changed({"a": [object()]}, {"a": [object()]}) == []  # only the class can be compared
     stream = datasets.IterableDataset.from_generator(lambda: iter([{"x": 1}]))
     assert client_fingerprints({"a": stream}) == {"a": None}
 

@@ -1,4 +1,4 @@
-"""The server, driven by replies that are made by hand: no Trainer, no model."""
+"""The server, driven by hand-made replies: no Trainer, no model."""
 
 from dataclasses import replace
 
@@ -147,7 +147,7 @@ def test_a_round_with_too_few_clients_is_opened_again_with_others():
     assert server.state is state
     second = server.open(1)
     assert [task.attempt for task in second] == [2, 2, 2] and first[0].client not in {task.client for task in second}
-    late = ClientReply.to(first[1], **reply)  # of the attempt before
+    late = ClientReply.to(first[1], **reply)  # from the previous attempt
     with pytest.raises(RoundFailedError, match="fewer than 3 clients .* in each of 2 attempts"):
         server.close(1, [late, *(ClientReply.to(task, failure="OSError: gone") for task in second)])
     assert server.state is state
@@ -275,7 +275,7 @@ def test_round_zero_takes_the_means_of_what_clients_send():
     ]
     mean = round_zero.close(head, replies)
     assert mean["head"].item() == 1.0
-    [task] = round_zero.open("sketch", mean)  # who has failed is not asked again
+    [task] = round_zero.open("sketch", mean)  # a failed client is not asked again
     assert (task.client, task.purpose, task.max_steps, task.rank) == (tasks[0].client, "sketch", 3, 4)
     like = {"sketch": torch.zeros(2)}
     mean = round_zero.close(like, [ClientReply.to(task, update={"sketch": torch.ones(2)}, num_examples=10)])

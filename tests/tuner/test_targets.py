@@ -1,4 +1,4 @@
-"""Which modules are adapted, where adapters are there already, and where a pattern or a size comes from a stranger."""
+"""The modules that are adapted, also with existing adapters, and with patterns or sizes from an untrusted source."""
 
 import json
 import time
@@ -20,7 +20,7 @@ from ..conftest import tiny_bert, tiny_llama
 
 
 SMALL = {"r": 2, "num_heads": 2}
-# of the forms that PEFT matches: none of them ends in a lifetime
+# patterns that PEFT would match; none of them finishes in a reasonable time
 ENDLESS = {
     "target_modules": r"(([a-z_.]+)+)+X",
     "exclude_modules": r"([\w.]*)*X",

@@ -1,4 +1,4 @@
-"""Training only some heads, against the same heads where all are trained."""
+"""Training only some heads, compared with the same heads when all are trained."""
 
 import copy
 import itertools
@@ -215,7 +215,7 @@ def test_a_trainer_trains_some_heads(tmp_path):
     assert all(not torch.equal(state[name][0], start[name][0]) for name in cores)
 
 
-# ---- What others see ----------------------------------------------------------------
+# ---- Interaction with other features -------------------------------------------------
 
 
 def test_what_is_saved_has_all_heads_with_the_trained_values(tmp_path):
@@ -305,7 +305,7 @@ def test_targets_without_a_trained_head_train_nothing():
     assert sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) == 0
 
 
-# ---- What is refused ----------------------------------------------------------------
+# ---- Refusals -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Ravan where people train: Trainer, TRL, several processes, torch.compile."""
+"""Training with Ravan: Trainer, TRL, several processes, torch.compile."""
 
 import importlib.util
 import os
@@ -123,7 +123,7 @@ def test_the_layer_compiles_without_graph_breaks(num_tokens):
         torch.nn.Sequential(torch.nn.Linear(32, 32)), RavanConfig(r=4, num_heads=2, target_modules=["0"])
     )
     randomize_adapter(model)
-    # the eager backend traces as any other does, and needs no compiler
+    # the eager backend traces like any other, and needs no compiler
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     x = torch.randn(num_tokens, 32)
     torch.testing.assert_close(compiled(x), model(x))
