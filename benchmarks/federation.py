@@ -1,14 +1,14 @@
 """
-What a federation costs beyond the training of its clients: time, memory and bytes.
+The overhead of a federation over the training of its clients: time, memory and bytes.
 
-- A round against the bare training loops of its clients: the same model, batches, clipping and a fresh AdamW for each
-  client, in plain PyTorch. The bare loops run after the clients and before them in turn, so that what else the machine
-  does meets both alike, and must end with the same training loss to 1 %, so that both did the same work.
-- Memory with few and with many clients, of which as many train in a round, and over many rounds.
-- Thousands of clients, and the bytes that a client uploads against the parameters that it trains.
+- A round compared with the bare training loops of its clients: the same model, batches, clipping and a fresh AdamW for
+  each client, in plain PyTorch. The bare loops run alternately after and before the clients, so that other load on the
+  machine affects both alike. Their training losses must agree to 1 %, which shows that both did the same work.
+- Memory with few and with many clients, with the same number of clients per round, and over many rounds.
+- Thousands of clients, and the bytes that a client uploads compared with the parameters that it trains.
 
-Memory is that of a process of its own for each measurement, as Linux counts it in /proc/self/status: VmHWM is the peak of
-what is resident, VmRSS what is now. The training data is on disk and mapped into memory, as `load_dataset` leaves it.
+Each measurement of memory runs in its own process and reads /proc/self/status on Linux: VmHWM is the peak of the
+resident memory, VmRSS its current value. The training data is on disk and memory-mapped, as with `load_dataset`.
 
     python benchmarks/federation.py --threads 1 --plot federation.png
 """
@@ -76,7 +76,7 @@ def bert(hidden_size: int, num_layers: int, tokens: int) -> BertForSequenceClass
 
 
 def realistic_model(args: argparse.Namespace) -> torch.nn.Module:
-    """By default of the shape of MiniLM-L6."""
+    """A model with the shape of MiniLM-L6 by default."""
     if args.model is None:
         return bert(384, 6, args.tokens)
     return AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=NUM_LABELS)
@@ -87,7 +87,7 @@ def with_ravan(model: torch.nn.Module, **kwargs) -> PeftModel:
 
 
 def write_dataset(folder: str, num_examples: int, tokens: int) -> datasets.Dataset:
-    """Random tokens, which cost as much as any others, on disk."""
+    """Write random tokens, which cost as much as any others, to disk."""
     rng = np.random.default_rng(0)
     columns = {
         "input_ids": rng.integers(0, VOCAB_SIZE, (num_examples, tokens)),
@@ -116,16 +116,16 @@ def quiet_trainer(
 
 
 def now() -> np.ndarray:
-    """Seconds by the clock on the wall, and of the processor, on which other programs on the machine take no time."""
+    """Seconds of wall-clock time, and of processor time, which does not include other programs on the machine."""
     return np.array([time.perf_counter(), time.process_time()])
 
 
 class Stopwatch:
-    """The seconds spent in some functions, without those in other such functions that they call."""
+    """The seconds spent in watched functions, without the time in other watched functions that they call."""
 
     def __init__(self):
         self.seconds: Counter[str] = Counter()
-        self._open: list[np.ndarray] = []  # for each function that runs, the seconds in those that it called
+        self._open: list[np.ndarray] = []  # for each running function, the seconds in the functions that it called
 
     @contextlib.contextmanager
     def measure(self, name: str) -> Iterator[None]:
@@ -151,7 +151,7 @@ class Stopwatch:
 
 
 class BareLoops(FederatedCallback):
-    """Trains each client a second time, without any Trainer, and keeps the seconds of both by round."""
+    """Trains each client a second time, without a Trainer, and records the seconds of both by round."""
 
     def __init__(self, watch: Stopwatch):
         self.watch = watch
@@ -161,7 +161,7 @@ class BareLoops(FederatedCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.adapter = LiveAdapter(self.trainer.model)
-        # the first batches of a process take longer, since memory is made for them
+        # the first batches of a process take longer, since memory is allocated for them
         first = next(iter(self.trainer.clients.values()))
         few = first.select(range(min(len(first), 2 * args.train_batch_size)))
         train_bare(self.trainer.model, few, args, seed=0)
@@ -200,7 +200,7 @@ class BareLoops(FederatedCallback):
         self.rounds.append({"round": total, "bare": self.bare_seconds, **parts, **rest})
         self.watch.seconds.clear()
         loss = statistics.fmean(self.losses)  # clients have the same number of examples
-        # not closer: after 10 steps, losses have been seen to differ by more than 1e-4 of them
+        # no tighter tolerance: after 10 steps, relative differences of more than 1e-4 have been observed
         assert abs(loss - record["train_loss"]) < 1e-2 * loss, (
             f"bare loops have a loss of {loss}, not that of {record}"
         )
@@ -210,7 +210,7 @@ class BareLoops(FederatedCallback):
 def train_bare(
     model: torch.nn.Module, dataset: datasets.Dataset, args: FederatedArguments, seed: int
 ) -> tuple[float, np.ndarray]:
-    """The training of a client as one would write it down. Returns the mean loss and the seconds."""
+    """Train a client with a hand-written loop. Returns the mean loss and the seconds."""
     start = now()
     set_seed(seed)
     sampler = RandomSampler(dataset, generator=torch.Generator().manual_seed(seed))  # the order that Accelerate draws
@@ -268,7 +268,7 @@ def megabytes(name: str) -> float:
 
 
 class MemoryWatch(FederatedCallback):
-    """What is resident after each round."""
+    """Records the resident memory after each round."""
 
     def __init__(self):
         self.resident: list[float] = []
@@ -280,7 +280,7 @@ class MemoryWatch(FederatedCallback):
 def measure_clients(
     args: argparse.Namespace, folder: str, num_clients: int, clients_per_round: int, num_rounds: int
 ) -> dict[str, Any]:
-    """A federation with a tiny model, so that memory is that of the clients, and time that of what is around the steps."""
+    """Run a federation with a tiny model, so that the clients dominate the memory, and the overhead the time."""
     dataset = write_dataset(f"{folder}/data", num_clients * args.examples, 16)
     before = megabytes("VmRSS")
     arguments = federated_arguments(
@@ -325,7 +325,7 @@ def measure_upload(args: argparse.Namespace, folder: str) -> dict[str, Any]:
         counted = sum(
             parameter.numel()
             for parameter_name, parameter in model.named_parameters()
-            if parameter.requires_grad and ".ravan_s." not in parameter_name  # it travels within the product s*H
+            if parameter.requires_grad and ".ravan_s." not in parameter_name  # it is sent as part of the product s*H
         )
         trainer = quiet_trainer(model, arguments, train_dataset=dataset)
         trainer.train()
@@ -380,7 +380,7 @@ def summary(figures: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def overhead(figures: dict[str, Any], args: argparse.Namespace, clock: str = "processor") -> dict[str, float]:
-    """Milliseconds for each client, by part of a round, and what its steps take more than the bare loop."""
+    """Milliseconds per client for each part of a round, and the additional time of its steps over the bare loop."""
     seconds = dict(figures["round"][clock]["seconds"])
     del seconds["round"]
     seconds[MORE] = seconds.pop(STEPS) - seconds.pop("bare")
@@ -398,7 +398,7 @@ def plot(figures: dict[str, Any], args: argparse.Namespace) -> None:
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), width_ratios=(3, 2))
     seconds, parts = figures["round"]["processor"]["seconds"], overhead(figures, args)
-    del parts[MORE]  # a small difference of large times
+    del parts[MORE]  # a small difference of large numbers
     bars = left.barh(list(parts), list(parts.values()), color="#4c72b0")
     left.bar_label(bars, fmt="%.1f", padding=3)
     left.margins(x=0.15)
@@ -427,10 +427,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4, help="rounds that are timed")
     parser.add_argument("--clients", type=int, nargs=3, default=[10, 1000, 10000], help="few, many, and a crowd")
     parser.add_argument("--memory-rounds", type=int, default=200)
-    parser.add_argument("--examples", type=int, default=20, help="examples of a client where memory is measured")
+    parser.add_argument("--examples", type=int, default=20, help="examples of a client in memory measurements")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--plot", default=None, help="file for the plot")
-    parser.add_argument("--output", default=None, help="file for the figures as JSON")
+    parser.add_argument("--output", default=None, help="file for the results as JSON")
     args = parser.parse_args()
 
     few, many, crowd = args.clients

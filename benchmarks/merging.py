@@ -1,9 +1,10 @@
 """
-What a merge costs, and how it grows with the clients C and the entries n of a head.
+The cost of a merge, and how it grows with the number of clients C and the entries n of a head.
 
-The first table is a Ravan adapter of a model of about a billion parameters: 150 targets with 4 heads of rank 64. `ravan` is
-compared with reading the clients' tensors once from memory (their sum, tensor by tensor, and as one block), in the same run.
-The second has every method on one adapter: LoRA of rank 8 on 24 targets, or Ravan with the same number of parameters.
+The first table is for a Ravan adapter of a model with about a billion parameters: 150 targets with 4 heads of rank 64.
+`ravan` is compared with reading the clients' tensors once from memory (their sum, tensor by tensor and as one block),
+in the same run. The second table has all methods on one adapter: LoRA of rank 8 on 24 targets, or Ravan with the same
+number of parameters.
 
     python benchmarks/merging.py --plot merging.png
 """
@@ -24,7 +25,7 @@ from peft_ravan.merging import MERGE_METHODS, ClientUpdate, merge
 def ravan_updates(num_clients: int, num_targets: int, num_heads: int, r: int) -> list[ClientUpdate]:
     generator = torch.Generator().manual_seed(0)
     names = [f"base_model.model.layers.{index}.ravan_H" for index in range(num_targets)]
-    # what clients have in common, and what is their own: noise alone would be a strange case for robust PCA
+    # a part that clients have in common, and one of their own: noise alone would be an unusual case for robust PCA
     common = [torch.randn(num_heads, r, r, generator=generator) for _ in names]
     return [
         ClientUpdate(
@@ -60,7 +61,7 @@ def zeros_like(update: ClientUpdate) -> dict[str, torch.Tensor]:
 
 
 def seconds(function: Callable[[], object], repeats: int) -> float:
-    """The best of some runs, after one that warms up."""
+    """The best of several runs, after a warm-up run."""
     times = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
@@ -160,7 +161,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--plot", default=None, help="file for the plot of the growth")
-    parser.add_argument("--output", default=None, help="file for the figures as JSON")
+    parser.add_argument("--output", default=None, help="file for the results as JSON")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)

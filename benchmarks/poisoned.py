@@ -1,9 +1,9 @@
 """
-What attackers among the clients do to the accuracy, by merge method, with and without a limit to the norm of updates.
+The effect of attackers on the accuracy, by merge method, with and without a limit on the norm of updates.
 
-Ten clients hold the digits of the demo (`examples/federated_digits.py`), each with other shares of the digits, and adapt its
-vision transformer by Ravan; all take part in every round. Some of them train as the others do, and upload something else.
-Every run is written down when it is done, and none is run twice.
+Ten clients hold the digits of the demo (`examples/federated_digits.py`), each with a different distribution of digits,
+and adapt its vision transformer with Ravan. All of them take part in every round. Attackers train like the others, but
+upload something else. Each run is saved when it has finished, and is not repeated.
 
     python benchmarks/poisoned.py --output poisoned
     python benchmarks/poisoned.py --output poisoned --report
@@ -29,22 +29,22 @@ from peft_ravan.tuner.state import exchange_state
 
 
 NUM_CLIENTS, NUM_ROUNDS = 10, 12
-LAST_ROUNDS = 3  # whose accuracy is averaged
+LAST_ROUNDS = 3  # the accuracy is averaged over these
 NUM_ATTACKERS = (1, 2, 4)
 ATTACKS = ("scaled", "flipped", "reversed", "noise")
 METHODS = ("ravan", "fedrpca", "median", "trimmed_mean", "krum", "multi_krum")
 LIMITS = (None, "2*median")
-# what an attack makes of a change; noise has the norm of ten changes
+# the factor that an attack multiplies a change with; noise has ten times the norm of a change
 FACTORS = {"scaled": 100.0, "flipped": -1.0, "reversed": -10.0}
 NOISE = 10.0
 TITLES = {"scaled": "× 100", "flipped": "× −1", "reversed": "× −10", "noise": "noise"}
-# the share of clients that it is told to withstand
+# the share of clients to withstand
 OPTIONS = {"trimmed_mean": {"trim": 0.4}}
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run: who attacks and how, and what is done about it."""
+    """One run: the attack, the number of attackers, and the defense."""
 
     method: str
     limit: str | None
@@ -58,7 +58,7 @@ class Cell:
 
 
 class Attackers(FederatedCallback):
-    """Uploads in the place of some clients. Knows the state that a round has started from."""
+    """Replaces the uploads of some clients. Knows the state at the start of the round."""
 
     def __init__(self, cell: Cell):
         self.cell = cell
@@ -130,7 +130,7 @@ def run(cell: Cell, output: Path) -> float:
         model,
         args,
         train_dataset=train,
-        # attackers may say of themselves what they like
+        # attackers may claim any number of examples
         eval_dataset=digits.concatenate_datasets(
             [test[c] for c in test if c not in Cell("", None, "", 4, 0).attackers]
         ),
@@ -167,9 +167,9 @@ def report(records: list[dict]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0].strip())
-    parser.add_argument("--output", type=Path, default=Path("outputs/poisoned"), help="where runs are written down")
+    parser.add_argument("--output", type=Path, default=Path("outputs/poisoned"), help="folder for the results")
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--report", action="store_true", help="print the table of what has been run")
+    parser.add_argument("--report", action="store_true", help="print the table of the finished runs")
     options = parser.parse_args()
     digits.silence_libraries()
     torch.set_num_threads(1)

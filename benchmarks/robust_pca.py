@@ -1,21 +1,22 @@
 """
-What robust PCA costs, against `tensorly.decomposition.robust_pca`, on matrices of four kinds: rank 2 with 5 % of entries hit
-("planted"), a common column with noise, heavy-tailed and Gaussian entries. `tests/merging/test_robust_pca.py` compares the
-optimum with that of an independent iteration.
+The cost of robust PCA, compared with `tensorly.decomposition.robust_pca`, on four kinds of matrices: rank 2 with 5 %
+of the entries corrupted ("planted"), a common column with noise, heavy-tailed entries, and Gaussian entries.
+`tests/merging/test_robust_pca.py` compares the optimum with that of an independent iteration.
 
 tensorly solves `min sum_i reg_J ||J_i||_* + reg_E ||E||_1` with one J_i for each unfolding of a tensor. A matrix has two
-unfoldings, with the same singular values, so `reg_J = 1/2` and `reg_E = lambda` state the problem that is solved here.
-Its penalty starts at 1.25 / ||M||_2, which spares it iterations against its default. It gets float32 torch tensors: that
-backend is its faster one, by 2 to 3 times against numpy.
+unfoldings with the same singular values, so `reg_J = 1/2` and `reg_E = lambda` define the problem that is solved here.
+Its penalty starts at 1.25 / ||M||_2, which needs fewer iterations than its default. It gets float32 torch tensors,
+since that backend is 2 to 3 times faster than numpy.
 
-Both are asked for the same accuracy: an objective that is at most `--tol` above the optimum, for which our certified lower
-bound stands. The faster tensorly's penalty grows, the earlier it stops, and the farther from the optimum. It gets the
-largest growth of `GROWTHS` with which it comes there, in the time that this one run takes. It may run for `--budget` times
-our time. Where it does not come there, the table has the budget after a `>`, and the smallest excess that it had.
+Both must reach the same accuracy: an objective that is at most `--tol` above the optimum, for which our certified
+lower bound is used. The faster tensorly's penalty grows, the earlier it stops, and the farther from the optimum. It
+gets the largest growth of `GROWTHS` with which it reaches the accuracy, and the time is that of this one run. It may
+run for `--budget` times our time. If it does not reach the accuracy, the table shows the budget after a `>`, and the
+smallest excess that it reached.
 
-An adapter has a matrix for each of its modules, and `fedrpca` solves those of one shape together. So a row is of a batch, and
-has the time for one of it. tensorly takes them one by one, and gets the first. Memory is the peak of all tensors, with M,
-over the size of M.
+An adapter has a matrix for each of its modules, and `fedrpca` solves those of one shape together. Each row is
+therefore for a batch, and shows the time per matrix. tensorly handles one matrix at a time and gets the first one.
+Memory is the peak of all tensors, including M, relative to the size of M.
 
     python benchmarks/robust_pca.py --threads 1
     python benchmarks/robust_pca.py --recovery recovery.png
@@ -43,7 +44,7 @@ except ImportError:
 
 KINDS = ["planted", "common + noise", "heavy-tailed", "unstructured"]
 SHAPES = [(24, 5, 2), (24, 256, 5), (24, 1024, 10), (24, 1024, 50), (4, 12288, 10), (4, 12288, 50)]
-# by what tensorly's penalty grows, its default first, and the relative residual at which it stops
+# the growth factors of tensorly's penalty, its default first, and the relative residual at which it stops
 GROWTHS = [1.1, 1.05, 1.02, 1.01, 1.005, 1.002]
 STOP = 3e-7
 RANKS = [1, 2, 4, 6, 8, 12, 16, 20]
@@ -51,7 +52,7 @@ SHARES = [0.01, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5]
 
 
 def planted(n: int, C: int, rank: int = 2, share: float = 0.05, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """L of this rank, and L with this share of its entries hit."""
+    """L of this rank, and L with this share of its entries corrupted."""
     generator = torch.Generator().manual_seed(seed)
     L = torch.randn(n, rank, generator=generator) @ torch.randn(rank, C, generator=generator)
     M = torch.randn(n, C, generator=generator)
@@ -79,7 +80,7 @@ def error(found: torch.Tensor, right: torch.Tensor) -> float:
 
 
 def peak_memory(M: torch.Tensor) -> float:
-    """The largest sum of the tensors that exist while M is decomposed, M among them, over the size of M."""
+    """The peak size of all tensors that exist while M is decomposed, including M, relative to the size of M."""
     if M.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -93,7 +94,7 @@ def peak_memory(M: torch.Tensor) -> float:
 
 
 def time_ours(M: torch.Tensor, tol: float) -> tuple[float, tuple]:
-    """The best of some runs, as many as fit into a second."""
+    """The best of as many runs as fit into a second."""
     seconds, spent = [], 0.0
     while not seconds or (spent < 1 and len(seconds) < 20):
         start = time.perf_counter()
@@ -189,7 +190,7 @@ def compare(options: argparse.Namespace) -> list[dict]:
 
 
 def recovery(n: int, C: int, device: str) -> list[dict]:
-    """The error of L over rank and share of entries hit, the middle one of three seeds."""
+    """The error of L by rank and share of corrupted entries, the median over three seeds."""
     rows = []
     for rank in RANKS:
         for share in SHARES:
@@ -229,8 +230,8 @@ def main() -> None:
     parser.add_argument("--alone", action="store_true", help="leave out tensorly")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, help="write the figures to this JSON file")
-    parser.add_argument("--recovery", type=Path, metavar="FILE", help="only draw where planted matrices are recovered")
+    parser.add_argument("--output", type=Path, help="write the results to this JSON file")
+    parser.add_argument("--recovery", type=Path, metavar="FILE", help="only plot where planted matrices are recovered")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
 

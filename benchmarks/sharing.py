@@ -1,6 +1,7 @@
 """
-What an adapter costs to share: the sizes of its files with the bases, without them and as a LoRA twin, and by how much the
-twin's logits differ. Models are of random weights, one for nn.Linear (Llama) and one for Conv1D (GPT-2).
+The cost of sharing an adapter: the sizes of its files with the bases, without them and as a LoRA twin, and the
+difference of the twin's logits. The models have random weights, one with nn.Linear (Llama) and one with Conv1D
+(GPT-2).
 
     python benchmarks/sharing.py
 """
@@ -38,7 +39,7 @@ def file_size(folder: Path) -> int:
 
 
 def adapted(base: nn.Module, dtype: torch.dtype, **kwargs) -> PeftModel:
-    """A model whose adapter moves the weights by about a tenth of their norm."""
+    """A model whose adapter changes the weights by about a tenth of their norm."""
     autocast = dtype == torch.float32
     config = RavanConfig(num_heads=4, task_type="CAUSAL_LM", target_modules=["q_proj", "c_attn"], **kwargs)
     model = get_peft_model(base.to(dtype), config, autocast_adapter_dtype=autocast).eval()

@@ -1,9 +1,9 @@
 """
-What a training step of Ravan costs, against LoRA at equal trained parameters, full fine-tuning of the same layers, one
-chain of products per head, and training half of the heads.
+The cost of a training step of Ravan, compared with LoRA with the same number of trained parameters, full fine-tuning
+of the same layers, one chain of products per head, and training half of the heads.
 
-The model is a stack of square linear layers with an activation between, all of them adapted: what an adapter costs most
-in. A step is a forward and a backward pass. All ratios are taken in one run on one machine.
+The model is a stack of square linear layers with activations in between, all of them adapted. This is the worst case
+for an adapter. A step is a forward and a backward pass. All ratios are measured in one run on one machine.
 
     python benchmarks/tuner_step.py --width 768 --tokens 2048
 """

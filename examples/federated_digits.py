@@ -1,9 +1,9 @@
 """
 Twenty clients adapt a small vision transformer to handwriting it has not seen.
 
-The data are scikit-learn's 1,797 scanned digits (8 x 8 pixels), which come with the package. A vision transformer is
-pretrained centrally on a public part, which has only the digits 0 to 6, upright. The clients hold the rest: all ten
-digits, and their scanners turn every page by a quarter. They differ in which digits they have (Dirichlet, alpha = 0.3).
+The data consists of scikit-learn's 1,797 scanned digits (8 x 8 pixels), which come with the package. A vision
+transformer is pretrained centrally on a public part, which contains only the digits 0 to 6, upright. The clients hold
+the rest: all ten digits, rotated by 90 degrees. They differ in which digits they have (Dirichlet, alpha = 0.3).
 
 Three ways to adapt the model are compared, with equal uploads in every round: LoRA averaged by FedAvg, Ravan, and Ravan
 merged by FedRPCA.
@@ -22,8 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 
-# PEFT and transformers announce each other's renamed attributes to whoever uses both, and quantisation packages, if there
-# are any, what they do without a GPU
+# PEFT and transformers warn about each other's renamed attributes, and quantization packages about a missing GPU
 warnings.filterwarnings("ignore", category=FutureWarning)
 for noisy in ("bitsandbytes", "torch.utils._pytree", "torchao"):
     logging.getLogger(noisy).setLevel(logging.CRITICAL)
@@ -66,7 +65,7 @@ TARGET_MODULES = ["q_proj", "k_proj", "v_proj"]
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the comparison. Each target of 64 x 64 uploads 256 numbers a round, and all of them the head."""
+    """One row of the comparison. Each uploads 256 numbers per round for every target of 64 x 64, and the task head."""
 
     name: str
     adapter: PeftConfig
@@ -280,7 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     silence_libraries()
-    # a model this small is not faster on two cores, and so the figures do not depend on how many there are
+    # a model this small is not faster on two cores, and the results do not depend on their number this way
     torch.set_num_threads(1)
     console = Console()
 

@@ -1,12 +1,13 @@
 """
-Fine-tune a language model over speaking roles of Shakespeare, each a client that keeps its lines.
+Fine-tune a language model on the speaking roles of Shakespeare's plays. Each role is a client that keeps its lines.
 
     torchrun --nproc_per_node 2 examples/federated_sft.py --model MODEL --data DATA --output-dir outputs/roles
 
 MODEL is a causal language model on the Hub or in a folder, DATA a data set on the Hub or a folder of parquet files with the
-columns `client_id` ("play/ROLE") and `text`, and the splits train and test. With `--resume` a run that was interrupted goes
-on after its last complete round, and one that is finished goes on to more `--rounds`. On accelerators `accelerate launch
---num_processes 2` does the same, and plain `python` runs in one process. It needs `peft-ravan[plot,trl]`.
+columns `client_id` ("play/ROLE") and `text`, and the splits train and test. With `--resume` an interrupted run
+continues after its last complete round, and a finished one continues up to a larger number of `--rounds`. On
+accelerators, use `accelerate launch --num_processes 2` instead; plain `python` runs in one process. It needs
+`peft-ravan[plot,trl]`.
 """
 
 import argparse
@@ -29,17 +30,17 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True)
     parser.add_argument("--output-dir", default="outputs/roles")
-    parser.add_argument("--min-characters", type=int, default=10_000, help="of the training lines of a role")
+    parser.add_argument("--min-characters", type=int, default=10_000, help="in the training lines of a role")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--clients-per-round", type=int, default=10)
     parser.add_argument("--local-steps", type=int, default=10)
     parser.add_argument("--learning-rate", type=float, default=1e-2)
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
+    parser.add_argument("--resume", action="store_true", help="resume from the last checkpoint in the output folder")
     return parser.parse_args()
 
 
 def load_roles(data: str, min_characters: int) -> datasets.DatasetDict:
-    """The lines of the roles that speak enough."""
+    """Load the lines of the roles with enough text."""
     lines = datasets.load_dataset(data)
     characters = Counter()
     for role, text in zip(lines["train"]["client_id"], lines["train"]["text"], strict=True):

@@ -1,5 +1,5 @@
 """
-Fine-tune a text classifier in a federation of twenty clients with other shares of the labels.
+Fine-tune a text classifier in a federation of twenty clients with different label distributions.
 
     python examples/federated_text_classification.py --model MODEL --data DATA --output-dir outputs/federated-classifier
 
@@ -38,7 +38,7 @@ def main() -> None:
     base_model = AutoModelForSequenceClassification.from_pretrained(options.model, num_labels=labels.num_classes)
     model = get_peft_model(base_model, RavanConfig(r=16, num_heads=4, task_type="SEQ_CLS"))
     model.print_trainable_parameters()
-    # cores start at zero and take a larger rate than the new head
+    # cores start at zero and need a larger learning rate than the new head
     groups = optimizer_parameter_groups(model, learning_rate=3e-3, core_learning_rate=3e-2)
     args = FederatedArguments(
         options.output_dir,

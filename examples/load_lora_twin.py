@@ -1,10 +1,10 @@
 """
-Load the LoRA twin of a Ravan adapter with PEFT alone: peft-ravan need not be installed.
+Load the LoRA twin of a Ravan adapter with PEFT alone. peft-ravan need not be installed.
 
     python examples/load_lora_twin.py --adapter FOLDER_OR_HUB_ID --subfolder lora --prompt "Once upon a time"
 
-The base model is the one that the adapter names; `--model` gives another place to load it from. The twin is a plain LoRA
-adapter, so all that PEFT does with one works, such as to merge it into the base model.
+The base model is the one named in the adapter's configuration; `--model` loads it from somewhere else. The twin is a
+plain LoRA adapter, so everything that PEFT does with one works, such as merging it into the base model.
 """
 
 import argparse

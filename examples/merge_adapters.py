@@ -1,9 +1,9 @@
 """
-Merge adapters that three hospitals trained apart, each in its own folder or repository on the Hub.
+Merge adapters that three hospitals trained independently, each in its own folder or repository on the Hub.
 
     python examples/merge_adapters.py north south west --examples 120 80 300 --output-dir outputs/merged
 
-All must be Ravan adapters of one base model with the same `projection_seed`, or LoRA adapters. On the command line
+All of them must be LoRA adapters, or Ravan adapters of one base model with the same `projection_seed`. The command
 `peft-ravan merge` does the same.
 """
 
@@ -15,9 +15,9 @@ from peft_ravan.trainers.commands import MergeRequest, merge_adapters
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("adapters", nargs="+", help="folders, or names on the Hub")
+    parser.add_argument("adapters", nargs="+", help="folders or names on the Hub")
     parser.add_argument(
-        "--examples", type=int, nargs="+", help="that each was trained on; by default all weigh the same"
+        "--examples", type=int, nargs="+", help="that each was trained on; by default all have the same weight"
     )
     parser.add_argument("--method", help="by default the exact mean for Ravan, and FedAvg for LoRA")
     parser.add_argument("--output-dir", default="outputs/merged")

@@ -36,7 +36,7 @@ def main() -> None:
     base_model = AutoModelForSequenceClassification.from_pretrained(options.model, num_labels=labels.num_classes)
     model = get_peft_model(base_model, RavanConfig(r=16, num_heads=4, task_type="SEQ_CLS"))
     model.print_trainable_parameters()
-    # cores start at zero and take a larger rate than the new head
+    # cores start at zero and need a larger learning rate than the new head
     groups = optimizer_parameter_groups(model, learning_rate=3e-3, core_learning_rate=3e-2)
     args = TrainingArguments(
         options.output_dir,

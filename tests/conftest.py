@@ -87,7 +87,7 @@ def bert():
 
 @pytest.fixture(params=[tiny_llama, tiny_gpt2], ids=["llama-Linear", "gpt2-Conv1D"])
 def make_causal_lm(request):
-    """A function that builds a causal LM, always with the same weights."""
+    """A function that builds a causal language model, always with the same weights."""
     return request.param
 
 
@@ -97,7 +97,7 @@ def input_ids():
 
 
 def classification_dataset(num_examples: int = 240, seed: int = 0) -> datasets.Dataset:
-    """Sequences whose tokens come mostly from a range that tells the label."""
+    """Sequences whose tokens come mostly from a range that depends on the label."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, NUM_LABELS, num_examples)
     width = VOCAB_SIZE // NUM_LABELS
@@ -122,7 +122,7 @@ def eval_dataset():
 
 
 def randomize_adapter(model: torch.nn.Module, seed: int = 0, scale: float = 1.0) -> None:
-    """Give every trained parameter of a model a value that shows."""
+    """Give every trained parameter of a model a value that visibly changes the output."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -131,7 +131,7 @@ def randomize_adapter(model: torch.nn.Module, seed: int = 0, scale: float = 1.0)
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A word is a token; the words are those of [`sentence`]."""
+    """A tokenizer with one token per word, for the words of [`sentence`]."""
     words = {f"w{index}": index for index in range(60)} | {"[PAD]": 60, "[EOS]": 61, "[UNK]": 62}
     backend = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -148,7 +148,7 @@ def sentence(start: int) -> str:
 
 
 def make_model() -> BertForSequenceClassification:
-    """A model on which the default configuration fits: r * num_heads = 64."""
+    """A model that the default configuration fits: r * num_heads = 64."""
     config = BertConfig(
         vocab_size=VOCAB_SIZE,
         hidden_size=64,

@@ -1,6 +1,6 @@
 """
-A small server that speaks those endpoints of the Hub that `huggingface_hub` uses to make repositories, to commit files
-(directly or by Git LFS) and to download them. It keeps everything in memory, and can be told to break off.
+A small server with the endpoints of the Hub that `huggingface_hub` uses to create repositories, to commit files
+(directly or by Git LFS) and to download them. It keeps everything in memory, and can be made to break connections.
 """
 
 from __future__ import annotations
@@ -25,17 +25,18 @@ from huggingface_hub.utils import _http
 
 class HubState:
     """
-    What the server has.
+    The state of the server.
 
     Attributes:
         endpoint (`str`): The address of the server.
         repos (`dict[str, dict[str, list[dict[str, bytes]]]]`): Repositories to branches to commits to files.
-        private (`dict[str, bool]`): Whether a repository was made as a private one.
-        objects (`dict[str, bytes]`): What was uploaded by LFS, by its SHA-256.
-        requests (`list[str]`): Method and path of every request, in turn.
+        private (`dict[str, bool]`): Whether a repository was created as a private one.
+        objects (`dict[str, bytes]`): The LFS uploads, by their SHA-256.
+        requests (`list[str]`): Method and path of every request, in order.
         messages (`list[str]`): The messages of the commits.
         tokens (`set[str]`): The tokens of the requests that came with one.
-        breaks (`list[str]`): What to break off: each entry, one request whose method and path it is found in.
+        breaks (`list[str]`): The requests to break off: each entry applies to one request whose method and path
+            contain it.
     """
 
     def __init__(self, endpoint: str):
@@ -234,7 +235,7 @@ class HubHandler(BaseHTTPRequestHandler):
 def serve_hub() -> Iterator[HubState]:
     """
     Yields:
-        `HubState`: What the server has, and its `endpoint`, for `HF_ENDPOINT`.
+        `HubState`: The state of the server, and its `endpoint`, for `HF_ENDPOINT`.
     """
     server = ThreadingHTTPServer(("127.0.0.1", 0), HubHandler)
     server.daemon_threads = True
@@ -251,7 +252,7 @@ def serve_hub() -> Iterator[HubState]:
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """The server, with the client of this process turned to it."""
+    """The server, with the Hub client of this process directed to it."""
     with serve_hub() as state:
         for name, value in {
             "ENDPOINT": state.endpoint,

@@ -1,4 +1,4 @@
-"""What tests of documentation read in a markdown page: sections, tables, code, links."""
+"""Reading markdown pages in tests of the documentation: sections, tables, code and links."""
 
 import doctest
 import re
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def section(text: str, title: str, level: int = 2) -> str:
-    """The text under a title, up to the next title of its level or above."""
+    """The text under a heading, up to the next heading of the same or a higher level."""
     pattern = rf"^{'#' * level} {re.escape(title)}\n(.*?)(?=^#{{2,{level}}} |\Z)"
     [found] = re.findall(pattern, text, flags=re.DOTALL | re.MULTILINE)
     return found
@@ -26,7 +26,7 @@ def code_blocks(text: str) -> list[str]:
 
 
 def run_blocks(page: Path, namespace: dict, optionflags: int) -> int:
-    """Run the code of a page in order, in one namespace. Returns the number of results it shows, all of them true."""
+    """Run the code of a page in order and in one namespace, and check its results. Returns their number."""
     runner = doctest.DocTestRunner(verbose=False, optionflags=optionflags)
     for number, block in enumerate(code_blocks(page.read_text())):
         if block.startswith(">>> "):

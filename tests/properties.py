@@ -1,8 +1,8 @@
 """
-How many examples a property is tested with, in one place.
+The number of examples that each property is tested with.
 
-`make test` draws the same examples each time, so that no run fails by chance. `make test-deep` draws others, and
-`DEEP_FACTOR` times as many: `pytest --hypothesis-profile deep`.
+`make test` draws the same examples each time, so that no run fails by chance. `make test-deep` draws different ones,
+and `DEEP_FACTOR` times as many: `pytest --hypothesis-profile deep`.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from hypothesis import settings
 
 
 DEEP_FACTOR = 50
-# what a property is tested with that does not say how many examples it needs
+# the number of examples for a property that does not specify it
 _NUM_EXAMPLES = 100
 
 
 def register_profiles() -> None:
-    """Make the profiles known to hypothesis, and choose the one that needs no option."""
+    """Register the profiles with hypothesis, and load the default one."""
     settings.register_profile("default", derandomize=True, database=None, deadline=None, max_examples=_NUM_EXAMPLES)
-    # a profile starts from the one that is loaded, which may have been chosen by CI
+    # a profile inherits from the loaded one, which may have been chosen by CI
     settings.register_profile(
         "deep", derandomize=False, deadline=None, max_examples=DEEP_FACTOR * _NUM_EXAMPLES, print_blob=True
     )
@@ -28,11 +28,11 @@ def register_profiles() -> None:
 def examples(number: int, **options) -> settings:
     """
     Args:
-        number (`int`): How many examples a property is tested with by default.
+        number (`int`): The number of examples by default.
         **options: Other settings of hypothesis.
 
     Returns:
-        `hypothesis.settings`: As a decorator it has the property tested with so many, or with more in `make test-deep`.
+        `hypothesis.settings`: A decorator that sets the number of examples, which is larger in `make test-deep`.
     """
     return settings(max_examples=number * _factor(), **options)
 

@@ -43,7 +43,7 @@ def test_the_tuner_wing_does_not_import_the_trainer_wing():
 
 
 def imports_among(files: list[Path], folder: Path) -> dict[Path, set[Path]]:
-    """Which of the files of a package each of them imports, also inside functions and for types."""
+    """The files of a package that each of its files imports, also inside functions and for types."""
     names = {
         ".".join(path.relative_to(folder).with_suffix("").parts).removesuffix(".__init__"): path for path in files
     }
@@ -72,12 +72,12 @@ def test_a_cycle_is_seen(tmp_path):
 
 
 @pytest.mark.parametrize("files, folder", [(TUNER_WING, ROOT / "src"), (TRAINER_WING, ROOT)], ids=["tuner", "trainer"])
-def test_imports_of_a_wing_form_no_circle(files, folder):
+def test_imports_of_a_wing_form_no_cycle(files, folder):
     assert cycle_among(files, folder) == []
 
 
 def closure(part: str) -> set[Path]:
-    """The files of one part of the trainer wing, and all that they import of it."""
+    """The files of one part of the trainer wing, and everything that they import from it."""
     graph = imports_among(TRAINER_WING, ROOT)
     found, new = set(), {path for path in TRAINER_WING if path.parent == ROOT / "trainers" / part}
     while new:
@@ -86,11 +86,11 @@ def closure(part: str) -> set[Path]:
     return found
 
 
-def test_server_and_client_meet_only_in_what_travels():
+def test_server_and_client_share_only_what_is_sent():
     server, client = closure("server"), closure("client")
     assert not [path for path in server if path.parent.name == "client"]
     assert not [path for path in client if path.parent.name == "server"]
-    # what travels and its bytes; besides, functions that know of neither
+    # messages and their bytes, and functions that depend on neither
     assert {path.stem for path in server & client} == {"exchange", "messages", "serialized", "seeds", "files"}
 
 

@@ -1,4 +1,4 @@
-"""What docs/ravan.md says is so: its code runs, its tables are those of the configuration and of the budget."""
+"""docs/ravan.md is correct: its code runs, and its tables match the configuration and the budget."""
 
 import dataclasses
 import re

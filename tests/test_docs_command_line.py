@@ -1,4 +1,4 @@
-"""What docs/command_line.md says is so: its commands run as they are printed, and its tables name what there is."""
+"""docs/command_line.md is correct: its commands run as printed, and its tables are complete."""
 
 import dataclasses
 import re

@@ -1,4 +1,4 @@
-"""What docs/federated_trainer.md says is so: its code gives the results it shows, and its tables name what there is."""
+"""docs/federated_trainer.md is correct: its code gives the results it shows, and its tables are complete."""
 
 import dataclasses
 import doctest
@@ -27,7 +27,7 @@ TEXT = PAGE.read_text()
 
 
 def given() -> dict:
-    """What the page says its examples have."""
+    """The variables that the examples of the page assume."""
     dataset = classification_dataset().rename_column("labels", "label")
     speakers = ["anna", "ben", "chloe"] * (len(dataset) // 3)
     return {
@@ -45,7 +45,7 @@ def given() -> dict:
 def test_the_code_gives_the_results_it_shows(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    # pandas ends the lines of a table with blanks
+    # pandas pads the lines of a table with blanks
     attempted = run_blocks(PAGE, given(), doctest.NORMALIZE_WHITESPACE)
     assert attempted >= 10
     assert all((tmp_path / name).exists() for name in ("labels.png", "speakers.png", "history.png"))

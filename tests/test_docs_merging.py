@@ -1,4 +1,4 @@
-"""What docs/merging.md says is so: its code gives the results it shows, its tables are those of the registries."""
+"""docs/merging.md is correct: its code gives the results it shows, and its tables match the registries."""
 
 import doctest
 import re
@@ -28,7 +28,7 @@ def names_in(text: str) -> set[str]:
     return set(re.findall(r"`(\w+)`", text)) & set(MERGE_METHODS)
 
 
-# a merge that the page lets fail says so
+# one example on the page deliberately does not converge
 @pytest.mark.filterwarnings("ignore:fedrpca. robust PCA did not converge in 3 iterations for 1 of 1 matrices")
 def test_the_code_gives_the_results_it_shows(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""What docs/sharing.md says is so: its code runs, and its tables are those of the functions."""
+"""docs/sharing.md is correct: its code runs, and its tables match the functions."""
 
 import inspect
 import re

@@ -1,4 +1,4 @@
-"""The examples run as they are printed, on tiny models and data in folders."""
+"""The examples run as printed, on tiny models and local data."""
 
 import runpy
 import sys
@@ -25,7 +25,7 @@ def run(name: str, *arguments: object) -> None:
 
 
 def save_data(folder: Path, columns: dict, **features) -> Path:
-    """A folder of parquet files, as `load_dataset` takes them."""
+    """A folder of parquet files for `load_dataset`."""
     folder.mkdir()
     for split, rows in (("train", slice(None)), ("test", slice(0, None, 3))):
         dataset = datasets.Dataset.from_dict({name: values[rows] for name, values in columns.items()})
@@ -80,7 +80,7 @@ def test_federated_text_classification(classifier, labelled, tmp_path, capsys):
     run("federated_text_classification", "--model", classifier, "--data", labelled, *options)
     history = read_history(out)
     assert [record["round"] for record in history] == [1, 2] and all(len(record["clients"]) == 5 for record in history)
-    assert "client_19" in capsys.readouterr().out  # the table of who has what
+    assert "client_19" in capsys.readouterr().out  # the table of the clients' data
 
 
 def test_sft_and_the_twin_of_what_it_trains(language_model, tmp_path, capsys):

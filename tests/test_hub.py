@@ -1,4 +1,4 @@
-"""Sharing on the Hub, through huggingface_hub's own client, with a small server of our own in the place of the Hub."""
+"""Sharing on the Hub through huggingface_hub's own client, with a small local server instead of the Hub."""
 
 import hashlib
 import json
@@ -124,7 +124,7 @@ def test_a_branch_a_token_and_a_push_in_the_background(hub, monkeypatch):
     assert hub.tokens == {"hf_other"}
     assert "adapter_model.safetensors" in hub.files(REPO, "seed-2")
     assert "adapter_model.safetensors" not in hub.files(REPO, "main")
-    push_to_hub(ravan_model(), REPO, revision="seed-2", token="hf_other")  # the branch is there now
+    push_to_hub(ravan_model(), REPO, revision="seed-2", token="hf_other")  # the branch now exists
     loaded = PeftModel.from_pretrained(tiny_bert(), REPO, revision="seed-2")
     assert torch.equal(logits(loaded), logits(ravan_model()))
 
@@ -182,7 +182,7 @@ def a_tokenizer():
     return Tokenizer(models.WordLevel({"[UNK]": 0, "ward": 1}, unk_token="[UNK]"))
 
 
-def test_no_path_and_no_token_is_told(hub, tmp_path):
+def test_no_path_and_no_token_is_revealed(hub, tmp_path):
     tiny_bert().save_pretrained(tmp_path / "base")
     base_model = type(tiny_bert()).from_pretrained(tmp_path / "base")
     PreTrainedTokenizerFast(tokenizer_object=a_tokenizer(), unk_token="[UNK]").save_pretrained(tmp_path / "base")
@@ -216,7 +216,7 @@ HISTORY = [
 def test_clients_are_numbered_in_what_is_shared():
     public = public_history(HISTORY)
     assert [record["round"] for record in public] == [0, 1, 2]
-    assert public[1]["clients"] == ["client 1", "client 2"]  # by their order, whatever they are called
+    assert public[1]["clients"] == ["client 1", "client 2"]  # numbered by their order, whatever their names
     assert public[1]["failed_clients"] == [{"client": "client 3"}]
     assert public[2]["clients"] == ["client 3"]
     assert public[1]["train_loss"] == 1.5 and public[1]["eval_accuracy"] == 0.5
@@ -255,7 +255,7 @@ def test_an_interrupted_upload_can_be_run_again(hub, at):
     push_to_hub(model, REPO)
     assert torch.equal(logits(PeftModel.from_pretrained(tiny_bert(), REPO)), logits(model))
     assert len(hub.repos[REPO]["main"]) == commits + 1
-    # what has arrived is not sent twice
+    # files that have arrived are not sent again
     sent = [line for line in hub.requests if "/lfs/" in line and line.startswith("PUT")]
     assert len(sent) == (0 if at == "/commit/main" else 2)
 
@@ -267,7 +267,7 @@ def test_a_drop_that_the_client_survives_is_no_error(hub):
     assert torch.equal(logits(PeftModel.from_pretrained(tiny_bert(), REPO)), logits(model))
 
 
-def test_what_the_hub_refuses_is_told_as_the_hub_tells_it(hub):
+def test_refusals_of_the_hub_are_reported_in_its_words(hub):
     with pytest.raises(HfHubHTTPError, match="404"):  # there is no such pull request
         push_to_hub(ravan_model(), REPO, revision="refs/pr/1")
 
@@ -394,7 +394,7 @@ def test_the_card_of_another_method_needs_no_package(hub, tmp_path):
 
 @pytest.fixture
 def saved(tmp_path):
-    """The folder of an adapter, and a file beside it that is nobody's business."""
+    """The folder of an adapter, next to a file that must not be shared."""
     ravan_model().save_pretrained(tmp_path / "adapter")
     (tmp_path / "secret").write_text('{"token": "hf_1234"}')
     return tmp_path / "adapter"
@@ -425,7 +425,7 @@ def test_links_that_lead_nowhere_or_stay_inside_do_not_matter(hub, saved):
     (saved / "vocab.json").symlink_to("nowhere")
     (saved / "vocab.txt").symlink_to("vocab.real")
     (saved / "vocab.real").write_text("inside")
-    (saved / "secret.txt").symlink_to("../secret")  # which would not be shared anyway
+    (saved / "secret.txt").symlink_to("../secret")  # it would not be shared anyway
     (saved.parent / "link").symlink_to("adapter")
     push_to_hub(saved.parent / "link", REPO)
     assert hub.files(REPO)["vocab.txt"] == b"inside" and "vocab.json" not in hub.files(REPO)
@@ -438,7 +438,7 @@ def test_a_snapshot_in_the_cache_of_the_hub_can_be_pushed_on(hub, saved, tmp_pat
     assert weights.is_symlink() and not weights.resolve().is_relative_to(snapshot)
     push_to_hub(snapshot, "tester/again")
     assert hub.files("tester/again")["adapter_model.safetensors"] == weights.read_bytes()
-    # but what looks like a cache does not let other files in
+    # but a folder that looks like a cache does not admit other files
     (snapshot / "vocab.txt").symlink_to(tmp_path / "secret")
     with pytest.raises(ValueError, match="vocab.txt' is a link"):
         push_to_hub(snapshot, "tester/again")

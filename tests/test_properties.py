@@ -1,4 +1,4 @@
-"""Properties are tested with the same examples in each run, and with others, and more of them, in the deep one."""
+"""Properties are tested with the same examples in each run, and with more and different ones in the deep run."""
 
 import os
 import re
@@ -39,7 +39,7 @@ def test_what_was_drawn():
 
 
 def drawn(folder: Path, *options: str) -> tuple[int, str]:
-    """Run a property in another process; how many examples there were, and the examples."""
+    """Run a property in another process. Returns the number of examples and the examples."""
     (folder / "conftest.py").write_text(CONFTEST)
     (folder / "test_it.py").write_text(PROPERTY)
     command = [sys.executable, "-m", "pytest", "-p", "_hypothesis_pytestplugin", str(folder / "test_it.py"), *options]
@@ -59,7 +59,7 @@ def test_examples_are_the_same_in_each_run_unless_it_is_deep(tmp_path):
 
 
 def test_every_property_has_more_examples_in_the_deep_run():
-    # a number that hypothesis is given itself stays what it is
+    # a number that is passed to hypothesis directly is not changed
     own = {ROOT / "tests" / "properties.py", Path(__file__)}
     files = [path for path in (ROOT / "tests").rglob("*.py") if path not in own]
     assert files and not [path for path in files if re.search(r"settings\(.*max_examples", path.read_text())]

@@ -1,4 +1,4 @@
-"""The code on the README's first screen runs as it is printed."""
+"""The code on the README's first screen runs as printed."""
 
 import re
 from pathlib import Path

@@ -1,8 +1,8 @@
 """
-Adapters from strangers: whatever their files say, it is an adapter, or an error that names what is wrong.
+Untrusted adapters: whatever their files contain, the result is an adapter, or an error that says what is wrong.
 
-Nothing else may come out of a file that somebody else has written: no error of Python, no endless search, and no memory that
-a number in it asks for.
+Nothing else may happen with a file that somebody else has written: no unexpected Python error, no endless search, and
+no memory allocation of a size that a number in the file demands.
 """
 
 import json
@@ -40,7 +40,7 @@ RECORD = {
 METADATA = {"license": "mit", "language": "en", "datasets": ["a/b"], "tags": ["medical"], "pipeline_tag": "x"}
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
-# above all what looks like what ought to be there, and numbers of all sizes
+# mostly values that look plausible, and numbers of all sizes
 TELLING = st.sampled_from(
     [
         -1, 0, 1, 10**9, 2**63, 10**400, 1e308, float("nan"), float("inf"), "", "ravan", "LORA", "(((", "..", "/etc/passwd",
@@ -63,7 +63,7 @@ def save_adapter(folder: Path, config: PeftConfig) -> None:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Path:
-    """Folders of adapters that have everything. Tests copy them."""
+    """Folders of complete adapters. Tests copy them."""
     folder = tmp_path_factory.mktemp("saved")
     options = {"task_type": "SEQ_CLS", "target_modules": ["query", "value"]}
     for name, config in {
@@ -101,7 +101,7 @@ ACTIONS = {
 
 
 def use(folder: Path, names: str, *actions: str) -> list[str]:
-    """What can be done with an adapter of somebody else. Errors must name what is wrong."""
+    """Everything that can be done with somebody else's adapter. Errors must say what is wrong."""
     scratch, worked = folder.parent / "scratch", []
     for action in actions:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -151,7 +151,7 @@ def test_facts(saved, tmp_path_factory, field, value):
 def test_rounds(saved, tmp_path_factory, field, value, data):
     folder = Path(shutil.copytree(saved / "lora", tmp_path_factory.mktemp("rounds") / "adapter"))
     records = [RECORD, changed(RECORD, field, value), {**RECORD, "round": 3}]
-    # a picture takes longer than all else
+    # a plot takes longer than everything else
     drawn = ["draw"] if data.draw(st.integers(0, 39)) == 0 else []
     (folder / "rounds.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     use(folder, "rounds.jsonl", "push", "card", *drawn)

@@ -1,4 +1,4 @@
-"""What the arguments of a federation must be, as far as that can be told without the model and the data."""
+"""Checks of the arguments of a federation that need neither the model nor the data."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .server.privacy import Privacy
 
 
 def check_counts(args: TrainingArguments) -> None:
-    """Check what is counted, each by itself and against each other."""
+    """Check the arguments that are counts, individually and against each other."""
     counts = ("num_rounds", "num_clients", "clients_per_round", "min_clients", "labels_per_client")
     for name in (*counts, "min_successful_clients"):
         value = getattr(args, name)
@@ -34,7 +34,7 @@ def check_counts(args: TrainingArguments) -> None:
 
 
 def check_sharing(args: TrainingArguments) -> None:
-    """Check that nothing is pushed to the Hub that belongs to the clients."""
+    """Check that nothing that belongs to the clients is pushed to the Hub."""
     if args.push_to_hub and args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
         raise ValueError(
             f"`hub_strategy={args.hub_strategy.value!r}` would upload checkpoints, which have the names of the clients and "
@@ -43,7 +43,7 @@ def check_sharing(args: TrainingArguments) -> None:
 
 
 def check_local_training(args: TrainingArguments) -> None:
-    """Check what clients do, and read `local_parameters` into a list of expressions."""
+    """Check the arguments of the local training, and parse `local_parameters` into a list of expressions."""
     args.local_parameters = read_patterns(args.local_parameters)
     if not 0 <= args.learning_rate < math.inf:
         raise ValueError(f"`learning_rate` must be a number of 0 or more, got {args.learning_rate!r}.")
@@ -65,14 +65,14 @@ def check_local_training(args: TrainingArguments) -> None:
 
 def check_privacy(args: TrainingArguments) -> None:
     """
-    Check what can be checked without the clients, and read `privacy` into a dict.
+    Check what can be checked without the clients, and parse `privacy` into a dict.
 
     Args:
         args ([`~transformers.TrainingArguments`]): The arguments.
 
     Raises:
-        ValueError: if `privacy` has a value that it cannot have, or does not go with other arguments.
-        TypeError: if `privacy` is not what it must be.
+        ValueError: if `privacy` has an invalid value, or cannot be combined with other arguments.
+        TypeError: if `privacy` has the wrong type.
     """
     if args.privacy is None:
         return
@@ -91,20 +91,21 @@ def check_privacy(args: TrainingArguments) -> None:
         )
     if args.participation_weights == "examples":
         raise ValueError(
-            "`privacy` does not go with `participation_weights='examples'`: who takes part would tell how much data clients "
-            "have. Give weights by client that may be known, or none."
+            "`privacy` does not go with `participation_weights='examples'`: participation would reveal how much data "
+            "clients have. Give weights by client that may be known, or none."
         )
     if args.min_successful_clients > 1:
         raise ValueError(
-            f"`privacy` does not go with min_successful_clients={args.min_successful_clients}: a round that is repeated "
-            "with others because clients failed has another result for a reason that their data may be. Leave it at 1; a "
-            "client that fails counts as one that has changed nothing."
+            f"`privacy` does not go with min_successful_clients={args.min_successful_clients}: clients may fail "
+            "because of their data, and repeating the round with others could reveal something about it. Leave it at "
+            "1; a client that fails counts as one that has changed nothing."
         )
     if privacy.secret_sampling and (args.participation_weights is not None or args.clients_per_round is None):
         found = "all take part" if args.clients_per_round is None else "`participation_weights` are given"
         raise ValueError(
-            f"`secret_sampling` counts on clients that are drawn with equal chances, but {found}. Set `clients_per_round` and "
-            "no weights, or leave `secret_sampling` out, so that every client counts as one that takes part in every round."
+            f"`secret_sampling` needs clients that are drawn with equal probability, but {found}. Set "
+            "`clients_per_round` and no weights, or leave `secret_sampling` out, so that every client counts as "
+            "taking part in every round."
         )
-    # as JSON has it: the arguments are written into checkpoints and logs
+    # a plain JSON value, since arguments are written to checkpoints and logs
     args.privacy = privacy.to_dict()

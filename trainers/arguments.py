@@ -27,117 +27,117 @@ from .server.round_zero import BasesSettings
 @dataclass(repr=False)
 class FederatedArgumentsMixin(PartitionerArgumentMixin):
     """
-    What is federated in the arguments of a trainer, to be mixed over [`~transformers.TrainingArguments`] or a subclass, see
-    [`federated_arguments`].
+    The federated arguments of a trainer, mixed into [`~transformers.TrainingArguments`] by [`federated_arguments`].
 
     The inherited arguments (`num_train_epochs` or `max_steps`, `learning_rate`, batch sizes, gradient accumulation, mixed
-    precision, ...) govern the local training of one client in one round. What counts time counts rounds: `eval_strategy`
-    and `save_strategy` act after a round, `"epoch"` means every round and `"steps"` every `eval_steps` or `save_steps`
-    rounds, and `lr_scheduler_type`, `warmup_steps` act over the rounds, while the rate within a round is constant.
+    precision, ...) apply to the local training of one client in one round. Schedules count rounds: `eval_strategy` and
+    `save_strategy` take effect at the end of a round, with `"epoch"` for every round and `"steps"` for every
+    `eval_steps` or `save_steps` rounds. `lr_scheduler_type` and `warmup_steps` change the learning rate from round to
+    round. It is constant within a round.
 
     Args:
         num_rounds (`int`, *optional*, defaults to 10):
             The number of rounds.
         num_clients (`int`, *optional*):
-            The number of clients the training data is split among. By default 10, or the number of clients that there
-            are, if the data comes by client (`partition="column"`, or a dict of datasets).
+            The number of clients to split the training data among. By default 10, or the number of clients in the data
+            if it comes by client (`partition="column"`, or a dict of datasets).
         clients_per_round (`int`, *optional*):
-            The number of clients that train in a round, drawn anew in every round. By default all, and never more than
-            are available.
+            The number of clients that train in a round, drawn anew for each round. By default all that are available.
         participation_weights (`str` or `dict[str, float]`, *optional*):
-            How likely each client is to be drawn: `"examples"`, in proportion to its number of examples, or a weight for
-            each client by its name (0: never). A string other than `"examples"` is read as JSON. By default all are
-            equally likely. With `"examples"` a merge weighted by examples, as most are, counts sizes twice: use one with
-            uniform weights then. `merge_method="trimmed_mean"` with `merge_options={"trim": 0.0}` is the plain mean.
+            How likely each client is to be drawn: `"examples"`, in proportion to its number of examples, or a weight
+            for each client by name (0: never). Other strings are read as JSON. By default all are equally likely. With
+            `"examples"`, merge methods that weight clients by examples, as most do, count sizes twice: use uniform
+            weights instead. `merge_method="trimmed_mean"` with `merge_options={"trim": 0.0}` is the plain mean.
         min_clients (`int`, *optional*, defaults to 1):
             The number of clients that must be available for a round, see `availability` of [`FederatedTrainer`]. A round
-            with fewer is skipped: it is recorded without clients, and the adapter stays as it is.
+            with fewer clients is skipped: it is recorded without clients, and the adapter does not change.
         partition (`str` or `Partitioner`, *optional*, defaults to `"iid"`):
-            How one training set is split: `"iid"` (equal random parts), `"dirichlet"` (the labels of each client from a
-            Dirichlet distribution), `"pathological"` (a few labels each) or `"column"` (one client for each value of
-            `partition_column`); or an object with the interface of flwr-datasets' `Partitioner`.
+            How one training set is split: `"iid"` (equal random parts), `"dirichlet"` (label proportions drawn from a
+            Dirichlet distribution), `"pathological"` (a few labels per client) or `"column"` (one client for each
+            value of `partition_column`). It can also be an object with the interface of flwr-datasets' `Partitioner`.
         partition_alpha (`float`, *optional*, defaults to 0.5):
-            The concentration of the Dirichlet distribution: the smaller, the more the clients differ.
+            The concentration of the Dirichlet distribution. The smaller it is, the more the clients differ.
         labels_per_client (`int`, *optional*, defaults to 2):
             The number of labels of each client in the pathological partition.
         partition_column (`str`, *optional*):
-            The column with the labels (`"dirichlet"` and `"pathological"`, by default `"label"` or `"labels"`) or the
-            clients (`"column"`).
+            The column with the labels (`"dirichlet"` and `"pathological"`, by default `"label"` or `"labels"`) or with
+            the client names (`"column"`).
         merge_method (`str`, *optional*):
-            The method that merges what the clients upload, see [`peft_ravan.merging.merge`]. By default `"ravan"` for a
+            The method that merges the clients' uploads, see [`peft_ravan.merging.merge`]. By default `"ravan"` for a
             Ravan adapter and `"fedavg"` for any other.
         merge_options (`dict[str, Any]`, *optional*):
             The options of the merge method, such as `{"beta": "adaptive"}`. A string is read as JSON.
         server_optimizer (`str`, *optional*):
-            The server optimizer that takes a step towards what was merged: `"fedavgm"`, `"fedadam"` or `"fedyogi"`.
+            The server optimizer that takes a step towards the merged state: `"fedavgm"`, `"fedadam"` or `"fedyogi"`.
         server_optimizer_options (`dict[str, Any]`, *optional*):
             The options of the server optimizer, such as `{"learning_rate": 0.01}`. A string is read as JSON.
         max_update_norm (`float` or `str`, *optional*):
-            The largest norm of what a client changes in a round, over all tensors together: a number, or a multiple of the
-            median over the clients of the round, such as `"3*median"`, for which all uploads of a round are kept until its
-            end. By default any. See [`~peft_ravan.merging.UpdateLimits`].
+            The largest norm of a client's change in a round, taken over all tensors together: a number, or a multiple
+            of the median over the clients of the round, such as `"3*median"`. With a multiple, all uploads of a round
+            are kept until its end. By default there is no limit. See [`~peft_ravan.merging.UpdateLimits`].
         large_updates (`str`, *optional*, defaults to `"clip"`):
-            What happens to an update that goes further: `"clip"` scales it down, `"refuse"` leaves the client out.
+            What happens to an update above the limit: `"clip"` scales it down, `"refuse"` leaves the client out.
         max_examples (`int`, *optional*):
-            The largest number of examples that a client counts with in a mean. By default what it has.
+            The largest number of examples that a client is weighted with in a mean. By default there is no limit.
         local_parameters (`list[str]` or `str`, *optional*):
-            Regular expressions for the checkpoint names of what stays with its client and is neither uploaded nor merged,
-            such as `["classifier"]` or `["lora_B"]`. Each client keeps its own between its rounds, in
-            `output_dir/client_states`. A string is one expression, or a list as JSON. By default nothing, or what the
-            merge method leaves with the clients.
+            Regular expressions for the checkpoint names of personal parameters, such as `["classifier"]` or
+            `["lora_B"]`. They stay with their client and are neither uploaded nor merged. Between its rounds, each
+            client keeps its own in `output_dir/client_states`. A string is one expression, or a list as JSON. By
+            default none, or those that the merge method leaves with the clients.
         proximal_mu (`float`, *optional*, defaults to 0.0):
             FedProx: how strongly a client is pulled back to the global adapter.
         scaffold (`bool`, *optional*, defaults to `False`):
-            SCAFFOLD: correct the clients' gradients by control variates, which doubles what is sent. It is made for
-            `optim="sgd"`; the control variates are means of gradients, whatever the optimizer.
+            SCAFFOLD: correct the clients' gradients with control variates. This doubles the communication. It is
+            designed for `optim="sgd"`; with any optimizer, the control variates are means of gradients.
         privacy ([`Privacy`], `dict[str, Any]` or `str`, *optional*):
             Client-level differential privacy, such as `{"clip_norm": 1.0, "target_epsilon": 4.0}`: each client's upload is
-            clipped as a whole, and noise is added to the mean, which has uniform weights. See [`Privacy`] for the fields; a
-            string is read as JSON. By default none.
+            clipped as a whole, and noise is added to the mean, which has uniform weights. See [`Privacy`] for the
+            fields. A string is read as JSON. By default none.
         client_timeout (`float`, *optional*):
-            The seconds after which a client's local training is given up, looked at after every step. By default never.
+            The seconds after which a client's local training is aborted, checked after every step. By default never.
         min_successful_clients (`int`, *optional*, defaults to 1):
-            How many clients of a round must succeed, else it is repeated with others; all of them in a round for which
-            fewer are available.
+            How many clients of a round must succeed. Otherwise the round is repeated with other clients. If fewer are
+            available for a round, all of them must succeed.
         max_round_attempts (`int`, *optional*, defaults to 3):
-            How often a round is tried before the run ends with an error.
+            How often a round is attempted before the run ends with an error.
         client_budgets (`float`, `dict[str, float]` or `str`, *optional*):
-            The share of the heads of a Ravan adapter that clients can train, above 0 and up to 1: for all clients, or by
-            the name of the client (who is not named trains all heads), also as JSON. Or the name of a distribution that
-            each client's share is drawn from: `"uniform"`, `"bell"` (most can train about half of the heads) or
-            `"right_skewed"` (most can train few), see [`draw_client_budgets`]. By default all heads.
+            The share of the heads of a Ravan adapter that clients can train, above 0 and up to 1: one share for all
+            clients, or a share for each client by name, also as JSON (clients that are not named train all heads). Or
+            a distribution that each client's share is drawn from: `"uniform"`, `"bell"` (most train about half of the
+            heads) or `"right_skewed"` (most train few), see [`draw_client_budgets`]. By default all heads.
         head_selection (`str`, *optional*, defaults to `"random"`):
-            Which heads a client trains in a round, if it cannot train all: `"random"` ones, those with the largest
-            `"weight"` (norm of s*H), or with the largest `"gradient"` (norm of the gradient of H on the batches of the
-            client's first step, which are passed once more through the model for this).
+            Which heads a client trains in a round if it cannot train all of them: `"random"` ones, those with the
+            largest `"weight"` (norm of s*H), or those with the largest `"gradient"` (norm of the gradient of H on the
+            batches of the client's first step, which need an additional pass through the model).
         head_allocation (`str`, *optional*, defaults to `"layer"`):
-            How a client's budget is spent: `"layer"` trains the same share of heads, at least one, at every target;
-            `"global"` the best heads of all targets together, so that a target may get none.
+            How a client's budget is spent: `"layer"` trains the same share of heads at every target, and at least one;
+            `"global"` trains the best heads over all targets, so a target may get none.
         bases_clients (`int`, *optional*):
-            With `init_bases="gradient_svd"`, how many clients make the common bases in round 0, before the first round.
-            By default as many as in a round.
+            With `init_bases="gradient_svd"`, the number of clients that compute the common bases in round 0, before
+            the first round. By default as many as in a round.
         bases_warmup_steps (`int`, *optional*, defaults to 10):
-            How many steps each of them trains the task head first, and nothing else. A model without `modules_to_save`
-            has none, and is not warmed up.
+            The number of steps for which each of them first trains only the task head. A model without
+            `modules_to_save` has no task head and is not warmed up.
         bases_batches (`int`, *optional*, defaults to 8):
-            Over how many batches each of them takes its mean gradient, or fewer if it has not that many.
+            The number of batches over which each of them averages its gradient, or fewer if it has fewer.
         bases_rank (`int`, *optional*):
-            How many directions of the mean gradient the bases have at each target, at most the `h*r` that there are and by
-            default all. The others are any orthonormal ones. Fewer make the sketches that are uploaded smaller.
+            The number of directions of the mean gradient in the bases of each target, at most `h*r`, which is the
+            default. The others are arbitrary orthonormal directions. A smaller number makes the sketches smaller.
         eval_clients (`bool`, *optional*, defaults to `False`):
-            Whether each evaluation evaluates the clients, too, each on its own data and with its own personal parts, see
-            [`FederatedTrainer.evaluate_clients`]. The record of the round then has what [`summarize_clients`] gives, such
-            as `eval_clients_worst_decile_accuracy`.
+            Whether each evaluation also evaluates the clients, each on its own data and with its own personal parts,
+            see [`FederatedTrainer.evaluate_clients`]. The record of the round then includes the values of
+            [`summarize_clients`], such as `eval_clients_worst_decile_accuracy`.
         personalization_steps (`int`, *optional*, defaults to 0):
-            For how many steps each client trains on its own data before it is evaluated. The run does not change by it.
+            The number of steps that each client trains on its own data before it is evaluated. The run is unaffected.
         parallel (`str`, *optional*, defaults to `"clients"`):
-            What several processes, as `accelerate launch` starts them, share: `"clients"`, each trains other clients of a
-            round, or `"data"`, all train one client after the other together, as [`~transformers.Trainer`] does.
+            How several processes, as started by `accelerate launch`, share the work: with `"clients"`, each process
+            trains different clients of a round; with `"data"`, all processes train each client together, one client
+            after the other, as [`~transformers.Trainer`] does.
         hub_lora_twin (`bool`, *optional*, defaults to `True`):
-            Whether `push_to_hub` uploads the LoRA twin of a Ravan adapter, too, in the folder `lora`.
+            Whether `push_to_hub` also uploads the LoRA twin of a Ravan adapter, in the folder `lora`.
         federated_seed (`int`, *optional*):
-            The seed of the partition, of the clients' budgets and heads, of who takes part in each round and of each
-            client's local training. By default `seed`.
+            The seed of the partition, of the clients' budgets and heads, of the participation in each round and of
+            each client's local training. By default `seed`.
     """
 
     num_rounds: int = field(default=10, metadata={"help": "Number of rounds."})
@@ -150,8 +150,8 @@ class FederatedArgumentsMixin(PartitionerArgumentMixin):
     participation_weights: dict[str, float] | str | None = field(
         default=None,
         metadata={
-            "help": "How likely each client is drawn: 'examples', or JSON of client -> weight. By default equally. With "
-            "'examples' a merge weighted by examples counts sizes twice; use one with uniform weights."
+            "help": "How likely each client is drawn: 'examples', or JSON of client -> weight. By default equally. "
+            "With 'examples' a merge weighted by examples counts sizes twice; use one with uniform weights."
         },
     )
     min_clients: int = field(
@@ -181,23 +181,23 @@ class FederatedArgumentsMixin(PartitionerArgumentMixin):
     max_update_norm: float | str | None = field(
         default=None,
         metadata={
-            "help": "Largest norm of what a client changes: a number, or a multiple of the median as '3*median'."
+            "help": "Largest norm of a client's change: a number, or a multiple of the median, such as '3*median'."
         },
     )
     large_updates: str = field(
-        default="clip", metadata={"help": f"What happens to a larger update: {', '.join(LARGE_UPDATES)}."}
+        default="clip", metadata={"help": f"What happens to an update above it: {', '.join(LARGE_UPDATES)}."}
     )
     max_examples: int | None = field(
-        default=None, metadata={"help": "Largest number of examples that a client counts with. By default any."}
+        default=None, metadata={"help": "Largest number of examples a client is weighted with. By default no limit."}
     )
     local_parameters: list[str] | str | None = field(
-        default=None, metadata={"help": "Regular expressions for the names of what stays with its client."}
+        default=None, metadata={"help": "Regular expressions for the names of parameters that stay with their client."}
     )
     proximal_mu: float = field(
         default=0.0, metadata={"help": "FedProx: how strongly a client is pulled back to the global adapter."}
     )
     scaffold: bool = field(
-        default=False, metadata={"help": "SCAFFOLD: correct the clients' gradients by control variates."}
+        default=False, metadata={"help": "SCAFFOLD: correct the clients' gradients with control variates."}
     )
     # or a Privacy
     privacy: dict[str, Any] | str | None = field(
@@ -207,18 +207,18 @@ class FederatedArgumentsMixin(PartitionerArgumentMixin):
         },
     )
     client_timeout: float | None = field(
-        default=None, metadata={"help": "Seconds after which a client's local training is given up. By default never."}
+        default=None, metadata={"help": "Seconds after which a client's local training is aborted. By default never."}
     )
     min_successful_clients: int = field(
-        default=1, metadata={"help": "How many clients of a round must succeed, else it is repeated with others."}
+        default=1, metadata={"help": "How many clients of a round must succeed, or it is repeated with others."}
     )
     max_round_attempts: int = field(
-        default=3, metadata={"help": "How often a round is tried before the run ends with an error."}
+        default=3, metadata={"help": "How often a round is attempted before the run ends with an error."}
     )
     client_budgets: dict[str, float] | str | float | None = field(
         default=None,
         metadata={
-            "help": "Share of the heads that clients can train, as a number, as JSON by client, or drawn from one of "
+            "help": "Share of the heads that clients can train: a number, JSON by client, or drawn from one of "
             f"{', '.join(BUDGET_DISTRIBUTIONS)}. By default all heads."
         },
     )
@@ -232,24 +232,24 @@ class FederatedArgumentsMixin(PartitionerArgumentMixin):
     )
     bases_clients: int | None = field(
         default=None,
-        metadata={"help": "Number of clients that make bases from gradients. By default `clients_per_round`."},
+        metadata={"help": "Number of clients that compute bases from gradients. By default `clients_per_round`."},
     )
     bases_warmup_steps: int = field(
-        default=10, metadata={"help": "Steps on the task head before gradients are taken for the bases."}
+        default=10, metadata={"help": "Steps on the task head before the gradients for the bases are computed."}
     )
     bases_batches: int = field(default=8, metadata={"help": "Batches of a client's gradient for the bases."})
     bases_rank: int | None = field(
         default=None,
-        metadata={"help": "Directions of the gradient that bases have at a target. By default all `h*r`."},
+        metadata={"help": "Directions of the gradient in the bases of a target. By default all `h*r`."},
     )
-    eval_clients: bool = field(default=False, metadata={"help": "Whether evaluations evaluate each client, too."})
+    eval_clients: bool = field(default=False, metadata={"help": "Whether evaluations also evaluate each client."})
     personalization_steps: int = field(
         default=0, metadata={"help": "Steps that a client trains on its own data before it is evaluated."}
     )
     parallel: str = field(
         default="clients", metadata={"help": f"What several processes share: {', '.join(PARALLEL_MODES)}."}
     )
-    hub_lora_twin: bool = field(default=True, metadata={"help": "Whether to push the LoRA twin, too."})
+    hub_lora_twin: bool = field(default=True, metadata={"help": "Whether to push the LoRA twin as well."})
     federated_seed: int | None = field(
         default=None, metadata={"help": "Seed of partition, participation and local training. By default `seed`."}
     )
@@ -268,7 +268,7 @@ class FederatedArgumentsMixin(PartitionerArgumentMixin):
         for name in ("merge_options", "server_optimizer_options"):
             if isinstance(getattr(self, name), str):
                 setattr(self, name, _parse_json(name, getattr(self, name)))
-        # each of the settings checks itself; as JSON has them: the arguments are written into checkpoints and logs
+        # each of the settings checks itself; plain JSON values, since arguments are written to checkpoints and logs
         self.participation_weights = self.participation.weights
         self.max_update_norm = self.merging.limits.max_update_norm
         self.client_budgets = self.heads.budgets
@@ -279,12 +279,12 @@ class FederatedArgumentsMixin(PartitionerArgumentMixin):
         if self.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY):
             raise ValueError(
                 f"`lr_scheduler_type={self.lr_scheduler_type.value!r}` follows a metric, which is not supported over rounds. "
-                "Use a schedule of time, such as 'constant', 'linear' or 'cosine'."
+                "Use a schedule that does not, such as 'constant', 'linear' or 'cosine'."
             )
 
     @property
     def merging(self) -> MergeSettings:
-        """What the server does with uploads."""
+        """How the server merges uploads."""
         return MergeSettings(
             self.merge_method,
             self.merge_options or {},
@@ -300,12 +300,12 @@ class FederatedArgumentsMixin(PartitionerArgumentMixin):
 
     @property
     def bases(self) -> BasesSettings:
-        """How common bases are made from gradients."""
+        """How the common bases are computed from gradients."""
         return BasesSettings(self.bases_clients, self.bases_warmup_steps, self.bases_batches, self.bases_rank)
 
     @property
     def faults(self) -> FaultSettings:
-        """What is done about clients that fail."""
+        """How failures of clients are handled."""
         return FaultSettings(self.client_timeout, self.max_round_attempts)
 
     @property
@@ -322,7 +322,7 @@ class FederatedArgumentsMixin(PartitionerArgumentMixin):
 
     @property
     def participation(self) -> Participation:
-        """Who takes part in which round."""
+        """Which clients take part in which round."""
         return Participation(
             self.clients_per_round,
             self.participation_weights,
@@ -335,23 +335,23 @@ class FederatedArgumentsMixin(PartitionerArgumentMixin):
 @dataclass(repr=False)
 class FederatedArguments(FederatedArgumentsMixin, TrainingArguments):
     """
-    The arguments of a [`FederatedTrainer`]: those of [`~transformers.TrainingArguments`], and those of
-    [`FederatedArgumentsMixin`], which are described there.
+    The arguments of a [`FederatedTrainer`]: those of [`~transformers.TrainingArguments`] and those of
+    [`FederatedArgumentsMixin`].
     """
 
 
 @functools.cache
 def federated_arguments(arguments_class: type[TrainingArguments]) -> type[TrainingArguments]:
     """
-    Make the arguments of a trainer made by [`federated`].
+    Create the arguments class for a trainer created by [`federated`].
 
     Args:
-        arguments_class (`type[TrainingArguments]`): The arguments that the trainer takes by itself.
+        arguments_class (`type[TrainingArguments]`): The arguments class of the original trainer.
 
     Returns:
-        `type[TrainingArguments]`: A subclass with the fields of [`FederatedArgumentsMixin`] besides; the same for the same
-        class. `save_strategy` and `lr_scheduler_type` have the defaults of [`FederatedArguments`], all else those of the
-        given class.
+        `type[TrainingArguments]`: A subclass with the additional fields of [`FederatedArgumentsMixin`]. Repeated calls
+        return the same class. `save_strategy` and `lr_scheduler_type` have the defaults of [`FederatedArguments`], all
+        other fields those of the given class.
 
     Raises:
         TypeError: if it is not a subclass of [`~transformers.TrainingArguments`].
@@ -383,7 +383,7 @@ def _parse_json(name: str, text: str) -> Any:
 
 
 def _reduce(args: TrainingArguments) -> tuple:
-    # Trainer saves its arguments by pickle, which finds a class only where it was written down
+    # Trainer pickles its arguments, and pickle cannot find a class that is created at run time
     [_, arguments_class] = type(args).__bases__
     return _restored, (arguments_class, args.__getstate__())
 

@@ -13,10 +13,11 @@ class FederatedTrainer(FederatedMixin, Trainer):
     """
     A [`~transformers.Trainer`] that trains an adapter over simulated clients.
 
-    It takes what `Trainer` takes. In each round some clients train, one after the other, each from the global adapter and
-    with a fresh optimizer; what they train is uploaded (the products s*H of a Ravan adapter, or the matrices of another,
-    and the task head, never bases or the base model) and merged into the next global adapter. A client's local steps are
-    those of `Trainer.train`, so gradient accumulation, mixed precision, clipping and callbacks work as they do there.
+    It takes the same arguments as `Trainer`. In each round some clients train, one after the other, each starting from
+    the global adapter with a fresh optimizer. They upload what they have trained: the products s*H of a Ravan adapter
+    or the matrices of another adapter, and the task head, but never bases or the base model. The uploads are merged
+    into the next global adapter. The local steps of a client are those of `Trainer.train`, so gradient accumulation,
+    mixed precision, clipping and callbacks work as usual.
 
     Args:
         model ([`~peft.PeftModel`]):
@@ -24,42 +25,42 @@ class FederatedTrainer(FederatedMixin, Trainer):
         args ([`FederatedArguments`], *optional*):
             The arguments.
         train_dataset (`Dataset` or `dict[str, Dataset]`, *optional*):
-            One training set, which is split among clients as `args.partition` says, or the data set of each client by
-            its name.
+            One training set, which is split among clients according to `args.partition`, or client names to data sets.
         client_fault (`Callable`, *optional*):
-            Is called with the name of a client, the number of the round and the client's update before the upload, so
-            that tests can inject faults: it may raise, take its time, or return another update.
+            Called with the name of a client, the number of the round and the client's update before the upload. Tests
+            can use it to inject faults: it may raise, wait, or return another update.
         availability (`Callable[[str, int], bool]`, *optional*):
-            Whether a client, by its name, is available in a round, from 1. It is asked anew in every round, and again in
-            a run that is repeated or resumed, so its answer must depend on nothing else. By default all clients always
-            are. A keyword, not one of `args`, since a function cannot be saved with them.
+            Returns whether a client is available in a round, from the client's name and the round number (from 1). It
+            is called in every round, and again when a run is repeated or resumed, so its result must depend on nothing
+            else. By default all clients are always available. It is a keyword and not part of `args`, since functions
+            cannot be saved with them.
         client_eval_dataset (`Dataset` or `dict[str, Dataset]`, *optional*):
-            What each client is evaluated on by [`FederatedTrainer.evaluate_clients`]: a data set for each client by its
-            name, or one that is split as the training data is. By default `eval_dataset`.
+            The data that [`FederatedTrainer.evaluate_clients`] evaluates each client on: client names to data sets, or
+            one data set that is split like the training data. By default `eval_dataset`.
         **kwargs:
-            As for [`~transformers.Trainer`]. Each client needs an optimizer of its own, so choose it by `args.optim` or
-            `optimizer_cls_and_kwargs`, not by `optimizers`.
+            As for [`~transformers.Trainer`]. Since each client needs its own optimizer, choose it with `args.optim` or
+            `optimizer_cls_and_kwargs` instead of `optimizers`.
 
     **Attributes**:
         - **clients** (`Mapping[str, Dataset]`) -- The data set of each client.
         - **client_budgets** (`dict[str, float]`) -- The share of the heads that each client can train, or `None`.
-        - **state.log_history** (`list[dict]`) -- One record a round: `round` (from 1), `clients` (whose updates were
+        - **state.log_history** (`list[dict]`) -- One record per round: `round` (from 1), `clients` (whose updates were
           merged), `failed_clients` (with the reason), `attempts`, `num_examples`, `train_loss`, the metrics of the
-          evaluation, `upload_bytes` and `download_bytes` (of the tasks and the replies of all clients, as bytes),
-          `round_seconds` (without the evaluation), `learning_rate` and, with `client_budgets`, `heads_trained` (the number
-          of heads of each client) or, with `privacy`, `noise_multiplier`, `sampling_rate` and `epsilon` (up to this
-          round). A record of round 0 comes before with `eval_on_start`, and where common bases are made
-          from the clients' gradients (`init_bases="gradient_svd"`).
+          evaluation, `upload_bytes` and `download_bytes` (the serialized sizes of the replies and the tasks of all
+          clients), `round_seconds` (without the evaluation) and `learning_rate`. With `client_budgets` it also has
+          `heads_trained` (the number of heads of each client), and with `privacy` it has `noise_multiplier`,
+          `sampling_rate` and `epsilon` (up to this round). There is a record of round 0 with `eval_on_start`, and if
+          common bases are computed from the clients' gradients (`init_bases="gradient_svd"`).
         - **privacy** ([`PrivateRounds`]) -- The noise and the accounting of the rounds, or `None`.
-        - **last_server_state** ([`ServerState`]) -- What the server has after the last round, as one value.
-        - **last_global_state** (`dict[str, torch.Tensor]`) -- The merged state that the last run has ended with.
+        - **last_server_state** ([`ServerState`]) -- The complete state of the server after the last round.
+        - **last_global_state** (`dict[str, torch.Tensor]`) -- The merged state at the end of the last run.
         - **last_client_metrics** (`pandas.DataFrame`) -- The metrics of each client in its last evaluation.
         - **last_merge** ([`~peft_ravan.merging.MergeResult`]) -- The last merge, with its diagnostics.
 
     Raises:
         TypeError: if `args` are not [`FederatedArguments`], or the model has no adapter.
-        ValueError: if the data cannot be split, `client_budgets` do not suit the adapter, the clients or the merge
-            method, `privacy` cannot be kept, or `optimizers` are given.
+        ValueError: if the data cannot be split, `client_budgets` do not fit the adapter, the clients or the merge
+            method, `privacy` cannot be guaranteed, or `optimizers` are given.
 
     Example:
 
@@ -79,16 +80,16 @@ class FederatedTrainer(FederatedMixin, Trainer):
 @functools.cache
 def federated(trainer_class: type[Trainer]) -> type[Trainer]:
     """
-    Make a federated trainer of any other. Each client trains as that trainer does, with its losses, data loaders and
-    preparation of the data; [`FederatedTrainer`] is what this makes of [`~transformers.Trainer`].
+    Create a federated version of any trainer. Each client trains as that trainer does, with its loss, its data loaders
+    and its data preparation. For [`~transformers.Trainer`] the result is [`FederatedTrainer`].
 
     Args:
         trainer_class (`type[Trainer]`): The trainer, such as your own subclass of [`~transformers.Trainer`].
 
     Returns:
-        `type[Trainer]`: A subclass with the rounds of [`FederatedMixin`] before; the same for the same class. It takes what
-        the trainer takes, and what [`FederatedTrainer`] takes besides. Its `args` are made by [`federated_arguments`] from
-        those of the trainer.
+        `type[Trainer]`: A subclass of [`FederatedMixin`] and the trainer. Repeated calls return the same class. It
+        takes the arguments of the trainer and the additional ones of [`FederatedTrainer`]. The class of its `args` is
+        created by [`federated_arguments`] from that of the trainer.
 
     Raises:
         TypeError: if it is not a subclass of [`~transformers.Trainer`].

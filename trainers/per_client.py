@@ -1,7 +1,7 @@
 """
-A metric for 🤗 Evaluate: how accuracy, or another metric, is spread over the clients of a federation.
+A metric for 🤗 Evaluate: the distribution of accuracy, or another metric, over the clients of a federation.
 
-It is loaded by import, or from this file by `evaluate.load`. Neither fetches anything.
+It can be imported, or loaded from this file with `evaluate.load`. Neither needs a network connection.
 """
 
 from __future__ import annotations
@@ -24,18 +24,19 @@ from peft_ravan.trainers.records.client_metrics import client_statistics
 
 
 _DESCRIPTION = """
-Computes a metric for each client of a federation, and sums it up: the mean over the clients, the mean over the worst tenth
-of them, the spread (standard deviation), the worst and the best.
+Computes a metric for each client of a federation and summarizes it: the mean over the clients, the mean over the worst
+decile, the spread (standard deviation), the worst and the best value.
 """
 
 _INPUTS = """
 Args:
     predictions (`list`): The predicted labels or values.
-    references (`list`): The true ones.
+    references (`list`): The true labels or values.
     clients (`list[str]`): The client that each example belongs to.
-    metric (`Callable`, *optional*): Computes the metric of one client from the keywords `predictions` and `references`, as
-        a number or as a dict with one number, as the `compute` of other metrics does. By default accuracy.
-    greater_is_better (`bool`, *optional*, defaults to `True`): Whether a client with a greater value is better off.
+    metric (`Callable`, *optional*): Computes the metric of one client from the keyword arguments `predictions` and
+        `references`. It returns a number, or a dict with one number like the `compute` method of other metrics. By
+        default accuracy.
+    greater_is_better (`bool`, *optional*, defaults to `True`): Whether greater values are better.
 
 Returns:
     `dict`: `mean`, `worst_decile` (the mean over the worst `ceil(C / 10)` of C clients), `spread` (standard deviation),

@@ -1,4 +1,4 @@
-"""What a run is made with, so that one that goes on can be told what is other than before."""
+"""The facts of a run, which are saved so that a resumed run can report what has changed."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .federation import Federation
 from .files import CheckpointError
 
 
-# all arguments are compared but these, which do not change what is trained
+# all arguments are compared except these, which do not affect the training
 NOT_COMPARED = frozenset(
     name
     for names in (
         # names and places
         "output_dir run_name project trackio_space_id trackio_bucket_id trackio_static_space_id",
-        # what is said of the run
+        # logging
         "logging_strategy logging_steps logging_first_step log_on_each_node logging_nan_inf_filter log_level "
         "log_level_replica disable_tqdm report_to include_num_input_tokens_seen skip_memory_metrics debug",
         # the Hub
@@ -30,22 +30,22 @@ NOT_COMPARED = frozenset(
         "do_eval do_predict eval_strategy eval_steps eval_delay eval_on_start per_device_eval_batch_size "
         "prediction_loss_only eval_do_concat_batches eval_use_gather_object eval_accumulation_steps include_for_metrics "
         "batch_eval_metrics bf16_full_eval fp16_full_eval eval_clients personalization_steps eval_packing",
-        # when and how it is saved, and that the run goes on
+        # when and how it is saved and resumed
         "do_train save_strategy save_steps save_total_limit save_only_model save_on_each_node enable_jit_checkpoint "
         "resume_from_checkpoint ignore_data_skip restore_callback_states_from_checkpoint",
-        # which machine it is, and how it works
+        # the machine and its processes
         "use_cpu local_rank dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers "
         "dataloader_prefetch_factor dataloader_multiprocessing_context dataset_num_proc torch_empty_cache_steps "
         "ddp_backend ddp_timeout ddp_bucket_cap_mb ddp_broadcast_buffers ddp_find_unused_parameters ddp_static_graph",
     )
     for name in names.split()
 )
-# of the configurations of the adapter and of the model, what is a name, a version, or changes while it is used
+# fields of the adapter's and the model's configuration that are names or versions, or that change during use
 _NOT_OF_CONFIGS = frozenset(
     "peft_version transformers_version base_model_name_or_path revision auto_mapping inference_mode save_projection "
     "architectures use_cache return_dict output_hidden_states output_attentions".split()
 )
-# with other ones it is another federation; what an error says of them
+# a change in one of these means another federation; each with its description in error messages
 _MUST_BE_SAME = {
     "peft_type": "peft_type",
     "adapter": "shapes of the adapter",
@@ -60,11 +60,11 @@ _MAX_SHOWN = 80  # characters of a value
 def run_facts(federation: Federation, state: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """
     Args:
-        federation ([`Federation`]): What it is made with, before its run.
+        federation ([`Federation`]): The federation, before its run.
         state (`Mapping[str, torch.Tensor]`): The tensors that clients train, by their checkpoint names.
 
     Returns:
-        `dict[str, Any]`: What tells this federation from others, and what it is made with, as JSON keeps it.
+        `dict[str, Any]`: What identifies this federation, and the settings of the run, as plain JSON values.
     """
     args, model = federation.args, federation.model
     config = model.active_peft_config
@@ -94,10 +94,10 @@ def check_same_federation(folder: Path, then: Mapping[str, Any], now: Mapping[st
     Args:
         folder (`Path`): The checkpoint.
         then (`Mapping[str, Any]`): Its facts.
-        now (`Mapping[str, Any]`): Those of the run that is to go on from it.
+        now (`Mapping[str, Any]`): The facts of the run that resumes from it.
 
     Raises:
-        CheckpointError: if it is of another federation.
+        CheckpointError: if the checkpoint belongs to another federation.
     """
     for name, what in _MUST_BE_SAME.items():
         if then.get(name) != now[name]:
@@ -112,11 +112,11 @@ def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """
     Args:
         then (`Mapping[str, Any]`): The facts of a checkpoint.
-        now (`Mapping[str, Any]`): Those of the run that goes on from it.
+        now (`Mapping[str, Any]`): The facts of the run that resumes from it.
 
     Returns:
-        `list[str]`: What is other than before, in words. What only one of them knows is not compared: it comes with another
-        version of a package.
+        `list[str]`: A description of each change. Entries that only one of them has are not compared, since they come
+        from a different version of a package.
     """
     return [
         *_changed_values(then.get("compared", {}), now["compared"]),
@@ -144,10 +144,10 @@ def _shown(value: Any) -> str:
 
 
 def _compared_of(config: Any) -> Iterator[tuple[str, Any]]:
-    """The settings of a configuration of PEFT or transformers; none of what a model of one's own may have in its place."""
+    """The settings of a configuration of PEFT or transformers. Other configurations of custom models are skipped."""
     for name, value in config.to_dict().items() if hasattr(config, "to_dict") else ():
         if not name.startswith("_") and name not in _NOT_OF_CONFIGS:
-            # names of modules: their order is that of a set, and PEFT adds those of a task each time it is given a config
+            # names of modules: sets have no fixed order, and PEFT adds those of the task whenever it is given a config
             is_names = (
                 isinstance(value, (list, tuple, set)) and value and all(isinstance(entry, str) for entry in value)
             )
@@ -160,7 +160,7 @@ def _as_json(value: Any) -> Any:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, (set, frozenset)):
-        return sorted(map(str, value))  # in an order of its own
+        return sorted(map(str, value))  # sets have no fixed order
     return stable_text(value)
 
 

@@ -1,4 +1,4 @@
-"""The output folder of a run: one run at a time, and which of the checkpoints in it are its own."""
+"""The output folder of a run: it is locked for one run at a time, and each run recognizes its own checkpoints."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _LOCK_FILE = ".federation.lock"
 
 
 class FolderInUseError(RuntimeError):
-    """The output folder of a run that another run is writing into."""
+    """Raised when another run is writing into the output folder."""
 
 
 def find_checkpoints(output_dir: str | os.PathLike) -> list[Path]:
@@ -32,7 +32,7 @@ def find_checkpoints(output_dir: str | os.PathLike) -> list[Path]:
         output_dir (`str` or `os.PathLike`): The folder of the run.
 
     Returns:
-        `list[Path]`: The folders with the name of a checkpoint, the newest first. They may be damaged.
+        `list[Path]`: The folders that are named like a checkpoint, the newest first. They may be damaged.
     """
     folders = [path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir()]
     numbered = [path for path in folders if path.name.rpartition("-")[2].isdigit()]
@@ -45,7 +45,7 @@ def checkpoint_round(folder: Path) -> int:
         folder (`Path`): The folder of a checkpoint.
 
     Returns:
-        `int`: The round that it was written after.
+        `int`: The round after which it was written.
     """
     return int(folder.name.rpartition("-")[2])
 
@@ -53,12 +53,12 @@ def checkpoint_round(folder: Path) -> int:
 @dataclass(frozen=True)
 class RunIdentity:
     """
-    Which run something is of. A run that goes on from a checkpoint has a name of its own, and shares with the run of that
-    checkpoint what was before it.
+    The identity of a run. A run that resumes from a checkpoint has its own name, and shares the rounds up to that
+    checkpoint with the run that wrote it.
 
     Args:
-        name (`str`, *optional*): What tells the run from others. By default drawn by the operating system.
-        before (`Mapping[str, int]`): The names of the runs that it goes on from, and up to which round.
+        name (`str`, *optional*): The unique name of the run. By default a random one from the operating system.
+        before (`Mapping[str, int]`): The names of the runs that it continues, each with the last round they share.
     """
 
     name: str = field(default_factory=lambda: secrets.token_hex(8))
@@ -70,7 +70,7 @@ class RunIdentity:
             round_number (`int`): A round of this run.
 
         Returns:
-            [`RunIdentity`]: A run that goes on after that round.
+            [`RunIdentity`]: A run that continues after that round.
         """
         shared = {name: min(last, round_number) for name, last in self.before.items()}
         return RunIdentity(before={**shared, self.name: round_number})
@@ -81,7 +81,7 @@ class RunIdentity:
             checkpoint (`Path`): The folder of a checkpoint.
 
         Returns:
-            `bool`: Whether it was written by this run, or by one that it goes on from, up to the round from which it does.
+            `bool`: Whether it was written by this run, or by a run that it continues and in a round that they share.
         """
         other = RunIdentity.read(checkpoint)
         if other is None:
@@ -91,7 +91,8 @@ class RunIdentity:
     def write(self, folder: Path) -> None:
         """
         Args:
-            folder (`Path`): The folder of a checkpoint, or of the run, in which this run is then the last that has begun.
+            folder (`Path`): The folder of a checkpoint, or the output folder, which then records this run as the
+                latest.
         """
         folder.mkdir(parents=True, exist_ok=True)
         aside = folder / f".{RUN_FILE}.incomplete"
@@ -102,10 +103,10 @@ class RunIdentity:
     def read(cls, folder: Path) -> RunIdentity | None:
         """
         Args:
-            folder (`Path`): The folder of a checkpoint, or of runs.
+            folder (`Path`): The folder of a checkpoint, or the output folder of runs.
 
         Returns:
-            [`RunIdentity`]: Which run wrote it, or has begun last in it; `None` if that cannot be told.
+            [`RunIdentity`]: The run that wrote it, or the latest run in it. `None` if that is not known.
         """
         try:
             return cls(**json.loads((folder / RUN_FILE).read_text()))
@@ -116,11 +117,11 @@ class RunIdentity:
 def checkpoints_to_resume(run_dir: str | os.PathLike) -> list[Path]:
     """
     Args:
-        run_dir (`str` or `os.PathLike`): The folder of runs.
+        run_dir (`str` or `os.PathLike`): The output folder of runs.
 
     Returns:
-        `list[Path]`: The checkpoints of the run that has begun last, the newest first; all, if that run cannot be told.
-        They may be damaged: one that does not say which run it is of is among them.
+        `list[Path]`: The checkpoints of the latest run, the newest first, or all checkpoints if that run is not known.
+        They may be damaged, and checkpoints that do not identify their run are included.
     """
     run, folders = RunIdentity.read(Path(run_dir)), find_checkpoints(run_dir)
     return [folder for folder in folders if run is None or RunIdentity.read(folder) is None or run.has(folder)]
@@ -128,12 +129,12 @@ def checkpoints_to_resume(run_dir: str | os.PathLike) -> list[Path]:
 
 def rotate_own_checkpoints(run: RunIdentity, run_dir: str | os.PathLike, limit: int | None, best: str | None) -> None:
     """
-    Delete the oldest checkpoints of a run, as `save_total_limit` says. Those of other runs are left alone.
+    Delete the oldest checkpoints of a run according to `save_total_limit`. Those of other runs are kept.
 
     Args:
         run ([`RunIdentity`]): The run.
         run_dir (`str` or `os.PathLike`): The folder of the run.
-        limit (`int`, *optional*): How many to keep; the newest and the best are kept in any case. By default all.
+        limit (`int`, *optional*): How many to keep. The newest and the best are always kept. By default all are.
         best (`str`, *optional*): The checkpoint with the best metric so far.
     """
     if not limit or limit < 0:
@@ -147,16 +148,16 @@ def rotate_own_checkpoints(run: RunIdentity, run_dir: str | os.PathLike, limit: 
 
 def lock_folder(folder: str | os.PathLike) -> contextlib.ExitStack:
     """
-    Keep other runs out of a folder, until this process lets them in or ends.
+    Lock a folder against other runs, until this process releases the lock or ends.
 
     Args:
-        folder (`str` or `os.PathLike`): The output folder of a run. It is made if there is none.
+        folder (`str` or `os.PathLike`): The output folder of a run. It is created if it does not exist.
 
     Returns:
-        `contextlib.ExitStack`: To be closed when the run is over.
+        `contextlib.ExitStack`: Releases the lock when it is closed, at the end of the run.
 
     Raises:
-        FolderInUseError: if another run has it.
+        FolderInUseError: if another run has locked it.
     """
     os.makedirs(folder, exist_ok=True)
     path = Path(folder, _LOCK_FILE)
@@ -169,13 +170,13 @@ def lock_folder(folder: str | os.PathLike) -> contextlib.ExitStack:
             "of its own, or wait for the other to end."
         ) from None
     except (OSError, NotImplementedError) as error:
-        logger.warning(f"{folder} cannot be locked ({error}). See that no other run writes into it.")
+        logger.warning(f"{folder} cannot be locked ({error}). Make sure that no other run writes into it.")
         return held
     held.callback(lock.release)
-    held.callback(_unlink, path)  # which comes first: nobody then holds a file that is not there
+    held.callback(_unlink, path)  # runs before the release, so that no process locks a deleted file
     return held
 
 
 def _unlink(path: Path) -> None:
-    with contextlib.suppress(OSError):  # some systems keep a file that is open
+    with contextlib.suppress(OSError):  # some systems cannot delete an open file
         path.unlink()

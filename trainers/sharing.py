@@ -25,15 +25,15 @@ logger = logging.get_logger(__name__)
 
 class SharingMixin:
     """
-    Saves the adapter of a [`~transformers.Trainer`] with a card that tells how the federation trained it, and uploads both
-    with the record of the rounds and the LoRA twin.
+    Saves the adapter of a [`~transformers.Trainer`] with a card that describes how the federation trained it, and
+    uploads both together with the record of the rounds and the LoRA twin.
     """
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """
         Save the adapter, its card, and the record of the federation: `rounds.jsonl` has a line for each round, and
-        `federation.json` what the card says of all of them. They are beside the adapter: in a folder of its name, if it is
-        not named `"default"`, as PEFT saves it.
+        `federation.json` has the summary of the card. They are saved next to the adapter. As in PEFT, that is a
+        subfolder of the adapter's name, unless it is named `"default"`.
 
         Args:
             output_dir (`str`, *optional*): The folder, by default `args.output_dir`.
@@ -61,10 +61,10 @@ class SharingMixin:
         dataset_args: str | list[str] | None = None,
     ) -> None:
         """
-        Write the card of the adapter into `args.output_dir`, beside the adapter as it is saved there.
+        Write the card of the adapter into `args.output_dir`, next to the saved adapter.
 
-        The metadata have the results of the last evaluation if one data set is named and the task is known: the Hub takes
-        no others.
+        The metadata include the results of the last evaluation if exactly one data set is named and the task is known.
+        The Hub does not accept other results.
 
         Args:
             language (`str`, *optional*): The language of the model.
@@ -74,11 +74,11 @@ class SharingMixin:
             finetuned_from (`str`, *optional*): The base model on the Hub, by default that of the configuration.
             tasks (`str` or `list[str]`, *optional*): The task on the Hub, by default that of the model.
             dataset_tags (`str` or `list[str]`, *optional*): The data sets on the Hub that it was trained on.
-            dataset (`str` or `list[str]`, *optional*): The name of the data set, for people.
+            dataset (`str` or `list[str]`, *optional*): The display name of the data set.
             dataset_args (`str` or `list[str]`, *optional*): The configuration of the data set.
 
         Raises:
-            ValueError: if `finetuned_from` or one of `dataset_tags` is no name on the Hub.
+            ValueError: if `finetuned_from` or one of `dataset_tags` is not a valid name on the Hub.
         """
         if self.is_world_process_zero():
             card_data = {
@@ -106,25 +106,25 @@ class SharingMixin:
         **kwargs,
     ) -> CommitInfo | Future[CommitInfo] | None:
         """
-        Upload the adapter, its card, the record of the rounds with a picture (if matplotlib is installed), the tokenizer
-        or processor, and, with `args.hub_lora_twin`, the LoRA twin, to `args.hub_model_id`. See
-        [`~peft_ravan.push_to_hub`]: all in one commit, clients by number, and no checkpoints.
+        Upload the adapter, its card, the record of the rounds with a plot (if matplotlib is installed), the tokenizer
+        or processor, and, with `args.hub_lora_twin`, the LoRA twin to `args.hub_model_id`. Everything is uploaded in
+        one commit, with clients identified by number and without checkpoints. See [`~peft_ravan.push_to_hub`].
 
         Args:
             commit_message (`str`, *optional*, defaults to `"End of training"`): The message of the commit.
-            blocking (`bool`, *optional*, defaults to `True`): Whether to wait for the end of the upload.
+            blocking (`bool`, *optional*, defaults to `True`): Whether to wait until the upload has finished.
             token (`str`, *optional*): The token, by default `args.hub_token`.
-            revision (`str`, *optional*): The branch, by default `args.hub_revision`, or else `main`.
-            private (`bool`, *optional*): Whether the repository is private, if it is made. By default
+            revision (`str`, *optional*): The branch, by default `args.hub_revision`, otherwise `main`.
+            private (`bool`, *optional*): Whether the repository is private if it is created. By default
                 `args.hub_private_repo`.
             **kwargs: As for `create_model_card`.
 
         Returns:
-            [`~huggingface_hub.CommitInfo`]: The commit, or a future of it with `blocking=False`. `None` in processes other
-            than the first.
+            [`~huggingface_hub.CommitInfo`]: The commit, or a future of it with `blocking=False`. `None` in all
+            processes but the main one.
 
         Raises:
-            UploadError: if the upload was interrupted. It can be run again.
+            UploadError: if the upload was interrupted. It can be repeated.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         token = self.args.hub_token if token is None else token
@@ -185,7 +185,7 @@ class SharingMixin:
         )
 
     def _federation_record(self) -> FederationRecord | None:
-        # only at its end a run goes back to its best round
+        # a run returns to its best round only at the end
         is_best = self.args.load_best_model_at_end and not self.is_in_train and self.state.best_model_checkpoint
         best_round = self.state.best_global_step if is_best else None
         return federation_record(self.federation, self.state.log_history, best_round)
@@ -205,7 +205,7 @@ class SharingMixin:
 
 
 def _warn_of_failure(job: Future) -> None:
-    # nobody asks a push in the background how it went
+    # nobody waits for a push in the background, so its errors would go unnoticed
     if not job.cancelled() and job.exception() is not None:
         logger.warning(f"A push to the Hub failed, and training goes on. {job.exception()}")
 

@@ -1,4 +1,4 @@
-"""Federated trainers over those of TRL."""
+"""Federated versions of the trainers of TRL."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from .federated_mixin import FederatedMixin
 @dataclass(repr=False)
 class FederatedSFTConfig(FederatedArgumentsMixin, SFTConfig):
     """
-    The arguments of a [`FederatedSFTTrainer`]: those of [`~trl.SFTConfig`], and those of [`FederatedArgumentsMixin`].
+    The arguments of a [`FederatedSFTTrainer`]: those of [`~trl.SFTConfig`] and those of [`FederatedArgumentsMixin`].
     """
 
 
 class FederatedSFTTrainer(FederatedMixin, SFTTrainer):
     """
     A [`~trl.SFTTrainer`] that trains an adapter over simulated clients, see [`FederatedTrainer`]. The data of each client
-    is prepared by itself, so a packed sequence has examples of one client only.
+    is prepared separately, so a packed sequence contains examples of only one client.
 
     Args:
         model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            The model, with an adapter, or without one and with a `peft_config`.
+            The model, either with an adapter or together with a `peft_config`.
         args ([`FederatedSFTConfig`], *optional*):
             The arguments.
         train_dataset (`Dataset` or `dict[str, Dataset]`):
-            One training set, which is split among clients as `args.partition` says before it is prepared, or the data set
-            of each client by its name.
+            One training set, which is split among clients according to `args.partition` before it is prepared, or
+            client names to data sets.
         client_fault, availability (*optional*):
             As for [`FederatedTrainer`].
         **kwargs:
@@ -48,22 +48,22 @@ class FederatedSFTTrainer(FederatedMixin, SFTTrainer):
 @dataclass(repr=False)
 class FederatedDPOConfig(FederatedArgumentsMixin, DPOConfig):
     """
-    The arguments of a [`FederatedDPOTrainer`]: those of [`~trl.DPOConfig`], and those of [`FederatedArgumentsMixin`].
+    The arguments of a [`FederatedDPOTrainer`]: those of [`~trl.DPOConfig`] and those of [`FederatedArgumentsMixin`].
     """
 
 
 class FederatedDPOTrainer(FederatedMixin, DPOTrainer):
     """
     A [`~trl.DPOTrainer`] that trains an adapter over simulated clients, see [`FederatedTrainer`]. The reference is the same
-    for all clients and rounds: the base model, or the adapter as it was given.
+    for all clients and rounds: the base model or the initial adapter.
 
     Args:
         model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            The model, with an adapter, or without one and with a `peft_config`.
+            The model, either with an adapter or together with a `peft_config`.
         args ([`FederatedDPOConfig`], *optional*):
             The arguments.
         train_dataset (`Dataset` or `dict[str, Dataset]`):
-            Preferences, as for [`FederatedSFTTrainer`].
+            The preference data, as for [`FederatedSFTTrainer`].
         client_fault, availability (*optional*):
             As for [`FederatedTrainer`].
         **kwargs:

@@ -1,4 +1,4 @@
-"""The real commands, on adapters of a tiny model in folders."""
+"""The real commands, run on saved adapters of a tiny model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SITES = ("north", "south", "west")
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command has ended."""
+    """The exit code and output of a command."""
 
     code: int
     out: str
@@ -32,13 +32,13 @@ class Ended:
 
 
 def run(*words: object) -> Ended:
-    """Type a command, in this process."""
+    """Run a command in this process."""
     result = CliRunner().invoke(app, [str(word) for word in words])
     return Ended(result.exit_code, result.stdout, result.stderr)
 
 
 def assert_refused(ended: Ended, reason: str) -> None:
-    """It has failed with one line, which says why."""
+    """Check that a command has failed with an error message of one line."""
     assert ended.code == 1, ended
     [line] = ended.err.splitlines()
     assert line.startswith("Error: ") and reason in line
@@ -53,7 +53,7 @@ def lora_config(**kwargs) -> LoraConfig:
 
 
 def save_adapter(folder: Path, config: PeftConfig, seed: int | None, base: str = "base") -> None:
-    """Save an adapter that has been trained, as far as one can see, or with `seed=None` has not."""
+    """Save an adapter with random weights as if it had been trained, or an untrained one with `seed=None`."""
     torch.manual_seed(7)  # LoRA's A and the task head start from the same values everywhere
     model = get_peft_model(AutoModelForSequenceClassification.from_pretrained(base), config)
     if seed is not None:
@@ -63,7 +63,7 @@ def save_adapter(folder: Path, config: PeftConfig, seed: int | None, base: str =
 
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory) -> Path:
-    """A folder with a base model, and adapters of three sites, of Ravan and of LoRA. Tests must not write into it."""
+    """A folder with a base model, and Ravan and LoRA adapters of three sites. Tests must not write into it."""
     folder = tmp_path_factory.mktemp("saved")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)  # so that the base model has the name "base"
@@ -78,7 +78,7 @@ def saved(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def place(saved, tmp_path, monkeypatch) -> Path:
-    """An empty folder to work in, where the saved ones seem to be."""
+    """A working folder that contains only links to the saved adapters."""
     for path in saved.iterdir():
         (tmp_path / path.name).symlink_to(path)
     monkeypatch.chdir(tmp_path)

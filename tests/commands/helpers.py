@@ -1,4 +1,4 @@
-"""What several tests of the commands share."""
+"""Helpers for the tests of the commands."""
 
 import yaml
 

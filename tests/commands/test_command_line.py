@@ -1,4 +1,4 @@
-"""The command line as it is typed: help, exit codes, errors in one line, and the commands that look into adapters."""
+"""The command line: help, exit codes, one-line errors, and the commands that inspect adapters."""
 
 import json
 import os
@@ -67,8 +67,8 @@ def test_debug_shows_the_traceback(place):
     assert "FileNotFoundError: There is no folder 'nowhere'" in ended.stderr
 
 
-def test_a_disk_that_takes_no_more_is_told_and_leaves_nothing(place):
-    # files above this size are refused, as they are where there is no room; that needs no disk
+def test_a_full_disk_is_reported_and_nothing_is_left_behind(place):
+    # files above this size are refused, which simulates a full disk
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
 
@@ -81,12 +81,12 @@ def test_a_disk_that_takes_no_more_is_told_and_leaves_nothing(place):
     assert not list(place.glob("*merged*")) and not list(place.glob(".merged*"))
 
 
-def test_a_folder_that_cannot_be_made_is_told(place):
+def test_a_folder_that_cannot_be_made_is_reported(place):
     (place / "file").write_text("")
     assert_refused(run("merge", *SITES, "-o", "file/merged"), "Not a directory: ")
 
 
-def test_errors_that_nobody_expected_name_their_kind():
+def test_unexpected_errors_name_their_type():
     assert in_one_line(KeyError("x")) == "KeyError: 'x' (with --debug there is more)"
     assert in_one_line(ValueError("one\n  two")) == "one two"
     assert in_one_line(PermissionError(13, "Permission denied", "/x")) == "Permission denied: /x"
@@ -185,7 +185,7 @@ def test_a_picture_of_the_rounds_is_uploaded(place, hub):
     assert b"ward 7" not in files["rounds.jsonl"]
 
 
-def test_an_upload_that_is_interrupted_is_told(place, hub):
+def test_an_upload_that_is_interrupted_is_reported(place, hub):
     hub.breaks += ["POST /api/models/clinic/north/commit"] * 10
     ended = run("push", "north", "clinic/north")
     assert ended.code == 1 and ended.err.splitlines()[-1].startswith("Error: ")

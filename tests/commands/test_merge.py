@@ -1,4 +1,4 @@
-"""`peft-ravan merge`: what comes out is the mean of the weight updates, and what does not belong together is refused."""
+"""`peft-ravan merge`: it averages the weight updates, and refuses adapters that do not fit together."""
 
 import errno
 import json
@@ -24,7 +24,7 @@ SHARES = [number / sum(NUM_EXAMPLES) for number in NUM_EXAMPLES]
 
 
 def weight_updates(folder):
-    """What an adapter adds to each weight, computed from its files alone."""
+    """The weight updates of an adapter, computed from its files alone."""
     config, state = PeftConfig.from_pretrained(folder), read(folder)
     if isinstance(config, RavanConfig):
         config, state = lora_twin(folder)
@@ -149,7 +149,7 @@ def test_the_card_tells_how_it_was_made(place):
 
 
 def changed(place, source, change=None, tensors=None):
-    """A copy of an adapter whose configuration or tensors are changed."""
+    """A copy of an adapter with a changed configuration or changed tensors."""
     folder = place / "changed"
     shutil.copytree(place / source, folder)
     path = folder / "adapter_config.json"
@@ -277,8 +277,8 @@ def test_adapters_come_from_the_hub_too(place, monkeypatch):
     assert "clinic/north, clinic/south@v2" in (place / "merged" / "README.md").read_text()
 
 
-def test_what_the_hub_does_not_have_is_told(place):
-    assert_refused(run("merge", "north", "clinic/none", "-o", "merged"), "could not be had from the Hub either")
+def test_what_the_hub_does_not_have_is_reported(place):
+    assert_refused(run("merge", "north", "clinic/none", "-o", "merged"), "could not be downloaded from the Hub either")
 
 
 def test_methods_are_listed_with_their_options():

@@ -1,4 +1,4 @@
-"""What people type by mistake: each is told in one line, and leaves nothing behind."""
+"""Mistakes on the command line: each is reported in one line, and leaves nothing behind."""
 
 from pathlib import Path
 
@@ -39,7 +39,7 @@ def test_merge(place, words, message):
 
 
 @pytest.mark.parametrize("name", ["not a repo", "", "a/b/c", "-x"])
-def test_push_tells_a_bad_name_before_it_begins(place, hub, name):
+def test_push_reports_a_bad_name_before_it_begins(place, hub, name):
     ended = run("push", "--", "north", name)
     assert ended.code == 1 and "interrupted" not in ended.err and not hub.requests
 

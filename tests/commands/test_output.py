@@ -21,7 +21,7 @@ def contents(folder):
 
 @pytest.fixture(params=["to-lora", "merge"])
 def command(request):
-    """The words of a command that writes an adapter, without the folder."""
+    """The words of a command that writes an adapter, without the output folder."""
     return {"to-lora": ("to-lora", "north"), "merge": ("merge", "north", "south")}[request.param]
 
 

@@ -1,4 +1,4 @@
-"""`peft-ravan train`: the model, the data, the adapter and the arguments in one file, and on the line."""
+"""`peft-ravan train`: the model, the data, the adapter and the arguments, in a file and on the command line."""
 
 import json
 from pathlib import Path
@@ -74,7 +74,7 @@ def adapter_state(name):
     }
 
 
-def test_what_is_on_the_line_goes_first(folder):
+def test_arguments_on_the_command_line_override_the_file(folder):
     parsed = parse_run(
         "run.yaml", ["--num_rounds", "5", "--adapter.r", "3", "--adapter.peft_type=lora", "--text_column", "x"]
     )
@@ -153,16 +153,16 @@ def test_sft_trains_a_language_model(folder):
         ({"model_name_or_path": "nowhere"}, [], "The model 'nowhere' could not be loaded"),
     ],
 )
-def test_what_cannot_be_is_told_in_one_line(folder, changes, words, reason):
+def test_invalid_arguments_are_reported_in_one_line(folder, changes, words, reason):
     write(**changes)
     assert_refused(run("train", "run.yaml", *words), reason)
     assert not (folder / "out").exists()
 
 
 @pytest.mark.parametrize(
-    "text, reason", [("a: [1", "is no YAML"), ("- a", "must have lines of the form"), ("", "got NoneType")]
+    "text, reason", [("a: [1", "is not valid YAML"), ("- a", "must have lines of the form"), ("", "got NoneType")]
 )
-def test_a_file_that_is_no_run_is_told(place, text, reason):
+def test_a_file_that_is_not_a_run_is_reported(place, text, reason):
     (place / "run.yaml").write_text(text)
     assert_refused(run("train", "run.yaml"), reason)
     assert_refused(run("train", "none.yaml"), "No such file or directory: none.yaml")

@@ -1,4 +1,4 @@
-"""Uploads of every malformed kind, as hypothesis strategies: what no merge may be ended or moved by."""
+"""Malformed uploads of every kind, as hypothesis strategies. None of them may abort or affect a merge."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from peft_ravan.merging import ClientUpdate
 
 
 class SubclassOfTensor(torch.Tensor):
-    """A tensor that answers for itself."""
+    """A subclass of tensor, which could override its operations."""
 
 
 class NameLikeAString(str):
@@ -55,7 +55,7 @@ class Raising(Mapping):
 
 
 class Changing(Mapping):
-    """A mapping that fits when it is read for the first time, and is something else from then on."""
+    """A mapping that is valid when it is read for the first time, and changes afterwards."""
 
     def __init__(self, state: Mapping[str, torch.Tensor], later: Callable[[torch.Tensor], Any]):
         self._state, self._later, self._read = dict(state), later, set()
@@ -80,7 +80,7 @@ class RaisingIndex:
 
 
 class Lookalike:
-    """Has the fields of an update, and is none."""
+    """Has the fields of an update, but is not one."""
 
     def __init__(self, update: ClientUpdate):
         self.__dict__.update(vars(update))
@@ -283,7 +283,7 @@ def every_kind(update: ClientUpdate) -> Iterator[Callable[[ClientUpdate], Any]]:
 def malformed(update: ClientUpdate) -> st.SearchStrategy:
     """
     Args:
-        update ([`ClientUpdate`]): An update that fits.
+        update ([`ClientUpdate`]): A valid update.
 
     Returns:
         `SearchStrategy`: Malformed uploads made of it, of one or two kinds at once.
@@ -295,5 +295,5 @@ def malformed(update: ClientUpdate) -> st.SearchStrategy:
 def _spoil(update: Any, make: Callable[[ClientUpdate], Any]) -> Any:
     try:
         return make(update)
-    except Exception:  # what is bad already cannot always be spoiled once more
+    except Exception:  # what is malformed already cannot always be malformed once more
         return update

@@ -1,7 +1,8 @@
 """
-What the merge methods compute, written from their definitions, dense and in float64; and random rounds to compare them on.
+The merge methods, implemented from their definitions with dense matrices in float64, and random rounds to compare them
+on.
 
-Nothing here calls the library's own helpers: where both agree, two independent computations agree.
+Nothing here calls the library's own helpers, so the two computations are independent.
 """
 
 from __future__ import annotations
@@ -75,14 +76,14 @@ def client(state: Mapping[str, torch.Tensor], num_examples: int = 1, index: int 
 
 
 def trained_some(update: ClientUpdate, masks: Mapping[str, Sequence[bool]]) -> ClientUpdate:
-    """The update of a client that has all heads, cut to the heads it trained."""
+    """The update of a client that has all heads, restricted to the heads it trained."""
     heads = {name: torch.tensor(mask, dtype=torch.bool) for name, mask in masks.items()}
     state = {name: t[heads[name]] if name in heads else t for name, t in update.state.items()}
     return replace(update, state=state, trained_heads=heads)
 
 
 def regauged(update: ClientUpdate, generator: torch.Generator) -> ClientUpdate:
-    """The same update in other factors: B R and R^-1 A with a random, well-conditioned R."""
+    """The same update with different factors: B R and R^-1 A with a random, well-conditioned R."""
     state = dict(update.state)
     for module in modules_of(state):
         A, B = state[a_name(module)], state[b_name(module)]
@@ -94,7 +95,7 @@ def regauged(update: ClientUpdate, generator: torch.Generator) -> ClientUpdate:
 
 @dataclass(frozen=True)
 class LoraRound:
-    """A random round: the global adapter, and what clients uploaded."""
+    """A random round: the global adapter and the clients' uploads."""
 
     config: LoraConfig
     global_state: State
@@ -108,7 +109,7 @@ class LoraRound:
 def lora_rounds(
     draw, min_clients: int = 1, max_clients: int = 4, different_ranks: bool = False, max_client_rank: int = 7
 ) -> LoraRound:
-    """Random ranks, alphas, patterns and examples. Clients with other ranks have configurations of their own."""
+    """Random ranks, alphas, patterns and examples. Clients with other ranks have their own configurations."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
     config = _draw_config(draw, draw(st.integers(1, 5)))
     global_state = lora_state(generator, ranks_of(config))
@@ -144,7 +145,7 @@ def modules_of(state: Mapping[str, torch.Tensor]) -> list[str]:
 
 
 def _from_pattern(pattern: Mapping[str, int], module: str, default: int) -> int:
-    """PEFT: a key is a regular expression for the end of the module's name, and the first that matches wins."""
+    """As in PEFT: keys are regular expressions for the end of the module's name, and the first match wins."""
     return next((value for key, value in pattern.items() if re.search(rf"(^|\.)({key})$", module)), default)
 
 
@@ -159,7 +160,7 @@ def scaling_of(config: LoraConfig, module: str, rank: int) -> float:
 
 
 def weight_of(state: Mapping[str, torch.Tensor], module: str, config: LoraConfig) -> torch.Tensor:
-    """What the adapter adds to the weight of a module, `[d_out, d_in]`."""
+    """The weight update of a module, `[d_out, d_in]`."""
     A, B = state[a_name(module)].double(), state[b_name(module)].double()
     return scaling_of(config, module, len(A)) * sum(torch.outer(B[:, i], A[i]) for i in range(len(A)))
 
@@ -181,7 +182,7 @@ def mean_tensor(updates: Sequence[ClientUpdate], name: str) -> torch.Tensor:
 
 
 def best_of_rank(matrix: torch.Tensor, rank: int) -> torch.Tensor:
-    """Eckart and Young: the nearest matrix of a rank."""
+    """The nearest matrix of a given rank (Eckart and Young)."""
     U, S, Vh = torch.linalg.svd(matrix.double(), full_matrices=False)
     return (U[:, :rank] * S[:rank]) @ Vh[:rank]
 
@@ -190,7 +191,7 @@ def best_of_rank(matrix: torch.Tensor, rank: int) -> torch.Tensor:
 
 
 def effective(state: Mapping[str, torch.Tensor], config: LoraConfig = CONFIG) -> State:
-    """What a state does: the products of LoRA, and all other tensors as they are."""
+    """The effect of a state: the products of LoRA, and all other tensors unchanged."""
     modules = modules_of(state)
     products = {module: weight_of(state, module, config) for module in modules}
     factors = {name for module in modules for name in (a_name(module), b_name(module))}
@@ -208,7 +209,7 @@ def assert_same(actual: Mapping[str, torch.Tensor], expected: Mapping[str, torch
 
 
 def entrywise(rule: Callable[[list[float]], float], tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """A rule for lists of numbers, entry by entry."""
+    """Apply a rule for lists of numbers to each entry."""
     columns = zip(*(tensor.double().flatten().tolist() for tensor in tensors), strict=True)
     return torch.tensor([rule(list(column)) for column in columns], dtype=torch.float64).reshape(tensors[0].shape)
 
@@ -274,14 +275,14 @@ ADAPTERS: dict[str, Callable[..., State]] = {
     "ravan": ravan_state,
     "one-head": lambda generator, dtype=torch.float64: ravan_state(generator, dtype, num_heads=1),
 }
-# options with which one client, or identical ones, come out as they went in
+# options with which merging one client, or identical ones, changes nothing
 FAITHFUL = {"ties": {"density": 1.0}}
 
 
 def upload(
     method: str, state: Mapping[str, torch.Tensor], global_state: Mapping[str, torch.Tensor], round_number: int = 1
 ) -> State:
-    """What a client of a method uploads: without what is personal, and with what is frozen as it was."""
+    """The upload of a client of a method: without personal tensors, and with frozen tensors unchanged."""
     parts = MERGE_METHODS[method]
     frozen = parts.frozen_in(round_number)
     return {
@@ -306,7 +307,7 @@ def merge_faithfully(method: str, global_state: State, updates: Iterable[ClientU
 
 
 def effect_of(result: MergeResult) -> State:
-    """What the result of a merge does, residuals for base weights included."""
+    """The effect of the result of a merge, including residuals for base weights."""
     effect = effective(result.state, result.config or CONFIG)
     return effect | {module: effect[module] + delta.dense().double() for module, delta in result.base_deltas.items()}
 
@@ -321,7 +322,7 @@ def _suits(method: str, adapter: str) -> bool:
     return True
 
 
-# every method with every adapter that it does not refuse, one head only where it needs that
+# every method with every adapter that it accepts, with a single head where it needs that
 CASES = [(method, adapter) for method in MERGE_METHODS for adapter in ("lora", "ravan") if _suits(method, adapter)]
 CASES += [(method, "one-head") for method in MERGE_METHODS if all(method != known for known, _ in CASES)]
 every_case = pytest.mark.parametrize("method, adapter", CASES, ids=["-".join(case) for case in CASES])

@@ -1,4 +1,4 @@
-"""What holds for every merge method, so also for the next one that is added to the registry."""
+"""Properties of every merge method, including those that will be added to the registry."""
 
 import json
 from dataclasses import replace
@@ -62,8 +62,8 @@ def test_one_client_comes_out_as_it_went_in(method, adapter):
 def test_identical_clients_come_out_as_they_went_in(method, adapter):
     global_state, updates = random_round(method, adapter)
     same = [replace(update, state=updates[0].state) for update in updates]
-    # with its default, robust PCA finds a sparse part also in what all have in common: where an entry stands out by more
-    # than sqrt(C / n) of the norm
+    # with its default, robust PCA also finds a sparse part in updates that all have in common: where an entry stands
+    # out by more than sqrt(C / n) of the norm
     options = {"lambda_": 1.0} if method == "fedrpca" else {}
     result = merge_faithfully(method, global_state, same, **options)
     assert_same(effect_of(result), effective({**global_state, **updates[0].state}), TOLERANCE)
@@ -175,7 +175,7 @@ def test_names_shapes_and_dtypes_are_kept(method, adapter, dtype):
     for name, tensor in global_state.items():
         assert result.state[name].dtype == dtype and result.state[name].is_contiguous()
         assert result.state[name].shape == tensor.shape or result.config is not None
-    # what the states of this dtype give in float64
+    # the result for the states of this dtype, computed in float64
     precise = [{name: t.double() for name, t in part.items()} for part in (global_state, *(u.state for u in updates))]
     expected = merge_faithfully(
         method, precise[0], [replace(u, state=state) for u, state in zip(updates, precise[1:], strict=True)]
@@ -272,7 +272,7 @@ def test_ranks_may_differ_where_the_registry_says_so(method):
 
 @pytest.mark.parametrize("method, adapter", [case for case in CASES if MERGE_METHODS[case[0]].secure_aggregation])
 def test_sums_over_clients_suffice_where_the_registry_says_so(method, adapter):
-    # two clients in place of whom a sum arrives: their mean with the examples of both
+    # two clients are replaced by their mean, with the examples of both
     global_state, updates = random_round(method, adapter)
     both = updates[1:3]
     mean = upload(method, {name: mean_tensor(both, name) for name in both[0].state}, global_state)

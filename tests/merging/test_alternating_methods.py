@@ -1,4 +1,4 @@
-"""RoLoRA and FedSVD: one of A and B is trained in a round, so that the merge is exact, and the server has its say on both."""
+"""RoLoRA and FedSVD: only one of A and B is trained in a round, so the merge is exact, and the server sets both."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def trained_in(method, round_, round_number):
-    """The clients of a round, who have trained what the method trains in it."""
+    """The clients of a round, with changes only in the factor that the method trains in it."""
     return [
         client(upload(method, update.state, round_.global_state, round_number), update.num_examples, index)
         for index, update in enumerate(round_.updates)

@@ -1,4 +1,4 @@
-"""FedAvg and Ravan's average: explicit numbers, and equality with the mean of the dense weights."""
+"""FedAvg and Ravan's average: explicit numbers, and agreement with the mean of the dense weights."""
 
 import hypothesis.strategies as st
 import torch
@@ -46,7 +46,7 @@ def test_averaging_scaling_and_core_separately_is_something_else():
     assert merge({CORE: torch.zeros(1, 1, 1)}, updates).state[CORE].item() == 5.0
 
 
-def test_one_client_is_copied_to_the_last_bit():
+def test_one_client_is_copied_bit_for_bit():
     state = {CORE: torch.randn(2, 3, 3), "head": torch.randn(5)}
     for method in ("fedavg", "ravan", "fedrpca"):
         merged = merge(

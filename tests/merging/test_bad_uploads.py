@@ -1,4 +1,4 @@
-"""Uploads that no method merges: refused with client and tensor, or dropped as if they had not come."""
+"""Invalid uploads: they are refused with the client and the tensor, or dropped as if they had not been sent."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -16,13 +16,14 @@ INDEX = 2
 CORE = next(iter(CORES))
 
 
-# All methods get their updates from one checker. These see all kinds of bad uploads: one that streams, one that waits for all
-# updates, one that takes other ranks, and one with frozen factors; the others see one kind, and so that they ask it.
+# All methods get their updates from one checker. These are tested with all kinds of bad uploads: a method that
+# streams, one that waits for all updates, one that accepts other ranks, and one with frozen factors. The others are
+# tested with one kind, which shows that they use the checker.
 REPRESENTATIVES = [("ravan", "ravan"), ("fedrpca", "ravan"), ("hetlora", "lora"), ("ffa_lora", "lora")]
 
 
 def on_all_cases(kinds: Iterable[str], of_others: str):
-    """All kinds for the representatives, and one for each other method and adapter."""
+    """All kinds of uploads for the representatives, and one for each other method and adapter."""
     kinds = list(kinds)
     assert of_others in kinds and set(REPRESENTATIVES) <= set(CASES)
     cases = [(*case, kind) for case in REPRESENTATIVES for kind in kinds]
@@ -43,7 +44,7 @@ def with_entries(*values: float) -> Callable[[torch.Tensor], torch.Tensor]:
     return change
 
 
-# what becomes of one tensor of the upload, and what the message says of it
+# a change of one tensor of the upload, and the message about it
 BAD_TENSORS = {
     "nan": (with_entries(torch.nan), "NaN or infinite"),
     "inf": (with_entries(torch.inf), "NaN or infinite"),
@@ -178,7 +179,7 @@ def test_a_merge_of_bad_uploads_alone_says_what_was_wrong_with_each(method, adap
         merge_faithfully(method, global_state, [])
 
 
-def test_nameless_clients_are_told_by_their_number():
+def test_nameless_clients_are_reported_by_number():
     state = {"w": torch.ones(2)}
     nameless = [ClientUpdate(state, 1), ClientUpdate({"w": torch.tensor([1.0, torch.nan])}, 1), ClientUpdate(state, 1)]
     with pytest.raises(UpdateError, match="client number 1 .without a name., tensor 'w': 1 of 2 entries"):
@@ -208,7 +209,7 @@ def test_entries_so_large_that_products_overflow_are_refused_or_dropped(method, 
 
 
 def test_the_largest_entries_that_are_taken_do_not_overflow():
-    """No method makes infinite entries of clients that all go to the limit, in directions of their own."""
+    """No method produces infinite entries from clients that all go to the limit, each in its own direction."""
     for method, adapter in CASES:
         global_state, updates = random_round(method, adapter, dtype=torch.float32)
         large = [
@@ -226,8 +227,8 @@ def test_the_largest_entries_that_are_taken_do_not_overflow():
         merge_faithfully(method, global_state, large)
 
 
-def test_an_update_that_overflows_in_half_precision_is_told_by_client():
-    """A and B are in the range of half precision, and the one factor that gets the whole norm is not."""
+def test_an_update_that_overflows_in_half_precision_is_reported_by_client():
+    """A and B are in the range of half precision, but a factor that gets the whole norm is not."""
     large = {"m.lora_A.weight": torch.full((1, 4), 200.0).half(), "m.lora_B.weight": torch.full((4, 1), 200.0).half()}
     start = {name: torch.zeros_like(tensor) for name, tensor in large.items()}
     small = {name: tensor / 200 for name, tensor in large.items()}
@@ -252,7 +253,7 @@ def test_a_global_state_that_is_broken_is_not_blamed_on_clients():
     assert not isinstance(caught.value, UpdateError)
 
 
-def test_a_factor_of_the_method_that_overflows_is_told():
+def test_a_factor_of_the_method_that_overflows_is_reported():
     state = {"m.lora_A.weight": torch.full((1, 4), 60000.0).half()}
     start = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
     with pytest.raises(ValueError, match="Tensor 'm.lora_A.weight': the merge has made entries that are NaN or infi"):

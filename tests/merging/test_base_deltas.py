@@ -1,4 +1,4 @@
-"""Exact merges in real PEFT models, against the weights that PEFT itself makes of every client's adapter."""
+"""Exact merges in real PEFT models, compared with the weights that PEFT itself computes for every client's adapter."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from ..conftest import randomize_adapter, tiny_bert, tiny_gpt2
 
 
 class Mixed(nn.Module):
-    """One of each layer that LoRA adapts and that keeps its weight in another way."""
+    """One layer of each type that LoRA adapts and that stores its weight in a different way."""
 
     def __init__(self):
         super().__init__()
@@ -222,7 +222,7 @@ def test_a_weight_in_float32_has_no_remainder():
     assert add_base_deltas(model, {LINEAR: BaseDelta(1e-4 * torch.ones(64, 64))}) == {}
 
 
-def test_the_share_that_rounding_loses_is_told():
+def test_the_share_that_rounding_loses_is_reported():
     model, weight = in_half_precision(torch.bfloat16)
     before = weight.double()
     change = 5e-5 * torch.randn(64, 64, generator=torch.Generator().manual_seed(1))
@@ -296,7 +296,7 @@ def assert_refused(model: nn.Module, deltas: dict[str, BaseDelta], message: str)
         assert torch.equal(torch.as_tensor(tensor), before[name]), name
 
 
-def test_a_remainder_of_another_shape_is_told():
+def test_a_remainder_of_another_shape_is_reported():
     model = two().to(torch.bfloat16)
     before = model.get_submodule(GOOD).base_layer.weight.detach().clone()
     with pytest.raises(
@@ -306,7 +306,7 @@ def test_a_remainder_of_another_shape_is_told():
     assert torch.equal(model.get_submodule(GOOD).base_layer.weight, before)
 
 
-def test_an_update_that_the_dtype_cannot_hold_is_told():
+def test_an_update_that_the_dtype_cannot_hold_is_reported():
     model = two().to(torch.float16)
     deltas = {GOOD: ones(), BAD: BaseDelta(torch.full((4, 4), 1e6))}
     assert_refused(model, deltas, f"Module '{BAD}': its base weight would have NaN or infinite entries")
@@ -317,18 +317,18 @@ def ones(d_out: int = 4, d_in: int = 4) -> BaseDelta:
 
 
 @pytest.mark.parametrize("name", ["base_model.model.missing", "base_model.model", f"{BAD}.base_layer", "missing"])
-def test_a_module_that_is_not_adapted_is_told(name):
+def test_a_module_that_is_not_adapted_is_reported(name):
     assert_refused(two(), {GOOD: ones(), name: ones()}, f"no adapted module '{name}' in the model")
 
 
 @pytest.mark.parametrize("delta", [ones(5, 4), ones(2, 8), BaseDelta(torch.ones(4, 2), torch.ones(2, 5))])
-def test_an_update_of_another_shape_is_told(delta):
+def test_an_update_of_another_shape_is_reported(delta):
     assert_refused(
         two(), {GOOD: ones(), BAD: delta}, f"Module '{BAD}': its base weight has shape .4, 4., which an update"
     )
 
 
-def test_an_update_of_the_transposed_shape_is_told():
+def test_an_update_of_the_transposed_shape_is_reported():
     model = get_peft_model(tiny_gpt2(), LoraConfig(target_modules=["c_attn"], r=1, fan_in_fan_out=True))
     name = "base_model.model.transformer.h.0.attn.c_attn"
     add_base_deltas(model, {name: ones(96, 32)})
@@ -337,7 +337,7 @@ def test_an_update_of_the_transposed_shape_is_told():
     )
 
 
-def test_a_tied_weight_is_told():
+def test_a_tied_weight_is_reported():
     model = get_peft_model(tiny_gpt2(), LoraConfig(target_modules=["wte", "c_fc"], r=1, fan_in_fan_out=True))
     good, tied = "base_model.model.transformer.h.0.mlp.c_fc", "base_model.model.transformer.wte"
     deltas = {good: ones(128, 32), tied: ones(32, 64)}
@@ -346,14 +346,14 @@ def test_a_tied_weight_is_told():
     )
 
 
-def test_a_weight_of_integers_is_told():
+def test_a_weight_of_integers_is_reported():
     model = two()
     layer = model.get_submodule(BAD).base_layer
     layer.weight = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
     assert_refused(model, {GOOD: ones(), BAD: ones()}, f"Module '{BAD}': its base weight is quantized .torch.int8.")
 
 
-def test_a_weight_that_torchao_has_quantized_is_told():
+def test_a_weight_that_torchao_has_quantized_is_reported():
     torchao = pytest.importorskip("torchao.quantization")
     base = Two()
     torchao.quantize_(base.other, torchao.Int8WeightOnlyConfig())  # pretends to be float32

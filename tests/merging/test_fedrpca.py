@@ -12,7 +12,7 @@ HEAD = "model.classifier.weight"
 def planted_updates(
     num_clients: int = 40, shift: float = 0.0
 ) -> tuple[list[ClientUpdate], torch.Tensor, torch.Tensor]:
-    """Clients that share a direction and have, each, a few entries of their own. Returns mean(L) and mean(S), too."""
+    """Clients with a common direction and a few entries of their own. Also returns mean(L) and mean(S)."""
     generator = torch.Generator().manual_seed(0)
     common = torch.randn(2000, generator=generator)
     strength = 1 + 0.2 * torch.randn(num_clients, generator=generator)
@@ -55,7 +55,7 @@ def test_adaptive_beta_is_kept_below_beta_max():
     assert result.diagnostics["matrices"][LORA_A]["beta"] == 1.5
 
 
-def test_beta_one_is_fedavg_to_the_last_bit():
+def test_beta_one_is_fedavg_bit_for_bit():
     generator = torch.Generator().manual_seed(0)
     shapes = {LORA_A: (4, 30), LORA_B: (20, 4), CORE: (3, 5, 5), HEAD: (7,)}
     global_state = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}

@@ -1,4 +1,4 @@
-"""FedRPCA against principal component pursuit by plain ADMM in float64, and on the products of LoRA."""
+"""FedRPCA compared with principal component pursuit by plain ADMM in float64, and on the products of LoRA."""
 
 import hypothesis.strategies as st
 import pytest
@@ -79,7 +79,7 @@ def test_sparse_parts_are_amplified_up_to_a_multiple_of_the_median_one(limit):
 
 @pytest.mark.parametrize("spike", [1.0, 3.0, 10.0, 100.0])
 def test_one_client_gains_no_more_by_the_amplification_than_a_multiple_of_the_median(spike):
-    """What a client adds to its own update moves the merge by its share and, amplified, by 3 times the median at most."""
+    """A change of one client's update moves the merge by its share and, amplified, by at most 3 times the median."""
     M = planted(300, 20)
     M[:, 0] = M[:, 1]
     attacked = M.clone()
@@ -114,7 +114,7 @@ def test_lambda_is_the_weight_of_the_sparse_part(lambda_):
     lambda_=st.sampled_from([None, 0.02, 0.3]),
 )
 def test_on_updates_without_any_structure_the_solver_comes_near_the_optimum(seed, n, num_clients, lambda_):
-    # it lets its penalty grow, and so may stop a little before: where the optimum is flat, L and S differ by more than
+    # its penalty grows, so it may stop a little early: where the optimum is flat, L and S differ by more than
     # the objective does
     M = normal(seeded(seed), n, num_clients)
     weight = lambda_ or max(n, num_clients) ** -0.5

@@ -1,4 +1,4 @@
-"""What a method freezes round by round: who asks is told by the number of the round, and what rests stays as it is."""
+"""Methods that freeze different parts in each round, depending on the number of the round."""
 
 from dataclasses import replace
 
@@ -27,7 +27,7 @@ def checked(update, round_number):
 
 
 def trained(global_state, part):
-    """A client that has changed what has a part in its name, and all that is no factor."""
+    """A client that has changed the tensors with a part in their name, and all tensors that are not factors."""
     moved = lora_state(seeded(1))
     return {n: moved[n] if part in n or ".lora_" not in n else tensor for n, tensor in global_state.items()}
 

@@ -1,4 +1,4 @@
-"""What one client can do to a mean at most, with limits: the norm of its change, and the examples it counts with."""
+"""Limits on the influence of one client on a mean: the norm of its change, and the examples it is weighted with."""
 
 import hypothesis.strategies as st
 import pytest

@@ -1,4 +1,4 @@
-"""The methods for LoRA against dense weights: alpha / r, rsLoRA, patterns, clients with ranks and alphas of their own."""
+"""The methods for LoRA against dense weights: alpha / r, rsLoRA, patterns, clients with other ranks and alphas."""
 
 import pytest
 import torch
@@ -105,7 +105,7 @@ def test_ffa_lora_is_exact_and_keeps_a(round_: LoraRound):
     for module in LORA_SHAPES:
         assert torch.equal(merged[a_name(module)], round_.global_state[a_name(module)])
         torch.testing.assert_close(weight_of(merged, module, round_.config), exact.mean_weight(module))
-    # A need not travel
+    # A need not be sent
     slim = merge(round_.global_state, [without(update, ".lora_A.") for update in updates], "ffa_lora").state
     assert all(torch.equal(slim[name], tensor) for name, tensor in merged.items())
 
@@ -237,7 +237,7 @@ def test_residuals_stay_factors_where_these_are_smaller():
 
 
 def dead_directions(state: dict[str, torch.Tensor]) -> int:
-    """Rows of A and columns of B that are both zero never get a gradient again."""
+    """The directions in which A and B are both zero, which never get a gradient again."""
     return sum(
         int(((state[a_name(m)] == 0).all(dim=1) & (state[b_name(m)] == 0).all(dim=0)).sum()) for m in modules_of(state)
     )

@@ -1,4 +1,4 @@
-"""What the methods for LoRA refuse, and how they say so."""
+"""The refusals of the methods for LoRA, and their messages."""
 
 import pytest
 import torch
@@ -61,7 +61,7 @@ def test_other_ranks_need_the_configuration_of_the_global_adapter(method):
 
 
 @pytest.mark.parametrize("method", ["fedex_lora", "flora", "flexlora", "hetlora", "median", "krum", "fedrpca"])
-def test_a_configuration_that_is_not_of_lora_is_told(method):
+def test_a_configuration_that_is_not_of_lora_is_reported(method):
     updates = [client(lora_state(seeded(i)), 1, i) for i in range(3)]
     options = {"lora": "products"} if method == "fedrpca" else {}
     with pytest.raises(ValueError, match="`config` must be a LoraConfig, since the adapter is LoRA, got RavanConfig"):
@@ -69,7 +69,7 @@ def test_a_configuration_that_is_not_of_lora_is_told(method):
 
 
 @pytest.mark.parametrize("method", ["fedit", "flexlora", "median"])
-def test_a_configuration_of_a_client_that_is_not_of_lora_is_told(method):
+def test_a_configuration_of_a_client_that_is_not_of_lora_is_reported(method):
     with pytest.raises(UpdateError, match="client 'client_0'.*config must be a LoraConfig.*RavanConfig"):
         merge(lora_state(seeded()), [client(lora_state(seeded(1)), config=RavanConfig())], method, config=CONFIG)
 
@@ -96,7 +96,7 @@ def test_a_grouped_convolution_has_no_product():
         merge(state, [client(state)], "flexlora", config=CONFIG)
 
 
-def test_a_client_whose_a_and_b_do_not_belong_together_is_told():
+def test_a_client_whose_a_and_b_do_not_belong_together_is_reported():
     state = lora_state(seeded(1), 2) | {B: normal(seeded(), 9, 3)}
     with pytest.raises(UpdateError, match=f"client 'client_0', tensor '{A}': its rank is 2, .* matching B is 3"):
         merge(lora_state(seeded()), [client(state)], "flexlora", config=CONFIG)

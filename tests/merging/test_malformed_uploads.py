@@ -1,8 +1,8 @@
 """
-Malformed uploads of every kind, in every place, to every method: each costs its own contribution and nothing else.
+Malformed uploads of every kind, in every place, to every method: each one loses its own contribution and nothing else.
 
-`merge` is called as a server does, with `on_bad_update="drop"`. What comes out must be what the clients whose updates fit
-would have had among themselves, and nothing but an `UpdateError` may come out where nobody is left.
+`merge` is called as by a server, with `on_bad_update="drop"`. The result must be that of the clients with valid
+updates alone. If none of them is left, the only possible result is an `UpdateError`.
 """
 
 import hypothesis.strategies as st
@@ -80,7 +80,7 @@ def test_integers_of_numpy_count_examples():
 
 
 @pytest.mark.parametrize("what", [None, "update", {"w": torch.ones(1)}])
-def test_what_is_no_update_is_told_by_its_number(what):
+def test_what_is_not_an_update_is_reported_by_number(what):
     with pytest.raises(UpdateError, match="client number 1 .without a name.: must upload a ClientUpdate, got"):
         merge({"w": torch.zeros(1)}, [ClientUpdate({"w": torch.ones(1)}, 1), what], "fedavg")
 

@@ -1,4 +1,4 @@
-"""LoRA-FAIR, FedRot-LoRA and FLoRA-NA: A and B of the global rank whose product is nearer to the mean of the products."""
+"""LoRA-FAIR, FedRot-LoRA and FLoRA-NA: A and B of the global rank with a product nearer to the mean product."""
 
 import itertools
 
@@ -161,7 +161,7 @@ def test_a_rotation_keeps_the_product_and_is_the_nearest(seed, rank, scale):
 @few
 @given(seed=st.integers(0, 2**20), num_clients=st.integers(1, 5))
 def test_planted_rotations_are_undone(seed, num_clients):
-    """Clients that have moved apart only by rotations come out as the global adapter; FedIT loses most of it."""
+    """Clients that differ only by rotations are merged into the global adapter; FedIT loses most of it."""
     generator = seeded(seed)
     start = factors(generator)
     rotations = [orthogonal(generator, 3) for _ in range(num_clients)]
@@ -220,7 +220,7 @@ def test_every_step_of_flora_na_comes_nearer_and_none_is_fedit():
 @few
 @given(seed=st.integers(0, 2**20))
 def test_flora_na_has_the_dense_least_squares_weights(num_steps, seed):
-    """The last half of a step, written out: the products B A_c as columns, fitted to the mean of the products."""
+    """The last half of a step in explicit form: the products B A_c as columns, fitted to the mean of the products."""
     updates = [client(factors(seeded(seed + i)), i, i) for i in (1, 2, 3)]
     state, _ = steps(factors(seeded(seed)), updates, num_steps)
     columns = torch.stack([(state[B] @ update.state[A]).flatten() for update in updates], dim=1)
@@ -235,7 +235,7 @@ def test_flora_na_has_the_dense_least_squares_weights(num_steps, seed):
 
 @pytest.mark.parametrize("own, other", [(A, B), (B, A)])
 def test_flora_na_is_exact_where_combinations_can_be(own, other):
-    """Clients share one factor up to scale, so that the means are wrong and a combination is right."""
+    """Clients share one factor up to scale, so that the means are wrong and a combination is exact."""
     common, updates = factors(seeded())[other], []
     for index, scale in enumerate((1.0, -0.5, 3.0)):
         state = {own: factors(seeded(index + 1))[own], other: scale * common}
@@ -247,7 +247,7 @@ def test_flora_na_is_exact_where_combinations_can_be(own, other):
 
 
 def test_flora_na_leaves_identical_clients_as_they_are():
-    """Every combination with the sum 1 is the same then; the shares of the examples are kept."""
+    """All combinations with the sum 1 are then equal; the shares of the examples are kept."""
     start, same = factors(seeded()), factors(seeded(1))
     state, relative_error = steps(start, [client(same, i + 1, i) for i in range(3)], 10)
     assert_same(state, same)

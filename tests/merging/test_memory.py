@@ -1,4 +1,4 @@
-"""How many uploaded tensors a merge keeps alive: those of one client, or those of one layer."""
+"""The number of uploaded tensors that a merge keeps alive: those of one client, or those of one layer."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ NUM_CLIENTS = 6
 
 
 class Alive:
-    """Counts the uploaded tensors whose memory is in use, whoever uses it, and the most there ever were."""
+    """Counts the uploaded tensors whose memory is in use, by whatever object, and their maximum."""
 
     def __init__(self):
         self.now = self.most = self.reads = 0
 
     def tensor(self, values: torch.Tensor) -> torch.Tensor:
-        """A copy whose memory is counted until nothing uses it any more, not even a view."""
+        """A copy whose memory is counted until nothing uses it, not even a view."""
         memory = values.numpy().copy()
         self.now, self.reads = self.now + 1, self.reads + 1
         self.most = max(self.most, self.now)
@@ -48,7 +48,7 @@ class Alive:
 
 
 class LazyState(SafetensorsState):
-    """Tensors that are read when they are asked for, as from a file. Other mappings are read once and whole."""
+    """Tensors that are read on access, as from a file. Other mappings are read completely and only once."""
 
     def __init__(self, state: Mapping[str, torch.Tensor], alive: Alive):
         self.state, self.alive = state, alive
@@ -191,7 +191,7 @@ def test_a_tensor_is_read_a_small_number_of_times(method, adapter):
 
 
 class AllocatedBytes(TorchDispatchMode):
-    """The most memory that the results of operations have used at one time, uploads not counted."""
+    """The peak memory of the results of operations, without the uploads."""
 
     def __init__(self):
         super().__init__()
@@ -251,7 +251,7 @@ def test_what_a_layer_more_costs_does_not_grow_with_the_clients(method, adapter,
 
 
 @every_case
-def test_uploads_in_files_are_merged_to_the_same_bits(method, adapter, tmp_path):
+def test_uploads_in_files_are_merged_bit_for_bit(method, adapter, tmp_path):
     global_state, updates = random_round(method, adapter, dtype=torch.bfloat16)
     files = []
     for update in updates:
@@ -279,7 +279,7 @@ def test_asking_a_file_for_a_name_does_not_read_the_tensor(tmp_path, monkeypatch
     assert "w" in state and "x" not in state
 
 
-def test_a_file_that_is_cut_off_is_told(tmp_path):
+def test_a_file_that_is_cut_off_is_reported(tmp_path):
     path = tmp_path / "update.safetensors"
     save_file({"w": torch.ones(100)}, path)
     path.write_bytes(path.read_bytes()[:-10])

@@ -1,4 +1,4 @@
-"""What differential privacy rests on: a bound on what one client changes in the mean, and noise of the variance that is said."""
+"""Differential privacy: a bound on one client's influence on the mean, and noise with the stated variance."""
 
 import json
 import math
@@ -92,11 +92,11 @@ def pair(entries, num_examples=1, index=0) -> ClientUpdate:
     st.sampled_from([1e-3, 1.0, 50.0]),
 )
 def test_whatever_a_client_uploads_moves_the_mean_by_no_more_than_the_bound(entries, start, num_examples, clip_norm):
-    """Against the client's absence by clip_norm / C, and so against another upload by twice that."""
+    """By clip_norm / C compared with the client's absence, and so by twice that compared with another upload."""
     global_state = dict(pair(start).state)
     others = [pair([1.0, -2.0, 3.0, index], 10, index) for index in range(1, 4)]
     options = {"num_clients": 4, "clip_norm": clip_norm}
-    # changes and not states, which would round them
+    # changes rather than states, which would round them
     zeros = {name: torch.zeros_like(tensor) for name, tensor in global_state.items()}
     change, norm = clip_change(pair(entries), global_state, clip_norm)
     if all(map(math.isfinite, entries)):
@@ -119,7 +119,7 @@ def test_one_norm_is_taken_over_all_tensors():
 
 
 def test_a_large_global_state_does_not_round_the_change():
-    """In float32 1e6 + 1e-3 is 1e6: the bound has to hold for the change, and not for its sum with a weight."""
+    """In float32 1e6 + 1e-3 is 1e6: the bound must hold for the change, not for its sum with a weight."""
     global_state = {"a": torch.full((4,), 1e6)}
     updates = [ClientUpdate({"a": torch.full((4,), -1e6)}, 1, "x"), ClientUpdate({"a": torch.full((4,), 2e6)}, 1, "y")]
     changes = [clip_change(update, global_state, 1e-3)[0]["a"] for update in updates]
@@ -136,11 +136,11 @@ def test_the_largest_numbers_of_a_dtype_are_clipped(dtype):
     assert norm <= 1 + 1e-6 and all(torch.isfinite(tensor).all() for tensor in change.values())
 
 
-def test_who_fails_counts_as_one_that_has_changed_nothing():
+def test_a_client_that_fails_counts_as_one_that_has_changed_nothing():
     global_state = {"a": torch.tensor([1.0])}
     updates = [client({"a": torch.tensor([5.0])}, index=1), client({"a": torch.tensor([torch.nan])}, index=2)]
     result = merge_clipped("fedavg", global_state, updates, num_clients=4, clip_norm=10.0)
-    # (4 + 0 + 0 + 0) / 4: one is dropped, and of two nothing has come
+    # (4 + 0 + 0 + 0) / 4: one is dropped, and two have sent nothing
     assert result.state["a"].item() == 2.0
     assert [dropped["client"] for dropped in result.diagnostics["dropped"]] == ["client_2"]
     assert result.diagnostics["num_clients"] == 1
@@ -174,7 +174,7 @@ def test_more_updates_than_clients_are_refused():
         ({"num_clients": 0}, "`num_clients` must be 1 or more, got 0"),
     ],
 )
-def test_numbers_out_of_range_are_told(fields, message):
+def test_numbers_out_of_range_are_reported(fields, message):
     with pytest.raises(ValueError, match=message):
         mechanism(**fields)
 
@@ -183,7 +183,7 @@ def test_numbers_out_of_range_are_told(fields, message):
 
 
 def noise_of_merges(repeats: int, **kwargs) -> np.ndarray:
-    """What merges of the same uploads, each with its own seed, differ by from the one without noise, `[repeats, n]`."""
+    """The differences of merges with noise, each with its own seed, from the merge without noise, `[repeats, n]`."""
     global_state = ravan_state(torch.Generator().manual_seed(0), dtype=torch.float32)
     states = [ravan_state(torch.Generator().manual_seed(index), dtype=torch.float32) for index in range(1, 4)]
     updates = [client(state, index + 1, index) for index, state in enumerate(states)]

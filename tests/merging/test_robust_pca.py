@@ -1,4 +1,4 @@
-"""Robust PCA on planted matrices, where the right answer is known."""
+"""Robust PCA on planted matrices, for which the correct result is known."""
 
 import hypothesis.strategies as st
 import pytest
@@ -80,7 +80,7 @@ def test_the_solution_is_optimal():
 
 
 def reference_optimum(M: torch.Tensor) -> tuple[float, float]:
-    """A lower and an upper bound of the optimum, by a plain iteration in float64 that shares no code with ours."""
+    """A lower and an upper bound of the optimum, from a plain iteration in float64 that shares no code with ours."""
     M, limit = M.double(), max(M.shape) ** -0.5
     step = 0.3 * M.abs().mean() / limit
     Z, low, high = M.clone(), 0.0, float("inf")
@@ -123,7 +123,7 @@ def test_the_objective_is_the_optimum(kind, shape):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_large_matrices_come_to_the_optimum(kind):
+def test_large_matrices_reach_the_optimum(kind):
     M = of_kind(kind, 12_288, 50, seed=0)
     L, S, info = robust_pca(M)
     assert info.converged and info.gap <= 1e-6
@@ -197,7 +197,7 @@ def test_a_batch_gives_what_each_matrix_gives(shape):
 
 
 def peak_memory(M: torch.Tensor) -> float:
-    """The largest sum of all tensors, M among them, during a decomposition, over the size of M."""
+    """The peak size of all tensors during a decomposition, including M, relative to the size of M."""
     robust_pca(M[..., :10, :], max_iter=3)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         robust_pca(M, max_iter=5)

@@ -1,4 +1,4 @@
-"""Median, trimmed mean, Krum and Multi-Krum: their definitions entry by entry, and clients that upload poison."""
+"""Median, trimmed mean, Krum and Multi-Krum: their definitions entry by entry, and clients with poisoned uploads."""
 
 from dataclasses import replace
 
@@ -46,7 +46,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def vector(round_: LoraRound, update: ClientUpdate) -> torch.Tensor:
-    """All weights that a client would change, as one vector."""
+    """All weights that a client changes, as one vector."""
     weights = effective(update.state, update.config or round_.config)
     return torch.cat([tensor.flatten() for tensor in weights.values()])
 
@@ -196,7 +196,7 @@ ROBUST = {"median": {}, "trimmed_mean": {"trim": 1 / 3}, "krum": {}, "multi_krum
 
 
 def poisoned(state: dict[str, torch.Tensor], kind: str, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """What an attacker makes of an honest update. The weight update of LoRA changes with B alone."""
+    """The poisoned version of an honest update. For LoRA, changing B alone changes the weight update."""
     changed = {name: tensor for name, tensor in state.items() if ".lora_A." not in name}
     factor = {"scaled": 100.0, "flipped": -10.0}.get(kind)
     if factor is not None:
@@ -205,7 +205,7 @@ def poisoned(state: dict[str, torch.Tensor], kind: str, generator: torch.Generat
 
 
 def round_with_poison(adapter: str, kind: str, num_bad: int, examples_of_bad: int = 1):
-    """Nine clients around a common state, the last ones poisoned. Returns the global state, updates, and honest mean."""
+    """Nine clients around a common state, some of them poisoned. Returns global state, updates and honest mean."""
     generator = seeded(3)
     make = MAKERS[adapter]
     center = make(generator)

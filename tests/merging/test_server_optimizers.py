@@ -1,4 +1,4 @@
-"""Server optimizers: the update rules of the papers over two rounds, and what is remembered between rounds."""
+"""Server optimizers: the update rules of the papers over two rounds, and the state between rounds."""
 
 import math
 from dataclasses import replace
@@ -31,7 +31,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def round_to(value: float, state: float, *server_step):
-    """A round in which all clients come to a value."""
+    """A round in which all clients upload the same value."""
     return merge(
         {"w": torch.tensor([state])},
         [ClientUpdate({"w": torch.tensor([value])}, 3)],
@@ -41,7 +41,7 @@ def round_to(value: float, state: float, *server_step):
 
 
 def two_rounds(server_optimizer: str, differences: tuple[float, float], **server_options) -> list[float]:
-    """The steps of two rounds in which the merged state is ahead of the global one by the differences."""
+    """The steps of two rounds with given differences between the merged and the global state."""
     state, server_state, steps = 1.0, {}, []
     for difference in differences:
         result = round_to(state + difference, state, server_optimizer, server_options, server_state)
@@ -106,7 +106,7 @@ def test_defaults_over_several_rounds(name, seed, num_rounds):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("name", SERVER_OPTIMIZERS)
-def test_what_is_remembered_survives_a_file_to_the_last_bit(name, dtype, tmp_path):
+def test_what_is_remembered_survives_a_file_bit_for_bit(name, dtype, tmp_path):
     generator = seeded()
     state = ravan_state(generator, dtype)
     updates = [[client(ravan_state(generator, dtype), i + 1, i) for i in range(3)] for _ in range(3)]
@@ -145,7 +145,7 @@ def test_moments_of_one_optimizer_are_not_taken_for_those_of_another():
     assert torch.equal(round_to(3.0, 1.0, "fedyogi", {}, remembered).state["w"], fresh.state["w"])
 
 
-def test_the_server_state_of_another_adapter_is_told():
+def test_the_server_state_of_another_adapter_is_reported():
     remembered = round_to(3.0, 1.0, "fedavgm").server_state
     update = ClientUpdate({"w": torch.ones(2)}, 1)
     with pytest.raises(
@@ -158,7 +158,7 @@ def test_the_server_state_of_another_adapter_is_told():
 
 
 def round_for(name: str):
-    """A global state and three updates that suit a method, LoRA where it merges that, and what it needs to know."""
+    """A global state and three updates for a method, with LoRA where it merges that, and the arguments it needs."""
     adapter = next(adapter for method, adapter in CASES if method == name)
     return *random_round(name, adapter, num_clients=3), {"config": CONFIG}
 
@@ -171,13 +171,13 @@ def test_an_optimizer_steps_towards_what_the_method_merges(name, optimizer):
     global_state, updates, options = round_for(name)
     plain = merge(global_state, updates, name, **options)
     result = merge(global_state, updates, name, server_step=ServerStep(optimizer), **options)
-    # what the server moves by is what an optimizer makes of one client that uploads the merged state
+    # the server takes the same step as for a single client that uploads the merged state
     expected = merge(global_state, [client(plain.state)], "fedavg", server_step=ServerStep(optimizer))
     assert_same(result.state, expected.state)
     assert set(result.base_deltas) == set(plain.base_deltas)
     assert result.diagnostics["server_optimizer"] == optimizer
     for key, tensor in global_state.items():
-        # no step from nothing: frozen and personal tensors stay
+        # no step without a difference: frozen and personal tensors do not change
         if torch.equal(plain.state[key], tensor):
             assert torch.equal(result.state[key], tensor)
 
@@ -230,7 +230,7 @@ def test_options_out_of_range(optimizer, options, message):
         round_to(2.0, 1.0, optimizer, options)
 
 
-def test_unknown_optimizers_and_options_are_told_with_those_that_exist():
+def test_unknown_optimizers_and_options_are_refused_with_those_that_exist():
     with pytest.raises(ValueError, match="no server optimizer 'adam'. Choose one of: fedavgm, fedadam, fedyogi"):
         round_to(2.0, 1.0, "adam")
     with pytest.raises(TypeError, match="'fedavgm' has no option 'beta_1'. Its options are: learning_rate, momentum"):

@@ -1,7 +1,7 @@
 """
-Server optimizers after methods that choose LoRA's A and B anew from their product: over many rounds, and on embeddings.
+Server optimizers after methods that recompute LoRA's A and B from their product: over many rounds, and on embeddings.
 
-Clients fit a linear map each, by least squares with A and B.
+Each client fits a linear map with A and B by least squares.
 """
 
 from collections.abc import Iterator
@@ -44,7 +44,7 @@ def product(target: LoraTarget, state: State) -> torch.Tensor:
 
 
 def lora_start(target: LoraTarget, d_out: int, d_in: int, r: int, dtype=torch.float32, seed: int = 0) -> State:
-    """A and B as LoRA starts them."""
+    """A and B with LoRA's initial values."""
     B, A = torch.zeros(d_out, r), torch.zeros(r, d_in)
     if target.is_embedding:
         B.normal_(generator=seeded(seed))
@@ -55,7 +55,7 @@ def lora_start(target: LoraTarget, d_out: int, d_in: int, r: int, dtype=torch.fl
 
 @dataclass
 class LeastSquares:
-    """What a few clients fit: `[C, d_out, d_in]` maps that are alike, each seen at some inputs, one token each or dense."""
+    """The maps that clients fit, `[C, d_out, d_in]`. Each is given at some inputs, one token each or dense."""
 
     target: LoraTarget
     num_clients: int = 6
@@ -76,7 +76,7 @@ class LeastSquares:
         return ((error @ self.gram) * error).sum(dim=(1, 2)).mean().item()
 
     def train(self, state: State, frozen: tuple[str, ...] = ()) -> list[State]:
-        """What each client makes of the state in 20 steps."""
+        """Train each client for 20 steps from the state."""
         factors = [factor.expand(self.num_clients, -1, -1).clone() for factor in self.target.factors(state)]
         names = (self.target.B_name, self.target.A_name)
         trained = [
@@ -169,7 +169,7 @@ def test_clients_that_did_not_move_leave_the_product(method, kind, optimizer):
         torch.testing.assert_close(product(target, result.state), product(target, state), atol=1e-5, rtol=1e-5)
 
 
-def test_a_step_beyond_the_dtype_is_told_by_name():
+def test_a_step_beyond_the_dtype_is_reported_by_name():
     start = lora_start(LINEAR, 7, 9, 3)
     step = ServerStep("fedavgm", {"learning_rate": 1e300})
     with pytest.raises(
@@ -198,7 +198,7 @@ CASES = dict(seed=st.integers(0, 2**20), kind=st.sampled_from(sorted(KINDS)))
 
 
 def frame(target: LoraTarget, state: State) -> torch.Tensor:
-    """The factor that LoRA starts at random, `[r, d]`."""
+    """The factor with random initial values in LoRA, `[r, d]`."""
     B, A = target.factors(state)
     return B.T if target.is_embedding else A
 

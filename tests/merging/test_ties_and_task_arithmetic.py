@@ -150,7 +150,7 @@ def test_ties_is_that_of_peft_also_where_votes_are_equal(seed, num_clients):
     torch.testing.assert_close(merged.state[A], expected)
 
 
-def test_a_factor_of_one_is_fedavg_to_the_last_bit():
+def test_a_factor_of_one_is_fedavg_bit_for_bit():
     global_state, updates = random_round(1, [3, 1, 8], "lora")
     scaled, plain = (merge(global_state, updates, method).state for method in ("task_arithmetic", "fedavg"))
     assert all(torch.equal(scaled[name], tensor) for name, tensor in plain.items())

@@ -1,4 +1,4 @@
-"""Uploads that do not fit are refused by name, before anything is merged."""
+"""Uploads that do not fit are refused with the name of the client, before anything is merged."""
 
 import math
 
@@ -67,7 +67,7 @@ def test_bad_updates_are_refused_by_client_and_tensor(method, update, message):
     assert all(torch.equal(state[name], tensor) for name, tensor in global_state().items())
 
 
-def test_unknown_methods_and_options_are_told_with_those_that_exist():
+def test_unknown_methods_and_options_are_refused_with_those_that_exist():
     with pytest.raises(ValueError, match="no merge method 'average'. Choose one of: fedavg, ravan, fedrpca"):
         merge(global_state(), [good()], method="average")
     with pytest.raises(TypeError, match="'fedrpca' has no option 'betta'. Its options are: beta, beta_max"):

@@ -1,1 +1,1 @@
-"""PEFT's own tests for tuners, run over Ravan: taken from the source distribution of the installed version of PEFT."""
+"""PEFT's own tests for tuners, run on Ravan. They come from the source distribution of the installed version."""

@@ -75,11 +75,11 @@ def _model(model_class: str, config_class: str, **fields) -> Callable[[], PreTra
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "gpt2": _model("GPT2LMHeadModel", "GPT2Config", **_GPT),
     "bert-base-uncased": _model("BertForSequenceClassification", "BertConfig", **_ENCODER),
-    # with so many tokens that an adapter has few parameters in comparison, which is tested
+    # with so many tokens that an adapter has few parameters in comparison, which one of the tests requires
     "peft-internal-testing/tiny-random-OPTForCausalLM": _model(
         "OPTForCausalLM", "OPTConfig", **{**_OPT, "vocab_size": 1024}
     ),
-    # not tied, because an adapter that is merged into tied embeddings changes the head as well
+    # not tied, because merging an adapter into tied embeddings also changes the head
     "peft-internal-testing/opt-125m": _model(
         "OPTForCausalLM",
         "OPTConfig",
@@ -162,7 +162,7 @@ def _snapshot(hub_cache: Path, repository: str, branch: str = "main") -> Path:
 
 def build_hub_cache(hub_cache: Path) -> None:
     """
-    Write all models and adapters in the layout of a cache of the Hub, where every loader finds them without a network.
+    Write all models and adapters in the layout of the Hub's cache, where all loaders find them without a network.
 
     Args:
         hub_cache (`Path`): The folder for `HF_HUB_CACHE`.

@@ -1,4 +1,4 @@
-"""The pytest plugin that turns a run of PEFT's tests into a run over Ravan. Loaded in a process of its own."""
+"""The pytest plugin that makes PEFT's tests run on Ravan. It is loaded in a separate process."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ REPORT_VARIABLE = "PEFT_SUITE_REPORT"
 
 
 class _AlreadyLoaded(dict):
-    """PEFT's tests go to the Hub for a name they have not seen yet: here they have seen all."""
+    """PEFT's tests contact the Hub for a name they have not seen yet, so this claims to have seen all."""
 
     def __contains__(self, name: object) -> bool:
         return True
@@ -65,7 +65,7 @@ def _values(row: Any) -> tuple:
 
 
 def _ravan_rows(module: types.ModuleType, argvalues: Any) -> list | None:
-    """The rows for Ravan in place of those of a matrix, or `None` if the matrix is not about methods."""
+    """The rows for Ravan that replace those of a matrix, or `None` if the matrix does not list methods."""
     module_name = module.__name__.rpartition(".")[2]
     for (matrix_module, matrix), ravan_rows in rows.MATRICES.items():
         if matrix_module == module_name and argvalues is getattr(module, matrix):
@@ -103,13 +103,13 @@ def _in_place_of_lora(item: pytest.Item) -> bool:
 
 
 def _listed(table: dict[str, str], item: pytest.Item) -> str | None:
-    """The reason why a test is in a table, which has names of tests, with or without the parameters."""
+    """The reason given for a test in a table of test names, with or without parameters."""
     prefix = f"{_module_name(item)}::"
     return table.get(prefix + item.name) or table.get(prefix + item.originalname)
 
 
 def _check_names(items: list[pytest.Item]) -> None:
-    """A name that no test has any more would be left out in silence, after an update of PEFT."""
+    """Check that all names exist: after an update of PEFT, an outdated name would silently have no effect."""
     modules = {_module_name(item) for item in items}
     known = {f"{_module_name(item)}::{name}" for item in items for name in (item.name, item.originalname)}
     wanted = {f"{module}::{name}" for module, names in rows.TESTS_IN_PLACE_OF_LORA.items() for name in names}
@@ -144,7 +144,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 
 
 class _Report:
-    """Writes the outcome of every test into a file, for the process that started this one."""
+    """Writes the outcome of every test to a file for the parent process."""
 
     def __init__(self, path: Path):
         self.path = path

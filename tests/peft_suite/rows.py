@@ -1,4 +1,4 @@
-"""What is run of PEFT's tests: Ravan's rows in their matrices, and the tests of LoRA that hold for any method."""
+"""The selection of PEFT's tests: Ravan's rows in their matrices, and the tests of LoRA that apply to any method."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from peft_ravan.tuner.model import TRANSFORMERS_MODELS_TO_RAVAN_TARGET_MODULES_M
 from peft_ravan.tuner.param_wrapper import ParamWrapper
 
 
-# The layers of PEFT's custom models are as small as 20 x 2: only bases that need not be orthonormal fit into them.
+# The layers of PEFT's custom models are as small as 20 x 2, so only bases that need not be orthonormal fit.
 SMALL = {"r": 4, "num_heads": 2, "init_bases": "normal"}
 TINY = {"r": 1, "num_heads": 2}  # gram_schmidt in 20 x 2
 
@@ -54,7 +54,7 @@ def _with_task(task_type: str, *, trainable_tokens: bool = False) -> list[tuple[
 
 
 def _with_parameters() -> list[tuple[str, type, dict]]:
-    """For each model of experts: one parameter, two of different modules, two of one module, and modules besides."""
+    """For each model of experts: one parameter, two of different modules, two of one module, and other modules too."""
     rows = []
     for model, module in (("Llama4", "feed_forward"), ("GptOss", "mlp")):
         down, gate_up = (f"{module}.experts.{name}_proj" for name in ("down", "gate_up"))
@@ -109,7 +109,7 @@ _OTHER_METHODS_BIAS = {"lora_only": "ravan_only", "c3a_only": "ravan_only"}
 
 @dataclasses.dataclass
 class SmallRavanConfig(RavanConfig):
-    """Ravan with defaults that fit into PEFT's smallest models, for tests that make a configuration of the class alone."""
+    """Ravan with defaults that fit PEFT's smallest models, for tests that create a configuration without arguments."""
 
     r: int = SMALL["r"]
     num_heads: int = SMALL["num_heads"]
@@ -123,7 +123,7 @@ def ravan_in_place_of_lora(*, r: int = 8, **lora_fields: Any) -> RavanConfig:
         lora_fields: The other fields of a LoRA configuration, or of a method with the same names.
 
     Returns:
-        `RavanConfig`: The nearest one, with two heads and bases that fit into any layer.
+        `RavanConfig`: The most similar one, with two heads and bases that fit any layer.
     """
     fields = {
         _RENAMED.get(name, name): value for name, value in lora_fields.items() if name not in _WITHOUT_COUNTERPART
@@ -145,7 +145,7 @@ def translate_value(value: Any) -> Any:
         value (`Any`): One value of a row of a matrix.
 
     Returns:
-        `Any`: What stands there for Ravan, if it is about LoRA, otherwise the value itself.
+        `Any`: The corresponding value for Ravan if it refers to LoRA, otherwise the value itself.
     """
     if value is LoraConfig:
         return SmallRavanConfig
@@ -158,7 +158,7 @@ def is_ravan(value: Any) -> bool:
     return isinstance(value, RavanConfig) or (isinstance(value, type) and issubclass(value, RavanConfig))
 
 
-# Tests that name LoRA (or LoKr, or C3A) in their code, although they hold for any method: run with Ravan in its place.
+# Tests that name LoRA (or LoKr, or C3A) in their code although they apply to any method: run with Ravan instead.
 TESTS_IN_PLACE_OF_LORA: dict[str, set[str]] = {
     "test_custom_models": {
         "test_add_adapter_rejects_duplicate_name_without_mutation",
@@ -333,8 +333,8 @@ def _no_check(*args: Any) -> None:
     pass
 
 
-# What a module's names stand for while a test of Ravan's rows runs. PEFT asks for LoRA by name where a feature is
-# LoRA's alone (mixed batches, Conv1D), and two skips for BEFT are in effect skips for every method.
+# Replacements of names in a module while a test of Ravan's rows runs. PEFT checks for LoRA by name where only LoRA has
+# a feature (mixed batches, Conv1D), and two skips for BEFT in effect skip every method.
 STAND_INS_WITH_ROWS: dict[str, dict[str, Any]] = {
     "testing_common": {"LoraConfig": RavanConfig},
     "test_custom_models": {"LoraConfig": RavanConfig},
@@ -344,7 +344,7 @@ STAND_INS_WITH_ROWS: dict[str, dict[str, Any]] = {
         "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING": TRANSFORMERS_MODELS_TO_RAVAN_TARGET_MODULES_MAPPING
     },
 }
-# The same, while one of the tests in place of LoRA runs.
+# The same for the tests that run with Ravan in place of LoRA.
 _LORA = {"LoraConfig": ravan_in_place_of_lora}
 STAND_INS_WITHOUT_ROWS: dict[str, dict[str, Any]] = {
     "test_custom_models": _LORA,
@@ -413,7 +413,7 @@ NOT_APPLICABLE: dict[str, str] = {
     ),
 }
 
-# Tests that fail and are known to. Strict: one that passes must be taken out.
+# Tests that are known to fail. Strict: one that passes must be removed from the table.
 KNOWN_FAILURES: dict[str, str] = {
     "test_custom_models::test_only_params_are_updated"
     "[Embedding + transformers Conv1D 2 Ravan-EmbConv1D-RavanConfig-config_kwargs8]": (

@@ -1,4 +1,4 @@
-"""PEFT's tests, which are in its source distribution and not in its wheel."""
+"""PEFT's tests, which are part of its source distribution but not of its wheel."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ CACHE = Path(__file__).parents[2] / ".cache" / "peft_suite"
 
 
 class NoSourceDistribution(Exception):
-    """The tests of PEFT cannot be had; the message says why."""
+    """Raised when the tests of PEFT cannot be obtained. The message says why."""
 
 
 def leave_out(error: NoSourceDistribution) -> NoReturn:
     """
-    Skip PEFT's tests, because they cannot be had. CI, whose answer nobody reads line by line, fails instead.
+    Skip PEFT's tests because they cannot be obtained. CI fails instead, since a skip would go unnoticed there.
 
     Args:
-        error (`NoSourceDistribution`): Why not.
+        error (`NoSourceDistribution`): The reason.
     """
     if os.environ.get("CI", "").lower() not in ("", "0", "false"):
         pytest.fail(f"PEFT's tests were not run, which they have to be where CI is set: {error}", pytrace=False)
@@ -34,7 +34,8 @@ def leave_out(error: NoSourceDistribution) -> NoReturn:
 
 
 def _download(version: str, folder: Path) -> Path:
-    # No build isolation: pip asks the archive for its metadata, for which the setuptools that torch needs will do.
+    # No build isolation: pip builds the metadata of the archive, for which the setuptools that torch needs is
+    # sufficient.
     options = ["--quiet", "--no-deps", "--no-binary", ":all:", "--no-build-isolation", "--disable-pip-version-check"]
     command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), f"peft=={version}"]
     result = subprocess.run(command, capture_output=True, text=True)
@@ -51,7 +52,7 @@ def _unpack(archive: Path, folder: Path) -> Path:
     tree = folder / archive.name.removesuffix(".tar.gz")
     if not (tree / "tests" / "testing_common.py").exists():
         raise NoSourceDistribution(f"{archive.name} does not contain PEFT's tests")
-    # The tests import each other relatively, and the archive leaves this file out.
+    # The tests import each other relatively, but the archive does not include this file.
     (tree / "tests" / "__init__.py").touch()
     return tree
 

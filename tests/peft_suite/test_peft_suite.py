@@ -1,4 +1,4 @@
-"""Runs PEFT's own tests over Ravan, each group in a process of its own, and shows what passed and what was skipped."""
+"""Runs PEFT's own tests on Ravan, each group in a separate process, and shows which passed and which were skipped."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def source_tree() -> Path:
 
 
 def run_suite(source_tree: Path, files: list[str], folder: Path) -> dict[str, dict[str, str]]:
-    """Run PEFT's test files over Ravan and return the outcome and the reason of every test."""
+    """Run PEFT's test files on Ravan and return the outcome and the reason of every test."""
     report = folder / "report.json"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment |= {
@@ -53,7 +53,7 @@ def run_suite(source_tree: Path, files: list[str], folder: Path) -> dict[str, di
 
 
 def summary(outcomes: dict[str, dict[str, str]]) -> str:
-    """How many tests passed, were skipped and failed, and why those that did not pass were left out."""
+    """The numbers of tests that passed, were skipped and failed, with the reasons of the skips."""
     counts = Counter(test["outcome"] for test in outcomes.values())
     left_out = Counter(
         f"{test['outcome']}: {test['reason']}"
@@ -65,7 +65,7 @@ def summary(outcomes: dict[str, dict[str, str]]) -> str:
 
 
 def failures(outcomes: dict[str, dict[str, str]]) -> str:
-    """The failed tests by their error, with the end of one traceback of each."""
+    """The failed tests by error, with the end of one traceback for each."""
     by_error = defaultdict(list)
     for name, test in outcomes.items():
         if test["outcome"] == "failed":

@@ -1,4 +1,4 @@
-"""What several tests of the trainers share: small federations, interruptions, and what to compare of them."""
+"""Helpers for the tests of the trainers: small federations, interruptions, and comparisons."""
 
 import pytest
 import torch
@@ -76,7 +76,7 @@ def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor],
 
 
 def kept_by_clients(trainer, state: ServerState | None = None) -> dict[str, dict[str, torch.Tensor]]:
-    """What each client keeps for itself, of the rounds in which its update was merged."""
+    """The state that each client keeps, from the rounds in which its update was merged."""
     state, store = state or trainer.last_server_state, ClientStore(trainer.args.output_dir)
     files = {client: state.kept.get(client) for client in trainer.clients}
     return {client: store.load(client, None if file is None else file.round) for client, file in files.items()}
@@ -87,7 +87,7 @@ def trainable_checkpoint(model) -> dict[str, torch.Tensor]:
 
 
 def resumable_trainer(folder, **kwargs):
-    """A run in which all depends on all before: clients are drawn, the server remembers, the learning rate changes."""
+    """A run that depends on its history: clients are drawn, the server has a state, and the learning rate changes."""
     defaults = {
         "num_rounds": 4,
         "clients_per_round": 2,

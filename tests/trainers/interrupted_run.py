@@ -1,6 +1,6 @@
 """
-A run that is killed, or goes on: `python interrupted_run.py FOLDER KILL_AT`, where KILL_AT is `bases`, `first`, `client`,
-`saving`, `renaming`, `keeping` or `-` to resume in every folder given.
+A run that is killed or resumed: `python interrupted_run.py FOLDER KILL_AT`, where KILL_AT is `bases`, `first`,
+`client`, `saving`, `renaming` or `keeping`, or `-` to resume in every given folder.
 """
 
 import os
@@ -70,7 +70,7 @@ def kill_between_clients_that_keep() -> None:
 
     def save_and_kill(store, client, *args):
         calls.append(client)
-        if len(calls) == 6:  # two in each round: the first of the third round has what is new, the second has not
+        if len(calls) == 6:  # two per round: in the third, only the first client has saved its new state
             kill()
         return save(store, client, *args)
 

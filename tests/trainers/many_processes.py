@@ -1,6 +1,6 @@
 """
-Runs of several processes, or of one: `python -m tests.trainers.many_processes FOLDER RUN ...`, by a launcher or without. What
-each run ends with is written by the main process. `kill-RUN` ends by the death of a process.
+Runs on one or several processes: `python -m tests.trainers.many_processes FOLDER RUN ...`, with or without a launcher.
+The main process writes the result of each run. In `kill-RUN` a process is killed.
 """
 
 import atexit
@@ -38,7 +38,7 @@ def poisoned(client, round_number, update):
 
 
 class Heard(FederatedCallback):
-    """Every process hears of all clients."""
+    """Every process receives the events of all clients."""
 
     def __init__(self):
         self.clients = []
@@ -70,7 +70,7 @@ def sft(folder):
 
 
 def make(run: str, folder: Path, heard: Heard):
-    """The trainer of a run. Five clients do not share out evenly over two processes."""
+    """The trainer of a run. Five clients cannot be divided evenly among two processes."""
     common = {"num_clients": None, "train_dataset": clients(8, 24, 16, 40, 32), "callbacks": [heard], "num_rounds": 2}
     several = {
         "uneven": {"server_optimizer": "fedadam", "eval_strategy": "epoch", "merge_method": "fedrpca"},
@@ -115,7 +115,7 @@ def make(run: str, folder: Path, heard: Heard):
 
 
 class KillWithinAClient(FederatedCallback):
-    """The last process dies while it trains its second client of the third round."""
+    """Kills the last process while it trains its second client of the third round."""
 
     def __init__(self):
         self.rounds, self.turns = 0, 0
@@ -138,7 +138,7 @@ def full_disk(store: ClientStore, client: str, round_number: int, *args) -> str:
 
 
 def run_until_the_disk_is_full(folder: Path) -> None:
-    """All processes end with the error, and nobody waits for another."""
+    """All processes end with the error, and none waits for another."""
     ClientStore.save = full_disk
     with contextlib.suppress(ClientStoreError):
         make("full", folder / "full", Heard()).train()

@@ -1,4 +1,4 @@
-"""An adapter may have any name. PEFT saves one that is not named "default" into a folder of its name."""
+"""An adapter may have any name. PEFT saves one that is not named "default" in a subfolder of its name."""
 
 import json
 import shutil
@@ -45,7 +45,7 @@ def test_a_run_goes_on_with_an_adapter_of_any_name(tmp_path, adapter):
         named = tmp_path / "named" / f"checkpoint-{number}" / "ward"
         default = tmp_path / "whole" / f"checkpoint-{number}"
         assert_same(*(load_file(folder / "adapter_model.safetensors") for folder in (named, default)))
-        # what belongs to the adapter is beside it
+        # the files that belong to the adapter are next to it
         own = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
         assert {path.name for path in named.iterdir()} == own | (
             {"federation.json", "rounds.jsonl"} if number else set()
@@ -101,7 +101,7 @@ def test_the_best_adapter_is_loaded_at_the_end(tmp_path, name):
     assert not torch.equal(logits(last), logits(trainer.model))
 
 
-def test_a_best_adapter_that_was_deleted_is_told(tmp_path, monkeypatch):
+def test_a_best_adapter_that_was_deleted_is_reported(tmp_path, monkeypatch):
     class Delete(FederatedCallback):
         def on_save(self, args, state, control, **kwargs):
             shutil.rmtree(tmp_path / f"checkpoint-{state.global_step}")

@@ -24,7 +24,7 @@ from .helpers import adapter_state, arguments, assert_same, comparable, ravan
 
 
 class SameTrainer(Trainer):
-    """A trainer that is no other."""
+    """A trainer that changes nothing."""
 
 
 @dataclass
@@ -34,7 +34,7 @@ class WeightedArguments(TrainingArguments):
 
 
 class WeightedTrainer(Trainer):
-    """What people write: another loss, an argument of its own, and a metric in the log."""
+    """A typical custom trainer: another loss, an additional argument, and a metric in the log."""
 
     def __init__(self, model, args=None, seen=None, **kwargs):
         super().__init__(model, args, **kwargs)
@@ -102,7 +102,7 @@ def test_arguments_have_the_fields_of_both_and_the_defaults_of_each():
 
 
 def test_a_client_trains_by_the_loss_of_the_trainer(tmp_path):
-    """One client and one round is the trainer itself, which differs from Trainer."""
+    """One client and one round give the same result as the trainer itself, and not that of Trainer."""
     common = {
         "max_steps": 3, "per_device_train_batch_size": 8, "first_class_weight": 5.0, "report_to": "none",
         "save_strategy": "no", "disable_tqdm": True, "use_cpu": True, "lr_scheduler_type": "constant",

@@ -75,7 +75,7 @@ def test_printing_hides_tokens():
         ({"local_parameters": "[3]"}, "must be regular expressions, but 3 is none"),
     ],
 )
-def test_values_out_of_range_are_told(fields, message):
+def test_values_out_of_range_are_reported(fields, message):
     with pytest.raises(ValueError, match=message):
         FederatedArguments("out", **fields)
 
@@ -99,7 +99,7 @@ def test_steps_or_epochs_are_enough():
     assert FederatedArguments("out", num_train_epochs=0.5, learning_rate=0.0).num_train_epochs == 0.5
 
 
-def test_options_that_the_merge_method_does_not_have_are_told_early():
+def test_options_that_the_merge_method_does_not_have_are_refused_early():
     with pytest.raises(TypeError, match="'ravan' has no option 'beta'"):
         FederatedArguments("out", merge_method="ravan", merge_options={"beta": 2})
 

@@ -1,4 +1,4 @@
-"""Clients that train some heads only, within the rounds of a federation."""
+"""Clients that train only some heads, within the rounds of a federation."""
 
 import json
 import math
@@ -29,7 +29,7 @@ def ravan(**kwargs) -> RavanConfig:
 
 
 class Watch(FederatedCallback):
-    """Remembers what each client trained, and with what its optimizer and its gradients were filled."""
+    """Records what each client trained, and the shapes of its gradients and its optimizer state."""
 
     def __init__(self):
         self.masks, self.starts, self.ends, self.moments, self.gradients = [], [], [], [], []
@@ -66,11 +66,11 @@ def run(tmp_path, adapter=None, callbacks=(), **kwargs):
 
 
 @pytest.mark.parametrize("head_selection", HEAD_SELECTIONS)
-def test_a_budget_of_all_heads_is_no_budget_to_the_last_bit(tmp_path, head_selection):
+def test_a_budget_of_all_heads_is_no_budget_bit_for_bit(tmp_path, head_selection):
     few = {"partition": "dirichlet", "num_clients": 2, "max_steps": 2}
     without = run(tmp_path, **few)
     for head_allocation in ("layer", "global"):
-        # and a share so near to 1 that it is all heads, but for which they are chosen like any other
+        # and a share so close to 1 that it means all heads, although they are selected as for any other share
         budgets = {"client_0": 1.0, "client_1": 0.999}
         trainer = run(
             tmp_path, client_budgets=budgets, head_selection=head_selection, head_allocation=head_allocation, **few
@@ -125,7 +125,7 @@ def test_uploads_shrink_with_the_budget(tmp_path):
     uploads = {share: record["upload_bytes"] for share, record in records.items()}
     saved = 4 * NUM_TARGETS * RANK**2 * 4  # bytes of one head at every target, of 4 clients
     assert uploads[0.5] - uploads[0.25] == pytest.approx(saved, abs=4 * 16)
-    # which heads they are is said, too, where they are not all
+    # the selection of heads is sent as well, unless it is all of them
     assert 2 * saved - 4 * 200 < uploads[1.0] - uploads[0.5] < 2 * saved
     assert max(record["download_bytes"] for record in records.values()) < 1.02 * records[0.25]["download_bytes"]
 
@@ -158,7 +158,7 @@ def test_a_head_is_averaged_over_the_clients_that_trained_it(tmp_path):
 
 
 @pytest.mark.parametrize("head_selection", HEAD_SELECTIONS)
-def test_runs_with_budgets_can_be_repeated_to_the_last_bit(tmp_path, head_selection):
+def test_runs_with_budgets_can_be_repeated_bit_for_bit(tmp_path, head_selection):
     runs = []
     for garbage in (1, 2):
         torch.manual_seed(garbage)
@@ -195,7 +195,7 @@ def test_the_heaviest_heads_are_chosen(tmp_path):
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_the_gradient_is_that_of_the_first_step(tmp_path, accumulation):
-    """Scores come from the batches that the training then starts with, so its first gradient tells the same heads."""
+    """Scores come from the batches that the training starts with, so its first gradient selects the same heads."""
     watch = Watch()
     seen = []
     trainer = make_trainer(
@@ -318,7 +318,7 @@ def test_parameter_groups_of_an_optimizer_train_the_heads_of_each_client(tmp_pat
             assert torch.equal((start[name] != end[name]).any(dim=2).any(dim=1), mask)
 
 
-# ---- The adapter that travels ----------------------------------------------------------
+# ---- The adapter that is sent ----------------------------------------------------------
 
 
 def test_what_is_read_are_the_products_of_the_trained_heads():
@@ -351,7 +351,7 @@ def test_a_model_that_trains_some_heads_already_is_refused():
         LiveAdapter(model)
 
 
-# ---- Merging, and what is refused -------------------------------------------------------
+# ---- Merging and refusals ----------------------------------------------------------------
 
 
 DIFFERENT_HEADS = [name for name, method in MERGE_METHODS.items() if method.different_heads]
@@ -397,7 +397,7 @@ def test_a_server_optimizer_leaves_heads_alone_that_nobody_trained(tmp_path):
         (ravan(), {"head_allocation": "model"}, "`head_allocation` must be one of layer, global, got 'model'"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_is_told_before_the_run(tmp_path, adapter, budgets, message):
+def test_invalid_settings_are_refused_before_the_run(tmp_path, adapter, budgets, message):
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, adapter, **budgets)
 

@@ -1,4 +1,4 @@
-"""Evaluating clients one by one: on data like their own, with what is personal to them, and without a trace in the run."""
+"""Evaluating clients one by one: on data like their own, with their personal parts, and without affecting the run."""
 
 import copy
 
@@ -50,13 +50,13 @@ def test_a_client_without_a_number_is_not_left_out_in_silence():
         client_statistics([])
 
 
-def test_of_a_loss_less_is_better():
+def test_a_smaller_loss_is_better():
     figures = summarize_clients(pd.DataFrame({"examples": [5, 7], "loss": [1.0, 3.0], "accuracy": [0.5, 0.75]}))
     assert figures["eval_clients_worst_loss"] == 3.0 and figures["eval_clients_worst_accuracy"] == 0.5
     assert figures["eval_clients_mean_accuracy"] == 0.625 and not any("examples" in name for name in figures)
 
 
-# ---- Whose data ------------------------------------------------------------------
+# ---- The clients' data -----------------------------------------------------------
 
 
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=20).filter(any), st.integers(0, 200))
@@ -142,7 +142,7 @@ def test_each_client_is_evaluated_with_its_own_parts(tmp_path, adapter, options)
     trainer.train()
     table = trainer.evaluate_clients(dict.fromkeys(trainer.clients, data))
     trained = trainer.state.log_history[0]["clients"]
-    # who has not taken part has what every client starts with, as the model does
+    # a client that has not taken part has the initial parts, like the model
     start = trainer.evaluate()["eval_loss"]
     assert {client for client in trainer.clients if table.loc[client, "loss"] == pytest.approx(start)} == (
         set(trainer.clients) - set(trained)
@@ -215,7 +215,7 @@ def test_the_run_is_the_same_with_and_without(tmp_path, options):
     for record in trainer.state.log_history:
         assert {k for k in record if "eval_clients" in k} == {f"eval_clients_{name}" for name in names}
     assert events.evaluations == 2 and events.clients == [(client, 4) for client in trainer.clients] * 2
-    assert events.steps == 2 * 2 * 2  # of the rounds; those of the personalization are nobody's business
+    assert events.steps == 2 * 2 * 2  # of the rounds; the steps of the personalization have no events
     for first, second in zip(*(kept_by_clients(run).values() for run in (without, trainer)), strict=True):
         assert_same(first, second)
 
@@ -267,7 +267,7 @@ def test_clients_of_sft_are_evaluated_as_sft_does(tmp_path, tokenizer):
 
 
 def test_clients_of_sft_are_evaluated_on_their_own_texts(tmp_path, tokenizer):
-    """The split goes by a column that the preparation drops, and no packed sequence has texts of two clients."""
+    """The split uses a column that the preparation drops, and no packed sequence has texts of two clients."""
     pytest.importorskip("trl")
     from .trl_helpers import sft, texts
 

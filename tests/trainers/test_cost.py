@@ -1,4 +1,4 @@
-"""What a federation leaves out to be cheap, and that nothing is missed by it. Times are for `benchmarks/federation.py`."""
+"""Optimizations of a federation, and that they have no side effects. `benchmarks/federation.py` measures times."""
 
 import gc
 
@@ -14,7 +14,7 @@ from ..conftest import tiny_bert
 
 
 class Watch(FederatedCallback):
-    """What is counted while clients train, and which parts of the data have been made after each round."""
+    """Records what is counted while clients train, and which parts of the data exist after each round."""
 
     def __init__(self):
         self.trainer = None

@@ -1,4 +1,4 @@
-"""Mistakes in the data are told before the first round, or once for all clients, and not as failures of clients."""
+"""Mistakes in the data are reported before the first round, or once for all clients, not as failures of clients."""
 
 import datasets
 import numpy as np
@@ -26,7 +26,7 @@ def relabelled(change, num_examples=40) -> datasets.Dataset:
 
 
 @pytest.mark.parametrize("kind", [list, tuple])
-def test_a_list_of_data_sets_is_told(kind):
+def test_a_list_of_data_sets_is_reported(kind):
     parts = kind(classification_dataset(20, seed) for seed in range(2))
     with pytest.raises(
         ValueError, match=f"is a {kind.__name__} of 2 data sets. Pass a dict of client name -> data set"
@@ -59,19 +59,19 @@ def test_splits_are_no_clients():
         ([None], "must be strings, got None"),
     ],
 )
-def test_names_of_clients_are_texts(names, message):
+def test_names_of_clients_are_strings(names, message):
     with pytest.raises(ValueError, match=message):
         make_clients({name: classification_dataset(8) for name in names}, args())
 
 
 @pytest.mark.parametrize("nobody", ["", None, "  "])
-def test_a_column_that_does_not_name_the_client_is_told(nobody):
+def test_a_column_with_missing_client_names_is_refused(nobody):
     data = datasets.Dataset.from_dict({"site": ["north", "south", nobody, "north"], "x": [1, 2, 3, 4]})
     with pytest.raises(ValueError, match="for every example, but 1 of 4 have none in 'site'"):
         make_clients(data, args(partition="column", partition_column="site"))
 
 
-def test_names_of_clients_to_evaluate_are_texts(tmp_path):
+def test_names_of_clients_to_evaluate_are_strings(tmp_path):
     trainer = make_trainer(tmp_path, max_steps=1)
     with pytest.raises(ValueError, match="names of clients in `client_eval_dataset` must be strings, got 0"):
         trainer.evaluate_clients({0: classification_dataset(8)})
@@ -94,7 +94,7 @@ def test_names_of_clients_to_evaluate_are_texts(tmp_path):
         ),
     ],
 )
-def test_labels_that_the_model_does_not_have_are_told_before_the_first_round(tmp_path, change, message):
+def test_labels_that_the_model_does_not_have_are_refused_before_the_first_round(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, train_dataset=relabelled(change))
     clients = {"north": classification_dataset(8), "south": relabelled(change)}
@@ -110,7 +110,7 @@ def test_labels_that_the_loss_leaves_out_are_no_mistake(tmp_path):
 
 
 @pytest.mark.parametrize("own", ["loss", "function", "collator"])
-def test_who_makes_labels_of_their_own_is_not_asked(tmp_path, own):
+def test_custom_labels_are_not_checked(tmp_path, own):
     class Shifted(Trainer):
         def compute_loss(self, model, inputs, **kwargs):
             return super().compute_loss(model, {**inputs, "labels": inputs["labels"] - 1}, **kwargs)
@@ -141,7 +141,7 @@ def test_numbers_are_no_classes(tmp_path):
 
 
 @pytest.mark.parametrize("clients_per_round", [None, 1, 3])
-def test_an_error_that_all_clients_have_is_told_once(tmp_path, clients_per_round):
+def test_an_error_that_all_clients_have_is_reported_once(tmp_path, clients_per_round):
     trained = []
 
     class Loss(torch.nn.Module):
@@ -161,7 +161,7 @@ def test_an_error_that_all_clients_have_is_told_once(tmp_path, clients_per_round
     assert "attempts" not in str(caught.value)
 
 
-def test_data_without_labels_is_told_once(tmp_path):
+def test_data_without_labels_is_reported_once(tmp_path):
     with pytest.raises(RoundFailedError, match="same error, .* did not return a loss"):
         make_trainer(tmp_path, train_dataset=classification_dataset(40).remove_columns("labels")).train()
 
@@ -189,8 +189,8 @@ def test_other_failures_are_tried_again(tmp_path, errors):
         trainer.train()
 
 
-def test_who_has_other_data_may_succeed(tmp_path):
-    """Once a client has succeeded, errors are those of clients."""
+def test_a_client_with_other_data_may_succeed(tmp_path):
+    """Once a client has succeeded, errors count as failures of clients."""
 
     def client_fault(client, round_number, update):
         if round_number == 2:

@@ -1,4 +1,4 @@
-"""Different ways to the same adapter: the order of clients, a loop written out, the mean of the clients' dense weights."""
+"""Different ways to the same adapter: the order of clients, an explicit loop, the mean of the dense weights."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Tasks and replies as bytes: what comes out is what went in, and nothing else is taken."""
+"""Tasks and replies as bytes: they survive the round trip, and anything else is refused."""
 
 import base64
 import json
@@ -109,7 +109,7 @@ def test_an_error_is_not_sent():
 
 
 def rewritten(message, change_fields=lambda fields: fields, change_list=lambda entries: entries) -> bytes:
-    """The bytes of a message whose fields, or list of tensors, say something else."""
+    """The bytes of a message with changed fields, or a changed list of tensors."""
     data = message.to_bytes()
     length = int.from_bytes(data[:8], "little")
     metadata = json.loads(data[8 : 8 + length])["__metadata__"]
@@ -142,7 +142,7 @@ def test_fields_that_are_not_what_they_should_be_are_refused(change, message):
         ClientReply.from_bytes(data)
 
 
-def test_a_field_that_is_missing_is_told():
+def test_a_field_that_is_missing_is_reported():
     data = rewritten(example(), lambda fields: {k: v for k, v in fields.items() if k != "attempt"})
     with pytest.raises(MessageError, match="lacks the field 'attempt'"):
         ClientReply.from_bytes(data)

@@ -1,4 +1,4 @@
-"""A client that fails costs its own contribution, not the round; too many of them cost an attempt, then the run."""
+"""A failing client loses its own contribution, but not the round. Too many fail an attempt, and then the run."""
 
 import time
 from dataclasses import replace
@@ -146,7 +146,7 @@ def test_a_client_is_timed_out_between_its_steps(tmp_path):
 
 
 def test_malformed_uploads_cost_only_their_client(tmp_path):
-    """Another kind in each round; `tests/merging` has all of them."""
+    """A different kind in each round; `tests/merging` has all of them."""
     names = ClientUpdate(adapter_state(make_trainer(tmp_path)), 1)
     kinds = list(every_kind(names))[::4]
 
@@ -227,6 +227,6 @@ def test_what_one_client_can_do_is_limited(tmp_path):
     for record in trainer.state.log_history:
         assert record["clipped_clients"] == ["client_1"] and not record["failed_clients"]
         assert record["num_examples"] == 4 * 60  # each has 60, and one of them claims more
-    # three clients moved by about 0.1 each, the fourth by a thousand times as much
+    # three clients change by about 0.1 each, the fourth by a thousand times as much
     moved = [adapter_state(trainer)[name] - tensor for name, tensor in start.items()]
     assert torch.cat([change.flatten() for change in moved]).norm() < 1

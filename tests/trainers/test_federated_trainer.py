@@ -62,7 +62,7 @@ def test_clients_with_the_same_data_are_one_client(tmp_path):
     assert_same(adapter_state(one), adapter_state(three), atol=1e-5, rtol=1e-4)
 
 
-def test_a_run_can_be_repeated_to_the_last_bit(tmp_path):
+def test_a_run_can_be_repeated_bit_for_bit(tmp_path):
     runs = []
     for garbage in (1, 2):
         torch.manual_seed(garbage)
@@ -74,7 +74,7 @@ def test_a_run_can_be_repeated_to_the_last_bit(tmp_path):
 
 
 def test_the_global_adapter_is_the_mean_of_dense_weights(tmp_path):
-    """Merging, then computing the weight, is the mean of the clients' weights: for Ravan, but not for LoRA."""
+    """The weight of the merged adapter is the mean of the clients' weights for Ravan, but not for LoRA."""
 
     class Weights(FederatedCallback):
         def __init__(self):
@@ -155,7 +155,7 @@ def test_afterwards_every_scaling_is_one_and_the_model_holds_the_last_merge(tmp_
 
 
 class StartingPoints(FederatedCallback):
-    """Remembers what each client starts from, and checks that its optimizer is fresh."""
+    """Records the state that each client starts from, and checks that its optimizer is fresh."""
 
     def __init__(self):
         self.adapters, self.rounds, self.rates = [], 0, []
@@ -197,7 +197,7 @@ EVENTS = (
 
 
 class Events(FederatedCallback):
-    """Counts what it is told."""
+    """Counts the events that it receives."""
 
     def __init__(self):
         self.counts = dict.fromkeys(EVENTS, 0)
@@ -211,7 +211,7 @@ class Events(FederatedCallback):
         return count
 
 
-def test_callbacks_are_told_of_rounds_clients_and_local_steps(tmp_path):
+def test_callbacks_get_events_of_rounds_clients_and_local_steps(tmp_path):
     callback = Events()
     make_trainer(tmp_path, callbacks=[callback], num_clients=3, clients_per_round=2, eval_strategy="epoch").train()
     once, rounds, clients, steps = 1, 2, 2 * 2, 2 * 2 * 3

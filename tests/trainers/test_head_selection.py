@@ -1,4 +1,4 @@
-"""Budgets of clients and the choice of heads, as pure functions."""
+"""Budgets of clients and the selection of heads, as pure functions."""
 
 from decimal import ROUND_HALF_UP, Decimal
 
@@ -59,7 +59,7 @@ def test_the_distributions_have_their_shapes():
     assert skewness["right_skewed"] > 0.35 > max(abs(skewness["uniform"]), abs(skewness["bell"]))
 
 
-def test_an_unknown_distribution_is_told():
+def test_an_unknown_distribution_is_reported():
     with pytest.raises(ValueError, match="one of uniform, bell, right_skewed, got 'normal'"):
         draw_client_budgets(CLIENTS, "normal", seed=0)
 
@@ -82,7 +82,7 @@ def test_budgets_are_read(given, expected):
         ("normal", "share is 'normal'"), ({"a": 0.5, "b": "0.5"}, "share of client 'b' is '0.5'"), ("[0.5]", "0.5"),
     ],
 )  # fmt: skip
-def test_budgets_out_of_range_are_told(given, found):
+def test_budgets_out_of_range_are_reported(given, found):
     with pytest.raises(
         ValueError, match="above 0 and up to 1, a dict of client names to shares, or one of uniform"
     ) as info:
@@ -186,7 +186,7 @@ def test_planted_heads_are_found():
         "a": [False, True, False, True],
         "b": [True, False, False, True],
     }
-    # over all targets together, the poor one gets what the rich one leaves
+    # over all targets together, the one with low scores gets what the other leaves
     assert as_lists(select_heads(scores, 0.25, 0, "global")) == {"a": [False, True, False, True], "b": [False] * 4}
     assert as_lists(select_heads(scores, 0.01, 0, "global")) == {"a": [False, True, False, False], "b": [False] * 4}
     # a head of "a" costs 10 of 44 parameters: one of them fits into half of these, and all of "b"
@@ -229,6 +229,6 @@ def test_norms_order_the_heads_of_a_target_as_frobenius_does_and_do_not_grow_wit
         (0.5, "target", "one of layer, global, got"),
     ],
 )
-def test_what_is_out_of_range_is_told(share, allocation, message):
+def test_what_is_out_of_range_is_reported(share, allocation, message):
     with pytest.raises(ValueError, match=message):
         select_heads({"a": torch.zeros(2)}, share, 0, allocation)

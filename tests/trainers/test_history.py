@@ -1,4 +1,4 @@
-"""The record of a run: its file, its table, its pictures, its bars, and what loggers get of it."""
+"""The record of a run: its file, its table, its plots, its progress bars, and what loggers receive."""
 
 import io
 import json
@@ -84,7 +84,7 @@ def test_a_resumed_run_has_the_file_of_the_uninterrupted_one(tmp_path):
     assert comparable(whole) == comparable(resumed) and [record["round"] for record in resumed] == [1, 2, 3, 4]
 
 
-# ---- The table and the pictures --------------------------------------------------
+# ---- The table and the plots -----------------------------------------------------
 
 
 def test_the_table_has_a_row_a_round(run):
@@ -215,7 +215,7 @@ def test_a_log_file_gets_few_lines(tmp_path, monkeypatch):
 
 def test_the_bars_of_notebooks_are_replaced_too(tmp_path, monkeypatch):
     class NotebookProgressCallback(TrainerCallback):
-        """As that of transformers, which needs an epoch."""
+        """Like that of transformers, which needs an epoch."""
 
         def on_train_end(self, args, state, control, **kwargs):
             int(state.epoch)

@@ -1,4 +1,4 @@
-"""What travels between server and clients, and what must not leak from one client to the next."""
+"""What is sent between server and clients, and what must not leak from one client to the next."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from ..conftest import randomize_adapter, tiny_bert, tiny_llama
 from .helpers import WithStatistics, ravan_bert
 
 
-def test_products_and_the_task_head_travel_and_nothing_else():
+def test_only_products_and_the_task_head_are_sent():
     state = LiveAdapter(ravan_bert()).read()
     kinds = {name.rsplit(".", 1)[1] if "ravan" in name else name for name in state}
     assert kinds == {"ravan_H", "base_model.model.classifier.weight", "base_model.model.classifier.bias"}
@@ -45,13 +45,13 @@ def test_what_is_read_does_not_change_with_the_model():
     assert all(torch.equal(tensor, before[name]) for name, tensor in adapter.read().items())
 
 
-def test_lora_travels_as_it_is():
+def test_lora_is_sent_unchanged():
     state = LiveAdapter(get_peft_model(tiny_llama(), LoraConfig(r=2, task_type="CAUSAL_LM"))).read()
     assert {".".join(name.rsplit(".", 2)[1:]) for name in state} == {"lora_A.weight", "lora_B.weight"}
     assert len(state) == 2 * 2 * 2
 
 
-def test_statistics_of_the_head_travel_and_those_of_the_base_model_are_put_back():
+def test_statistics_of_the_head_are_sent_and_those_of_the_base_model_restored():
     model = get_peft_model(
         WithStatistics(), RavanConfig(r=2, num_heads=2, target_modules=["body"], modules_to_save=["head"])
     )
@@ -67,7 +67,7 @@ def test_statistics_of_the_head_travel_and_those_of_the_base_model_are_put_back(
     assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())
 
 
-def test_a_model_without_an_adapter_is_told_how_to_get_one():
+def test_a_model_without_an_adapter_is_refused_with_advice():
     with pytest.raises(
         TypeError, match=r"BertForSequenceClassification without one. Wrap it first: .model = get_peft"
     ):

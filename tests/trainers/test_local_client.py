@@ -1,4 +1,4 @@
-"""A client around any Trainer, with its own data only."""
+"""A client around any Trainer, with only its own data."""
 
 import copy
 
@@ -24,14 +24,14 @@ from .helpers import adapter_state, arguments, assert_same, lora, make_trainer, 
 
 
 def alone(folder, dataset, adapter=None, settings=None, store=None, **kwargs) -> LocalClient:
-    """A client in a process that has neither the data of others nor their number; `num_clients` is not looked at."""
+    """A client in a process that knows neither the data nor the number of the others; `num_clients` is not used."""
     args = arguments(folder, **{"num_clients": 20, **kwargs})
     trainer = Trainer(get_peft_model(tiny_bert(), adapter or ravan()), args, train_dataset=dataset)
     return LocalClient(trainer, store, settings=settings)
 
 
 def by_hand(clients: dict[str, LocalClient], state, num_rounds: int, as_bytes: bool = False, **settings) -> Server:
-    """A federation without a FederatedTrainer: a server, and clients that do not know of each other."""
+    """A federation without a FederatedTrainer: a server and independent clients."""
     sizes = {name: len(client.trainer.train_dataset) for name, client in clients.items()}
     config = next(iter(clients.values())).trainer.model.active_peft_config
     server = Server(ServerSettings(sizes, MergeSettings().of(config), **settings), ServerState(state))
@@ -51,7 +51,7 @@ def by_hand(clients: dict[str, LocalClient], state, num_rounds: int, as_bytes: b
 @pytest.mark.parametrize(
     "options", [{}, {"scaffold": True, "local_parameters": ["classifier"], "optim": "sgd"}], ids=str
 )
-def test_clients_that_do_not_know_of_each_other_come_to_what_a_federated_trainer_does(tmp_path, adapter, options):
+def test_independent_clients_give_the_same_result_as_a_federated_trainer(tmp_path, adapter, options):
     trainer = make_trainer(tmp_path / "one", adapter(), seed=3, clients_per_round=2, num_rounds=3, **options)
     state = {n: t for n, t in adapter_state(trainer).items() if not (options and "classifier" in n)}
     settings = ClientSettings(tuple(options.get("local_parameters", ())))
@@ -77,7 +77,7 @@ def test_clients_that_do_not_know_of_each_other_come_to_what_a_federated_trainer
 
 
 class OverBytes(Runner):
-    """Sends every task and every reply, and counts what it sends."""
+    """Sends every task and every reply as bytes, and counts them."""
 
     def __init__(self):
         self.down = self.up = 0
@@ -129,7 +129,7 @@ def test_a_trainer_is_as_before_after_a_task(tmp_path):
     assert not {"create_optimizer", "create_scheduler", "log", "floating_point_ops"} & set(vars(trainer))
 
 
-def test_a_task_is_done_again_to_the_last_bit(tmp_path):
+def test_a_task_is_repeated_bit_for_bit(tmp_path):
     client = alone(tmp_path, classification_dataset(40))
     task = task_of(client, max_steps=2)
     first, second = client.train(task), client.train(task)
@@ -154,7 +154,7 @@ def test_what_goes_wrong_is_said_in_the_reply(tmp_path):
     assert "longer than `client_timeout`" in slow.train(task_of(slow)).failure
 
 
-def test_who_has_to_keep_something_needs_a_store(tmp_path):
+def test_a_client_that_keeps_state_needs_a_store(tmp_path):
     settings = ClientSettings(("classifier",))
     client = alone(tmp_path, classification_dataset(40), settings=settings)
     state = client.take_start()
@@ -165,7 +165,7 @@ def test_who_has_to_keep_something_needs_a_store(tmp_path):
 
 
 def test_a_federated_trainer_has_the_clients_it_was_given_and_a_local_client_needs_none(tmp_path):
-    """The number of clients is that of the federation; a process with one of them is no federation."""
+    """`num_clients` is the number in the federation; a process with a single client is not a federation."""
     one = {"north": classification_dataset(20)}
     args = FederatedArguments(str(tmp_path), num_clients=20, report_to="none", use_cpu=True, max_steps=1)
     with pytest.raises(ValueError, match="`num_clients` is 20, but the data has 1 clients"):

@@ -1,4 +1,4 @@
-"""FedProx and SCAFFOLD against loops written from their papers."""
+"""FedProx and SCAFFOLD compared with loops that follow their papers."""
 
 from dataclasses import replace
 
@@ -71,7 +71,7 @@ def test_scaffold_is_option_two_of_the_paper():
 
 
 class Two(torch.nn.Module):
-    """Two numbers, of which a loss need not have both."""
+    """Two parameters, of which a loss may use only one."""
 
     def __init__(self):
         super().__init__()
@@ -124,7 +124,7 @@ def test_fedprox_pulls_also_where_a_step_has_no_gradient():
 def test_with_few_of_many_clients_the_control_of_the_server_moves_by_their_share():
     control = ControlVariates({}, num_clients=10)
     control.receive("a", control_change({}, {"w": torch.tensor([5.0])}))
-    assert control.moved() == {}  # it is not known yet whether its update is merged
+    assert control.moved() == {}  # it is not yet known whether its update is merged
     control.add("a")
     assert control.moved()["w"].item() == 0.5
 

@@ -1,4 +1,4 @@
-"""Rounds on several processes are those on one: real processes, that gloo connects."""
+"""Rounds on several processes give the same results as on one. The processes are real and connected by gloo."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def start(folder: Path, *runs: str) -> subprocess.Popen:
 
 
 def run_all(one: Path, two: Path) -> None:
-    """Run on one process, and on two, of which one is killed once."""
+    """Run on one process and on two, with one run in which a process is killed."""
     killed = start(two, "kill-killed")
     for run in (*SHARED_OUT, "doubled"):
         run_one(run, one)
@@ -96,8 +96,8 @@ def check_no_process_leaves_its_group_behind(two: Path) -> None:
     assert {path.name for path in two.glob("left-*")} == {"left-0", "left-1"}
 
 
-def test_two_processes_come_to_what_one_does(tmp_path):
-    # one test, since to launch processes takes longer than all that they run, and several tests may go to several workers
+def test_two_processes_give_the_same_results_as_one(tmp_path):
+    # one test, since launching processes takes longer than the runs, and several tests may go to several workers
     one, two = tmp_path / "one", tmp_path / "two"
     one.mkdir(), two.mkdir()
     run_all(one, two)
@@ -110,7 +110,7 @@ def test_two_processes_come_to_what_one_does(tmp_path):
 
 
 def test_one_process_within_several():
-    """Accelerate sees one process for a while, and those that there are afterwards, also after an error."""
+    """Accelerate temporarily sees a single process, and all processes afterwards, even after an error."""
     Accelerator(cpu=True)
     states = (PartialState._shared_state, AcceleratorState._shared_state)
     before = [dict(state) for state in states]

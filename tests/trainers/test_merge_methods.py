@@ -1,4 +1,4 @@
-"""The merge library within the rounds: methods that need the adapter's configuration, a frozen part, or a memory."""
+"""The merge library within the rounds: methods that need the adapter's configuration, a frozen part, or a state."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def test_ffa_lora_freezes_a_and_does_not_upload_it(tmp_path):
 
 
 class Uploads(FederatedCallback):
-    """Keeps the uploads of each round, and what the optimizers of its clients had; a client fault that changes nothing."""
+    """A client fault that changes nothing. Records the uploads of each round and the parameters in the optimizers."""
 
     def __init__(self):
         self.states, self.optimized = {}, {}
@@ -76,7 +76,7 @@ def test_clients_train_and_upload_what_is_not_frozen_in_the_round(tmp_path, merg
         assert all(lora_parts(state) == expected for state in uploads.states[number])
         assert lora_parts(uploads.optimized[number]) == expected
         assert any("classifier" in name for name in uploads.optimized[number])
-    # the model is given back as it was
+    # the model is restored
     assert trainable == [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
     assert lora_parts(adapter_state(trainer)) == {".lora_A.", ".lora_B."}
 
@@ -104,7 +104,7 @@ def test_the_first_round_of_rolora_is_one_of_ffa_lora(tmp_path):
     assert_same({name: rolora[name] for name in ffa_lora}, ffa_lora)
     assert {name for name in rolora if name not in ffa_lora} == {name for name in rolora if ".lora_A." in name}
     rolora, ffa_lora = (trainer.state.log_history[-1] for trainer in trainers)
-    # both upload B; RoLoRA's A travels down, since other rounds change it
+    # both upload B; RoLoRA also sends A to the clients, since other rounds change it
     assert rolora["upload_bytes"] == ffa_lora["upload_bytes"]
     assert ffa_lora["download_bytes"] < 1.1 * ffa_lora["upload_bytes"] < rolora["download_bytes"]
 
@@ -180,7 +180,7 @@ def test_the_card_names_the_server_optimizer(tmp_path, server_optimizer):
 
 
 @pytest.mark.parametrize("adapter", [ravan, lora])
-def test_a_method_that_does_not_suit_the_adapter_is_told_by_what_does(tmp_path, adapter):
+def test_a_method_that_does_not_suit_the_adapter_is_refused_with_what_does(tmp_path, adapter):
     merge_method, message = ("fedit", "method='ravan'") if adapter is ravan else ("fed_sb", "num_heads=1")
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, adapter(), merge_method=merge_method, max_steps=1).train()
@@ -194,7 +194,7 @@ def test_a_method_that_does_not_suit_the_adapter_is_told_by_what_does(tmp_path, 
         ({"merge_method": "flora"}, "'flora'` changes the base model or the rank"),
     ],
 )
-def test_what_cannot_run_is_told_before_the_run(tmp_path, options, message):
+def test_what_cannot_run_is_refused_before_the_run(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         arguments(tmp_path, **options)
 

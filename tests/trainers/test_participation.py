@@ -48,7 +48,7 @@ def test_by_default_everybody_takes_part():
     seed=st.integers(0, 2**31),
     round_number=st.integers(1, 1000),
 )
-def test_who_is_drawn_is_available_and_does_not_depend_on_the_order(
+def test_drawn_clients_are_available_and_do_not_depend_on_the_order(
     order, absent, clients_per_round, weights, seed, round_number
 ):
     arguments = args(clients_per_round=clients_per_round, participation_weights=weights, federated_seed=seed)
@@ -127,7 +127,7 @@ def test_a_round_with_too_few_is_skipped():
         ({}, {"client_0": [1, 2]}, TypeError, "`availability` must be a function of the client's name"),
     ],
 )
-def test_what_cannot_be_drawn_is_told(fields, availability, error, message):
+def test_what_cannot_be_drawn_is_refused(fields, availability, error, message):
     with pytest.raises(error, match=message):
         args(**fields).participation.check(CLIENTS, availability)
 
@@ -202,7 +202,7 @@ def test_weights_and_availability_act_in_a_run_and_can_be_repeated(tmp_path):
     assert "| Data of the clients | at most 2 labels each |" in card
 
 
-def test_what_cannot_be_drawn_is_told_before_the_run(tmp_path):
+def test_what_cannot_be_drawn_is_refused_before_the_run(tmp_path):
     with pytest.raises(ValueError, match="`min_clients` is 5, but there are only 4 clients"):
         make_trainer(tmp_path, min_clients=5)
     data = {name: classification_dataset(8) for name in ("a", "b", "c")}

@@ -75,7 +75,7 @@ def test_pathological_on_digits_is_as_in_the_paper():
     sizes = [len(part) for part in parts.values()]
     assert sum(sizes) == 1797 and 15 <= min(sizes) <= max(sizes) <= 20
     pairs = {tuple(sorted(set(digits[part]))) for part in parts.values()}
-    assert len(pairs) > 15  # of 45; who meets whom is drawn
+    assert len(pairs) > 15  # of 45; the pairs are random
     again = partition_indices(labelled(digits), arguments.partition_settings)
     other = partition_indices(
         labelled(digits), args(num_clients=100, partition="pathological", federated_seed=1).partition_settings
@@ -240,6 +240,6 @@ def stream():
         ),
     ],
 )
-def test_what_cannot_be_split_is_told(dataset, fields, message):
+def test_what_cannot_be_split_is_refused(dataset, fields, message):
     with pytest.raises(ValueError, match=message):
         make_clients(dataset, args(**fields))

@@ -92,7 +92,7 @@ def test_the_length_of_a_stream_is_not_known():
         ({"a": stream()}, "`label_column` is 'accent', but the labels of a data set without a length"),
     ],
 )
-def test_a_column_that_cannot_be_counted_is_told(clients, message):
+def test_a_column_that_cannot_be_counted_is_reported(clients, message):
     with pytest.raises(ValueError, match=message):
         partition_table(clients, "accent")
 
@@ -157,7 +157,7 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch):
 # ---- In the trainer --------------------------------------------------------------
 
 
-def test_the_trainer_shows_who_has_what(tmp_path):
+def test_the_trainer_shows_which_client_has_which_data(tmp_path):
     trainer = make_trainer(tmp_path, partition="pathological", labels_per_client=1)
     table = trainer.partition_table()
     assert list(table.columns) == ["0", "1", "2", "3", "examples"]

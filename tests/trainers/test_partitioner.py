@@ -20,7 +20,7 @@ from ..conftest import classification_dataset, tiny_bert
 
 
 class Partitioner(ABC):
-    """flwr_datasets.partitioner.Partitioner, which cannot be installed next to datasets 5: the same attributes and errors."""
+    """Has the attributes and errors of flwr-datasets' Partitioner, which is incompatible with datasets 5."""
 
     def __init__(self):
         self._dataset = None
@@ -48,7 +48,7 @@ class Partitioner(ABC):
 
 
 class LinearPartitioner(Partitioner):
-    """Sizes in proportion to 1, 2, 3, ... As flwr-datasets' own, it knows the number only when it has the data."""
+    """Sizes proportional to 1, 2, 3, ... As in flwr-datasets, the number is known only with the data."""
 
     def __init__(self, num_partitions, first=1):
         super().__init__()

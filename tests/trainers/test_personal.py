@@ -1,4 +1,4 @@
-"""Personal parts stay with their clients: they are neither uploaded nor merged, and are there again in the next round."""
+"""Personal parts stay with their clients: they are neither uploaded nor merged, and are restored in the next round."""
 
 import errno
 import hashlib
@@ -18,7 +18,7 @@ from .helpers import StopAfter, adapter_state, assert_same, kept_by_clients, lor
 
 
 class Recorder(FederatedCallback):
-    """What the model has before and after each client's training."""
+    """Records the model before and after each client's training."""
 
     def __init__(self):
         self.before, self.after, self.trainer = {}, {}, None
@@ -69,7 +69,7 @@ def test_a_client_finds_its_own_part_again_and_the_shared_part_of_all(tmp_path, 
             assert all(torch.equal(before[name], befores[0][name]) for name in set(start) - personal)
             last[client] = recorder.after[client, number]
     assert any(len([r for r in trainer.state.log_history if client in r["clients"]]) > 1 for client in last)
-    # afterwards the model has the shared part, and of the personal part what clients start with
+    # afterwards the model has the shared part and the initial personal part
     end = adapter_state(trainer)
     assert all(torch.equal(end[name], start[name]) for name in personal)
     assert any(not torch.equal(end[name], start[name]) for name in set(start) - personal)
@@ -179,7 +179,7 @@ def test_clients_of_an_attempt_that_does_not_count_have_what_they_had_before(tmp
         assert bool(kept) == bool(took_part)
         for name, tensor in kept.items():
             assert torch.equal(tensor, recorder.after[client, took_part[-1]][name])
-    assert set(discarded) - {*first, *second}  # else nothing was tested
+    assert set(discarded) - {*first, *second}  # otherwise nothing was tested
 
 
 def test_a_round_that_is_given_up_leaves_nothing_with_its_clients(tmp_path):
@@ -257,7 +257,7 @@ def test_what_was_kept_in_a_round_that_does_not_count_is_deleted_with_the_next(t
     assert sorted(path.name for path in tmp_path.rglob("round-*")) == ["round-1.safetensors", "round-3.safetensors"]
 
 
-def test_a_full_disk_is_told_apart_from_a_failing_client(tmp_path, monkeypatch):
+def test_a_full_disk_is_distinguished_from_a_failing_client(tmp_path, monkeypatch):
     def full(tensors, path):
         path.write_bytes(b"half")
         raise SafetensorError("I/O error: No space left on device (os error 28)")

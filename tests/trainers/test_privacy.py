@@ -1,4 +1,4 @@
-"""What rounds with noise add up to: against formulas written out here, and the limits of the accounting."""
+"""The privacy loss of rounds with noise, compared with explicit formulas, and the limits of the accounting."""
 
 import math
 import sys
@@ -41,7 +41,7 @@ def test_without_sampling_it_is_the_formula_of_balle_and_wang(noise_multiplier, 
 
 
 def test_the_sensitivity_is_that_of_a_client_that_is_replaced():
-    """Dp-accounting's PLD accountant, which doubles the norm for this relation by itself, comes to the same."""
+    """dp-accounting's PLD accountant, which doubles the norm for this relation itself, gives the same result."""
     accountant = dp_accounting.pld.PLDAccountant(dp_accounting.NeighboringRelation.REPLACE_ONE)
     accountant.compose(dp_accounting.GaussianDpEvent(8.0), 10)
     assert epsilon_of(rounds(8.0, 10), 100, DELTA) == pytest.approx(accountant.get_epsilon(DELTA), rel=1e-3)
@@ -157,12 +157,12 @@ def test_it_can_be_given_as_itself_as_a_dict_or_as_json():
         (1.0, TypeError, "a dict of its fields or JSON of these, got 1.0"),
     ],
 )
-def test_what_it_cannot_be_is_told(value, error, message):
+def test_invalid_values_are_reported(value, error, message):
     with pytest.raises(error, match=message):
         Privacy.parse(value)
 
 
-def test_that_the_accountant_is_missing_is_told(monkeypatch):
+def test_a_missing_accountant_is_reported(monkeypatch):
     monkeypatch.setitem(sys.modules, "dp_accounting", None)
     with pytest.raises(ImportError, match=r"pip install 'peft-ravan\[privacy\]'"):
         private_rounds(noise_multiplier=3.21)

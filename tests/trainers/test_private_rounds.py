@@ -1,4 +1,4 @@
-"""Private federations: without noise and clipping they are plain ones, with both they keep what they promise, or refuse."""
+"""Private federations: plain ones without noise and clipping, otherwise they keep their guarantee or refuse."""
 
 import json
 import math
@@ -127,7 +127,7 @@ def test_a_hostile_client_moves_the_adapter_by_no_more_than_the_bound(tmp_path):
 
 
 def test_clients_with_budgets_are_divided_by_all_clients(tmp_path):
-    """A head that one of two clients has trained moves by half of what that one has changed."""
+    """A head that one of two clients has trained moves by half of that client's change."""
     uploads = {}
 
     def client_fault(client, round_number, update):
@@ -202,7 +202,7 @@ def test_a_round_that_is_skipped_costs_nothing(tmp_path):
     assert skipped["epsilon"] == first["epsilon"] < third["epsilon"] and "noise_multiplier" not in skipped
 
 
-# ---- What is told ----------------------------------------------------------------
+# ---- Reports ---------------------------------------------------------------------
 
 
 def test_the_card_has_the_guarantee_and_not_what_is_not_protected(tmp_path):
@@ -239,7 +239,7 @@ def test_it_can_be_parsed_from_a_command_line():
     json.dumps(args.to_dict()["privacy"])
 
 
-# ---- What it does not go with ----------------------------------------------------
+# ---- Incompatible arguments ------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,7 @@ def test_it_can_be_parsed_from_a_command_line():
             if not method.plain_mean and not method.changes_model
         ),
         ({"scaffold": True}, "does not go with `scaffold`"),
-        ({"participation_weights": "examples"}, "would tell how much data clients have"),
+        ({"participation_weights": "examples"}, "would reveal how much data clients have"),
         ({"min_successful_clients": 2}, "does not go with min_successful_clients=2"),
         ({"privacy": {**NOISE, "secret_sampling": True}}, "but all take part. Set `clients_per_round`"),
         (

@@ -1,4 +1,4 @@
-"""A run that was interrupted, wherever, goes on as if it had not been."""
+"""An interrupted run resumes as if it had not been interrupted, wherever that was."""
 
 import errno
 import json
@@ -45,7 +45,7 @@ ROOT = Path(__file__).parents[2]
         (lora, 2, {}),
         (ravan, 2, {"merge_method": "fedrpca", "server_optimizer": "fedavgm"}),
         (lora, 2, {"merge_method": "fedrpca", "server_optimizer": "fedavgm"}),
-        # what is trained in a round follows from its number
+        # the training in a round is determined by its number
         (lora, 1, {"merge_method": "rolora"}),
         (lora, 2, {"merge_method": "rolora", "scaffold": True}),
         (lora, 1, {"merge_method": "fedsvd"}),
@@ -66,7 +66,7 @@ def test_a_resumed_run_is_the_uninterrupted_run(tmp_path, adapter, after, option
         assert_same(first, second)
 
 
-def test_after_kill_at_any_point_the_run_goes_on_to_the_last_bit(tmp_path):
+def test_after_a_kill_at_any_point_the_run_resumes_bit_for_bit(tmp_path):
     whole = resumable_trainer(tmp_path / "whole")
     whole.train()
     gradient_svd = RavanConfig(r=2, num_heads=2, init_bases="gradient_svd", task_type="SEQ_CLS")
@@ -88,7 +88,7 @@ def test_after_kill_at_any_point_the_run_goes_on_to_the_last_bit(tmp_path):
         killed = subprocess.run([*command, str(tmp_path / moment), moment], cwd=ROOT, capture_output=True)
         assert killed.returncode == -9, killed.stderr.decode()
     assert left == {moment: sorted(path.name for path in (tmp_path / moment).glob("checkpoint-*")) for moment in left}
-    # it was killed in the middle: one client has kept something in a round that does not count
+    # it was killed in the middle: one client has saved its state in a round that does not count
     assert len(list((tmp_path / "keeping").rglob("round-3.safetensors"))) == 1
     folders = [str(tmp_path / moment) for moment in left]
     subprocess.run([*command, *folders, "-"], cwd=ROOT, check=True, capture_output=True)
@@ -96,7 +96,7 @@ def test_after_kill_at_any_point_the_run_goes_on_to_the_last_bit(tmp_path):
         trainer = uninterrupted.get(Path(folder).name, whole)
         assert_same(load_file(Path(folder) / "end.safetensors"), trainer.last_global_state)
         assert comparable(read_history(folder)) == comparable(trainer.state.log_history)
-        # nothing half is left
+        # nothing incomplete is left
         assert not list(Path(folder).glob(".*")) and not list(Path(folder).rglob("*.incomplete"))
     adapters = [tmp_path / run / "checkpoint-4" / "adapter_model.safetensors" for run in ("bases", "whole_with_bases")]
     assert_same(*map(load_file, adapters))  # the bases, too
@@ -125,7 +125,7 @@ def test_a_run_can_be_prolonged(tmp_path, caplog):
     assert_same(adapter_state(longer), adapter_state(whole))
 
 
-# ---- Checkpoints that are not as they should be ----------------------------------
+# ---- Damaged and foreign checkpoints ---------------------------------------------
 
 
 def damage(folder, kind):
@@ -216,7 +216,7 @@ def finished_with_states(tmp_path_factory):
 
 
 def newest_states(folder):
-    """The file of what each client has kept last, by the round that it is of."""
+    """The file with the latest state of each client, by its round."""
     paths = sorted(folder.glob("client_states/*/*"), key=lambda path: int(path.stem.split("-")[1]))
     return {path.parent: path for path in paths}.values()
 

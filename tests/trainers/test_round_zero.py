@@ -1,4 +1,4 @@
-"""Round 0: the common bases come from the clients' gradients, are counted, and are made once."""
+"""Round 0: the common bases are computed from the clients' gradients, only once, and their bytes are counted."""
 
 import json
 from dataclasses import replace
@@ -54,7 +54,7 @@ def clients_of(*sizes) -> dict:
 
 
 def opened(tmp_path, clients, adapter=None, model=None, **kwargs):
-    """A trainer that has run round 0 and one round with a learning rate of 0, so that nothing else has changed."""
+    """A trainer after round 0 and one round with a learning rate of 0, so that nothing else has changed."""
     defaults = {"num_clients": None, "num_rounds": 1, "max_steps": 1, "bases_warmup_steps": 0, "learning_rate": 0.0}
     trainer = make_trainer(tmp_path, adapter or gradient_svd(), model, train_dataset=clients, **{**defaults, **kwargs})
     trainer.train()
@@ -71,7 +71,7 @@ def batch_of(dataset):
 
 
 def assert_same_directions(first, second):
-    """Both span the same, as far as sketches tell that travel in bfloat16."""
+    """Check that both span the same space, up to the precision of sketches that are sent in bfloat16."""
     assert first.keys() == second.keys()
     for name, basis in first.items():
         product = basis @ second[name].T if ".ravan_A." in name else basis.T @ second[name]
@@ -116,7 +116,7 @@ def test_clients_make_the_bases_of_the_pooled_gradient(tmp_path):
 
 @pytest.mark.parametrize("warmup_steps", [0, 2])
 def test_mixed_precision_and_parameter_groups(tmp_path, warmup_steps):
-    """The directions are those of float32, as far as bfloat16 goes, and frozen cores in an optimizer do no harm."""
+    """The directions are those of float32 up to the precision of bfloat16, and an optimizer may hold frozen cores."""
     model = get_peft_model(tiny_bert(), gradient_svd())
     trainer = FederatedTrainer(
         model,
@@ -254,7 +254,7 @@ def test_bases_that_stand_in_are_known(dtype):
 
 
 def wide_bert() -> BertForSequenceClassification:
-    """So wide that the names in a file weigh little beside the numbers."""
+    """A model so wide that the names in a file take little space compared with the numbers."""
     torch.manual_seed(0)
     return BertForSequenceClassification(
         BertConfig(
@@ -274,7 +274,7 @@ def test_bytes_are_those_of_sketches_heads_and_bases(tmp_path):
     bases, head = 4 * sum((d_in + d_out) * 16 for d_in, d_out in targets), 4 * (256 * 4 + 4)
     assert record["upload_bytes"] == pytest.approx(2 * sketches, rel=0.01)
     assert record["upload_bytes"] < 0.1 * 2 * 4 * sum(d_in * d_out for d_in, d_out in targets)
-    # the bases go to all four, who will be clients of later rounds
+    # the bases are sent to all four, which will take part in later rounds
     assert record["download_bytes"] == pytest.approx(2 * head + 4 * bases, rel=0.01)
 
     warmed = opening(opened(tmp_path, clients, adapter, wide_bert(), bases_clients=2, bases_warmup_steps=1))
@@ -283,7 +283,7 @@ def test_bytes_are_those_of_sketches_heads_and_bases(tmp_path):
 
 
 def test_fewer_directions_make_smaller_sketches(tmp_path):
-    """The leading ones are found all the same; the others are any that make the bases orthonormal."""
+    """The leading ones are still found; the others are arbitrary, but make the bases orthonormal."""
     adapter = {"r": 8, "target_modules": ["intermediate.dense", "output.dense"]}
     all_found = opened(tmp_path, clients_of(8, 8), gradient_svd(**adapter), wide_bert())
     leading = opened(tmp_path, clients_of(8, 8), gradient_svd(**adapter), wide_bert(), bases_rank=2)
@@ -414,7 +414,7 @@ def test_arguments_out_of_range(tmp_path, kwargs):  # num_clients is 4
         arguments(tmp_path, **kwargs)
 
 
-# ---- Going on --------------------------------------------------------------------
+# ---- Resuming --------------------------------------------------------------------
 
 
 def test_a_resumed_run_has_the_bases_and_is_the_uninterrupted_run(tmp_path):

@@ -1,4 +1,4 @@
-"""What is other than before when a run goes on is told: arguments, configurations, and the data of each client."""
+"""A resumed run reports what has changed: arguments, configurations, and the data of each client."""
 
 import dataclasses
 import random
@@ -42,7 +42,7 @@ def facts(tmp_path, **kwargs):
         ({"head_selection": "weight"}, "head_selection ('random', now 'weight')"),
         ({"server_optimizer": "fedadam"}, "server_optimizer (None, now 'fedadam')"),
         ({"merge_method": "fedrpca"}, "merge_method ('ravan', now 'fedrpca')"),
-        ({"merge_method": "ravan"}, ""),  # which it was before
+        ({"merge_method": "ravan"}, ""),  # the same as before
         ({"seed": 3, "federated_seed": 42}, "seed (42, now 3)"),
         ({"adapter": dataclasses.replace(ravan(), ravan_dropout=0.1)}, "adapter.ravan_dropout (0.0, now 0.1)"),
     ],
@@ -71,7 +71,7 @@ def test_other_configurations_are_found(tmp_path):
     ]
 
 
-def test_what_does_not_change_what_is_trained_is_not_told(tmp_path):
+def test_changes_that_do_not_affect_training_are_not_reported(tmp_path):
     other = {
         "report_to": "none", "logging_steps": 3, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 2,
         "eval_strategy": "steps", "eval_steps": 2, "eval_clients": True, "per_device_eval_batch_size": 2,
@@ -101,7 +101,7 @@ def test_an_object_among_the_arguments_is_the_same_in_another_process(tmp_path):
     assert first["compared"]["lr_scheduler_kwargs"] and not changes(first, second)
 
 
-def test_a_run_that_goes_on_otherwise_says_so(tmp_path, monkeypatch):
+def test_a_resumed_run_reports_changes(tmp_path, monkeypatch):
     options = {"max_steps": 1, "num_rounds": 3, "num_clients": None, "clients_per_round": None}
     data = {"north": classification_dataset(16), "south": classification_dataset(24, seed=1)}
     interrupted(tmp_path, 2, **options, train_dataset=data)
@@ -126,7 +126,7 @@ def test_a_run_that_goes_on_otherwise_says_so(tmp_path, monkeypatch):
     assert "north" not in warning and len(resumed.state.log_history) == 3
 
 
-def test_a_run_that_goes_on_as_it_was_says_nothing(tmp_path, monkeypatch):
+def test_a_resumed_run_without_changes_reports_nothing(tmp_path, monkeypatch):
     options = {"max_steps": 1, "adapter": lora(), "local_parameters": "classifier", "scaffold": True}
     interrupted(tmp_path, 2, **options)
     warnings = logged(monkeypatch)
@@ -180,7 +180,7 @@ def test_data_is_looked_at_as_it_was_given():
 
 
 class Augmented(Dataset):
-    """Examples with noise that comes from where the method says."""
+    """Examples with noise from a given source."""
 
     def __init__(self, noise, seed=0):
         self.noise, self.seed = noise, seed
@@ -232,7 +232,7 @@ def test_data_of_other_kinds():
     assert changed(parts(tensors), parts(same)) == [] and len(changed(parts(tensors), parts(other))) == 4
     assert changed({"a": Subset(tensors, [1, 2])}, {"a": Subset(tensors, [1, 3])}) == ["a"]
     assert changed({"a": [{"x": {3, 1}}]}, {"a": [{"x": {1, 3}}]}) == []
-    assert changed({"a": [object()]}, {"a": [object()]}) == []  # of which nothing can be said but the class
+    assert changed({"a": [object()]}, {"a": [object()]}) == []  # only the class can be compared
     stream = datasets.IterableDataset.from_generator(lambda: iter([{"x": 1}]))
     assert client_fingerprints({"a": stream}) == {"a": None}
 
@@ -243,7 +243,7 @@ def test_data_of_other_kinds():
     assert set(client_fingerprints(parts(Broken(float))).values()) == {None}
 
 
-def test_of_much_data_some_is_looked_at(monkeypatch):
+def test_only_a_sample_of_large_data_is_read(monkeypatch):
     data = Augmented(lambda: 0)
     data.__class__.__len__ = lambda self: 4000
     try:

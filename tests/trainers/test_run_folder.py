@@ -28,7 +28,7 @@ def rounds(trainer) -> list[int]:
     return [record["round"] for record in trainer.state.log_history]
 
 
-@pytest.mark.parametrize("save_strategy", ["epoch", "best"])  # with the latter there is no checkpoint of the start
+@pytest.mark.parametrize("save_strategy", ["epoch", "best"])  # the latter writes no initial checkpoint
 def test_a_new_run_in_the_folder_of_an_old_one_is_the_one_that_goes_on(tmp_path, monkeypatch, save_strategy):
     resumable_trainer(tmp_path, **SHORT, learning_rate=0.5).train()
     warnings = logged(monkeypatch)
@@ -62,7 +62,7 @@ def test_a_new_run_that_has_no_checkpoint_yet_does_not_end_as_the_old_one(tmp_pa
         ValueError, match="begun last in .* has no complete checkpoint .*another run, such as checkpoint-4"
     ):
         again.train(resume_from_checkpoint=True)
-    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))  # that was asked for
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))  # it was requested
     assert rounds(again) == [1, 2, 3, 4]
 
 
@@ -109,7 +109,7 @@ def test_rotation_leaves_other_runs_alone(tmp_path):
     owners = {folder.name: RunIdentity.read(folder).name for folder in tmp_path.glob("checkpoint-*")}
     own = RunIdentity.read(tmp_path).name
     assert {name for name, owner in owners.items() if owner == own} == {"checkpoint-3", "checkpoint-4"}
-    # what it has replaced is gone: those were told of
+    # the checkpoints that it replaced are gone, as reported
     assert {name for name, owner in owners.items() if owner != own} == {"checkpoint-5", "checkpoint-6"}
 
 
@@ -163,7 +163,7 @@ def test_a_run_that_goes_on_has_what_was_before_it(tmp_path):
     third.write(tmp_path)
     assert len(checkpoints_to_resume(tmp_path)) == 6
     (tmp_path / "checkpoint-5" / RUN_FILE).write_text('{"na')
-    assert len(checkpoints_to_resume(tmp_path)) == 6  # it may be this run's: that it is damaged is told then
+    assert len(checkpoints_to_resume(tmp_path)) == 6  # it may be this run's, and the damage is then reported
     (tmp_path / RUN_FILE).unlink()
     assert len(checkpoints_to_resume(tmp_path)) == 6
 
@@ -194,7 +194,7 @@ def test_two_runs_cannot_be_in_one_folder_at_the_same_time(tmp_path):
     trainer.train()
     assert refused == [None, True, None, True] and rounds(trainer) == [1, 2]
     assert not list(tmp_path.glob(".*"))
-    interrupted(tmp_path, 1, **SHORT)  # also after an error the folder is free
+    interrupted(tmp_path, 1, **SHORT)  # the folder is unlocked even after an error
     resumable_trainer(tmp_path, **SHORT).train(resume_from_checkpoint=True)
 
 
@@ -228,4 +228,4 @@ def test_where_nothing_can_be_locked_a_warning_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(FileLock, "acquire", acquire)
     lock_folder(tmp_path).close()
     assert "cannot be locked (FileSystem does not appear to support flock)" in warnings[0]
-    assert issubclass(Timeout, TimeoutError)  # of which OSError is a base: it is looked for first
+    assert issubclass(Timeout, TimeoutError)  # a subclass of OSError, so it must be caught first

@@ -1,4 +1,4 @@
-"""The server, driven by replies that are made by hand: no Trainer, no model."""
+"""The server, driven by hand-made replies: no Trainer, no model."""
 
 from dataclasses import replace
 
@@ -81,7 +81,7 @@ def test_a_reply_is_asked_for_when_the_one_before_is_merged():
     assert asked == list(SIZES)
 
 
-def test_who_does_not_reply_has_failed(caplog):
+def test_a_client_that_does_not_reply_has_failed(caplog):
     server = make_server()
     north, south, west = server.open(1)
     record = server.close(1, [upload(north, 1.0), ClientReply.to(west, failure="RuntimeError: out of paper")])
@@ -147,7 +147,7 @@ def test_a_round_with_too_few_clients_is_opened_again_with_others():
     assert server.state is state
     second = server.open(1)
     assert [task.attempt for task in second] == [2, 2, 2] and first[0].client not in {task.client for task in second}
-    late = ClientReply.to(first[1], **reply)  # of the attempt before
+    late = ClientReply.to(first[1], **reply)  # from the previous attempt
     with pytest.raises(RoundFailedError, match="fewer than 3 clients .* in each of 2 attempts"):
         server.close(1, [late, *(ClientReply.to(task, failure="OSError: gone") for task in second)])
     assert server.state is state
@@ -200,7 +200,7 @@ def test_the_control_variate_moves_by_those_who_were_merged():
     assert torch.equal(server.open(2)[0].control["p"], torch.tensor([1.0]))
 
 
-def test_budgets_are_told_to_the_clients():
+def test_budgets_are_sent_to_the_clients():
     server = make_server(heads=HeadSettings(0.5, "gradient", "global"), client_budgets=dict.fromkeys(SIZES, 0.5))
     choices = [task.heads for task in server.open(1)]
     assert all(choice == HeadChoice(0.5, "gradient", "global", choice.seed) for choice in choices)
@@ -275,7 +275,7 @@ def test_round_zero_takes_the_means_of_what_clients_send():
     ]
     mean = round_zero.close(head, replies)
     assert mean["head"].item() == 1.0
-    [task] = round_zero.open("sketch", mean)  # who has failed is not asked again
+    [task] = round_zero.open("sketch", mean)  # a failed client is not asked again
     assert (task.client, task.purpose, task.max_steps, task.rank) == (tasks[0].client, "sketch", 3, 4)
     like = {"sketch": torch.zeros(2)}
     mean = round_zero.close(like, [ClientReply.to(task, update={"sketch": torch.ones(2)}, num_examples=10)])

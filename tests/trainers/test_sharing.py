@@ -1,4 +1,4 @@
-"""What `trainer.push_to_hub()` and the pushes during training put on the Hub, through huggingface_hub's own client."""
+"""The uploads of `trainer.push_to_hub()` and of pushes during training, through huggingface_hub's own client."""
 
 import json
 import sys
@@ -90,7 +90,7 @@ def test_pushes_while_it_trains(hub, tmp_path):
     )
     assert b"hf_mine" not in everything and str(tmp_path).encode() not in everything
 
-    trainer.save_model()  # as Trainer does, a call by the user pushes
+    trainer.save_model()  # as in Trainer, a call by the user pushes
     assert hub.messages[2:] == ["Model save"]
 
 
@@ -132,7 +132,7 @@ def test_training_goes_on_if_a_push_fails(hub, tmp_path, caplog):
     trainer.train()
     assert [record["round"] for record in trainer.state.log_history] == [1, 2] and hub.messages == []
     deadline = time.monotonic() + 60
-    while "A push" not in caplog.text and time.monotonic() < deadline:  # it goes on in the background
+    while "A push" not in caplog.text and time.monotonic() < deadline:  # it continues in the background
         time.sleep(0.05)
     assert "A push to the Hub failed, and training goes on. The upload to 'tester/ward-notes'" in caplog.text
     hub.breaks = []

@@ -1,4 +1,4 @@
-"""The trainers of TRL over the rounds: clients train as TRL does, each on data that is prepared for it alone."""
+"""The trainers of TRL over the rounds: clients train as in TRL, each on data that is prepared separately."""
 
 import subprocess
 import sys
@@ -138,7 +138,7 @@ def test_the_reference_of_dpo_is_the_same_in_every_round(tmp_path, tokenizer):
 
 
 def test_a_packed_sequence_has_examples_of_one_client(tmp_path, tokenizer):
-    """Each client's words are its own, and every sequence of words has the words of one client."""
+    """Clients have distinct words, and every packed sequence has the words of only one client."""
     words = {"a": range(0, 20), "b": range(20, 40), "c": range(40, 60)}
     starts = [start for i in range(12) for start in (i % 10, 20 + i % 10, 40 + i % 10)]
     dataset = texts(starts).add_column("role", ["a", "b", "c"] * 12)
@@ -152,7 +152,7 @@ def test_a_packed_sequence_has_examples_of_one_client(tmp_path, tokenizer):
         assert len(prepared) < 12 and prepared.column_names == ["input_ids", "labels", "seq_lengths"]
         tokens = {token for row in prepared["input_ids"] for token in row}
         assert tokens <= {*own, eos} and tokens - {eos}
-    # they count by what they were given, not by how it is packed
+    # clients are weighted by their original examples, not by packed sequences
     assert trainer.partition_table()["examples"].tolist() == [12, 12, 12]
     trainer.train()
     assert trainer.state.log_history[0]["num_examples"] == 36
@@ -194,7 +194,7 @@ def test_a_client_of_whose_data_nothing_is_left_fails_alone(tmp_path, tokenizer)
     assert trainer.train_dataset.keys() == {"good", "long"} and trainer.args.seed == 42
 
 
-def test_what_cannot_be_prepared_is_told_before_the_run(tmp_path, tokenizer):
+def test_what_cannot_be_prepared_is_refused_before_the_run(tmp_path, tokenizer):
     with pytest.raises(ValueError, match="Unsupported truncation mode: keep_middle"):
         sft(tmp_path, tokenizer, texts(range(20)), truncation_mode="keep_middle")
     with pytest.raises(ValueError, match="`partition_column` names 'role', but the data set has the columns"):
@@ -205,7 +205,7 @@ def test_what_cannot_be_prepared_is_told_before_the_run(tmp_path, tokenizer):
 
 
 def test_metrics_of_a_client_stay_with_it(tmp_path, tokenizer):
-    """A client that fails leaves sums of metrics behind, which must not get into the next log."""
+    """A failing client leaves partial sums of metrics behind, which must not get into the next log."""
 
     class Fails(FederatedCallback):
         def on_step_end(self, args, state, control, **kwargs):

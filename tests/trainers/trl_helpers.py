@@ -1,4 +1,4 @@
-"""Small runs of TRL's trainers. To be imported where TRL is installed."""
+"""Small runs of TRL's trainers. Import it only if TRL is installed."""
 
 import datasets
 

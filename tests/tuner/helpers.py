@@ -1,4 +1,4 @@
-"""What several tests of the tuner share."""
+"""Helpers for the tests of the tuner."""
 
 import torch
 from torch import nn

@@ -1,12 +1,12 @@
 """
-Files of adapters without their bases, which every later version of torch and of this package must still read.
+Files of adapters without their bases, which all later versions of torch and of this package must still read.
 
 They were written once, with torch 2.13.0, by
 
     python -m tests.tuner.small_files
 
-and are never written again: bases that are made otherwise have to be refused, not accepted. A kind of bases that has no
-file yet is added by its own call of `write`.
+and are never written again: bases that are computed differently must be refused, not accepted. A kind of bases without
+a file is added by its own call of `write`.
 """
 
 from pathlib import Path
@@ -23,7 +23,7 @@ KINDS = ("gram_schmidt", "normal", "constant", "shared", "weight_svd")
 
 
 def make_base() -> nn.Module:
-    """A model whose weights depend on no random numbers; their singular values are far apart."""
+    """A model whose weights do not depend on random numbers and have well-separated singular values."""
     base = nn.Sequential(nn.Linear(24, 20), nn.Linear(20, 16))
     with torch.no_grad():
         for layer in base:

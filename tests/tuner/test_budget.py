@@ -37,7 +37,7 @@ def test_targets_of_other_sizes_get_ranks_of_their_own():
     assert config.r == 15 and config.size_of("query") == (15, 2) and config.size_of("fc") == (25, 2)
 
 
-def test_a_budget_that_is_too_small_is_told():
+def test_a_budget_that_is_too_small_is_reported():
     model = nn.Sequential(nn.Linear(4, 4))
     with pytest.raises(ValueError, match="'0' .4 x 4. has a budget of 8 parameters.*too little for num_heads=8"):
         ravan_config_for_budget(model, lora_rank=1, num_heads=8, target_modules=["0"])

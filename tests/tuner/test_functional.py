@@ -1,4 +1,4 @@
-"""The two ways to compute a layer, against the sum over heads written out in float64."""
+"""The two ways to compute a layer, compared with an explicit sum over heads in float64."""
 
 import hypothesis.strategies as st
 import pytest

@@ -1,4 +1,4 @@
-"""Bases from gradients: planted gradients are found, and those of batches are the gradients of the weights."""
+"""Bases from gradients: planted gradients are found, and gradients of batches are those of the weights."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What `inspect_adapter` tells of an adapter, against weight updates that are formed in full."""
+"""The results of `inspect_adapter`, compared with explicit weight updates."""
 
 import math
 import sys

@@ -1,4 +1,4 @@
-"""The kinds of layers, each against the dense weight update that it stands for."""
+"""The types of layers, each compared with the dense weight update that it represents."""
 
 import pytest
 import torch
@@ -85,7 +85,7 @@ def test_sizes_by_target():
 
 
 def test_singular_directions_of_the_weight():
-    """One head is LoRA-XS (Balazy et al., 2024), whose core is multiplied by the singular values that this one lacks."""
+    """One head is LoRA-XS (Balazy et al., 2024), without the singular values in front of the core."""
     model = get_peft_model(
         nn.Sequential(nn.Linear(20, 14)),
         RavanConfig(r=5, num_heads=1, target_modules=["0"], init_bases="weight_svd"),
@@ -94,7 +94,7 @@ def test_singular_directions_of_the_weight():
     U, S, Vh = torch.linalg.svd(layer.base_layer.weight)
     R = torch.randn(5, 5)
     lora_xs = (U[:, :5] * S[:5]) @ R @ Vh[:5]
-    # the SVD leaves the signs of the pairs of directions open
+    # the SVD does not determine the signs of pairs of directions
     signs = (layer.ravan_B["default"] * U[:, :5]).sum(dim=0).round()
     layer.ravan_H["default"].data[0] = signs[:, None] * (S[:5, None] * R) * signs
     torch.testing.assert_close(layer.get_delta_weight("default"), lora_xs, atol=1e-5, rtol=1e-5)

@@ -140,7 +140,7 @@ def test_a_mixture_of_experts_of_transformers(tmp_path):
         ({"init_bases": "weight_svd"}, "does not work with init_bases='weight_svd'"),
     ],
 )
-def test_what_is_not_supported_is_told(fields, message):
+def test_what_is_not_supported_is_reported(fields, message):
     with pytest.raises(ValueError, match=message):
         get_peft_model(Model(), config(**fields))
 

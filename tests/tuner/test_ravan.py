@@ -1,4 +1,4 @@
-"""What a PEFT method does, done with Ravan, on nn.Linear (Llama) and on Conv1D (GPT-2)."""
+"""The features of a PEFT method with Ravan, on nn.Linear (Llama) and on Conv1D (GPT-2)."""
 
 import pickle
 

@@ -1,4 +1,4 @@
-"""PEFT's enum of methods is closed; these tests hold what the rest of the ecosystem reads of a member."""
+"""PEFT's enum of methods is closed. These tests cover what the rest of the ecosystem reads from a member."""
 
 import importlib
 import pickle

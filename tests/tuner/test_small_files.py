@@ -217,7 +217,7 @@ def test_a_broken_basis_is_no_match():
     assert fingerprint_distance(fingerprint[:2], fingerprint) == float("inf")
 
 
-def test_what_travels_has_no_records():
+def test_what_is_sent_has_no_records():
     from peft_ravan.tuner.state import checkpoint_state, exchange_state
 
     checkpoint = get_peft_model_state_dict(adapted())

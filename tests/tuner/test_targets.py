@@ -1,4 +1,4 @@
-"""Which modules are adapted, where adapters are there already, and where a pattern or a size comes from a stranger."""
+"""The modules that are adapted, also with existing adapters, and with patterns or sizes from an untrusted source."""
 
 import json
 import time
@@ -20,7 +20,7 @@ from ..conftest import tiny_bert, tiny_llama
 
 
 SMALL = {"r": 2, "num_heads": 2}
-# of the forms that PEFT matches: none of them ends in a lifetime
+# patterns that PEFT would match; none of them finishes in a reasonable time
 ENDLESS = {
     "target_modules": r"(([a-z_.]+)+)+X",
     "exclude_modules": r"([\w.]*)*X",
@@ -193,7 +193,7 @@ def test_weights_that_kernels_read_by_themselves_are_refused():
     assert adapted_layers(get_peft_model(model, RavanConfig(target_modules=["in_proj"], **SMALL)))
 
 
-def test_patterns_that_match_no_target_are_told():
+def test_patterns_that_match_no_target_are_reported():
     fields = {"target_modules": ["q_proj"], "r": 2, "num_heads": 2}
     with pytest.warns(RuntimeWarning, match=r"heads_pattern keys did not match any targeted module .*: \['k_proj'\]"):
         get_peft_model(tiny_llama(), RavanConfig(heads_pattern={"k_proj": 3, r"0\.self_attn\.q_proj": 1}, **fields))

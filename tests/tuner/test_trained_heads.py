@@ -1,4 +1,4 @@
-"""Training only some heads, against the same heads where all are trained."""
+"""Training only some heads, compared with the same heads when all are trained."""
 
 import copy
 import itertools
@@ -105,7 +105,7 @@ def test_what_is_kept_for_the_backward_pass_has_only_the_trained_heads():
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-def test_all_heads_in_the_mask_is_no_mask_to_the_last_bit(kind):
+def test_all_heads_in_the_mask_is_no_mask_bit_for_bit(kind):
     model, x = adapted_model(kind)
     expected = gradients(model, x)
     parameters = [id(parameter) for parameter in model.parameters()]
@@ -215,7 +215,7 @@ def test_a_trainer_trains_some_heads(tmp_path):
     assert all(not torch.equal(state[name][0], start[name][0]) for name in cores)
 
 
-# ---- What others see ----------------------------------------------------------------
+# ---- Interaction with other features -------------------------------------------------
 
 
 def test_what_is_saved_has_all_heads_with_the_trained_values(tmp_path):
@@ -305,7 +305,7 @@ def test_targets_without_a_trained_head_train_nothing():
     assert sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) == 0
 
 
-# ---- What is refused ----------------------------------------------------------------
+# ---- Refusals -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -317,7 +317,7 @@ def test_targets_without_a_trained_head_train_nothing():
         ({"0": [True] * 3}, "other", "There is no adapter 'other', only .'default'."),
     ],
 )  # fmt: skip
-def test_masks_that_do_not_fit_are_told(masks, adapter_name, message):
+def test_masks_that_do_not_fit_are_reported(masks, adapter_name, message):
     model, _ = adapted_model("Linear")
     model.set_trained_heads({"0": [True, False, True]})
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""Ravan where people train: Trainer, TRL, several processes, torch.compile."""
+"""Training with Ravan: Trainer, TRL, several processes, torch.compile."""
 
 import importlib.util
 import os
@@ -39,7 +39,7 @@ def assert_same(first, second):
         torch.testing.assert_close(first[name], second[name], msg=name, atol=0, rtol=0)
 
 
-def test_trainer_resumes_to_the_last_bit(tmp_path):
+def test_trainer_resumes_bit_for_bit(tmp_path):
     def train(folder, **kwargs):
         model = get_peft_model(tiny_bert(), RavanConfig(r=3, num_heads=2, task_type="SEQ_CLS"))
         trainer = Trainer(model, arguments(folder), train_dataset=classification_dataset())
@@ -123,7 +123,7 @@ def test_the_layer_compiles_without_graph_breaks(num_tokens):
         torch.nn.Sequential(torch.nn.Linear(32, 32)), RavanConfig(r=4, num_heads=2, target_modules=["0"])
     )
     randomize_adapter(model)
-    # the eager backend traces as any other does, and needs no compiler
+    # the eager backend traces like any other, and needs no compiler
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     x = torch.randn(num_tokens, 32)
     torch.testing.assert_close(compiled(x), model(x))

@@ -1,4 +1,4 @@
-"""Combined adapters: their weight update is the weighted sum, whether the bases are the same or not."""
+"""Combined adapters: their weight update is the weighted sum, whether or not the bases are the same."""
 
 import pytest
 import torch
@@ -90,7 +90,7 @@ def test_a_combined_adapter_is_saved_and_loaded(second, tmp_path):
 def test_pruning_combinations_act_on_the_products(combination_type):
     model = two_adapters()
     model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "c", combination_type=combination_type, density=1.0)
-    # with nothing pruned, what is left is the sum, but for signs that TIES elects
+    # without pruning, the result is the sum, except for the signs that TIES elects
     layer = model.base_model.model.query
     products = [layer.ravan_s[n][:, None, None] * layer.ravan_H[n] for n in "ab"]
     if "ties" in combination_type:

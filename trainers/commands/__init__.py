@@ -1,4 +1,4 @@
-"""What the command line does, as functions: `peft_ravan_cli` has the names and options that are typed."""
+"""The commands as functions. `peft_ravan_cli` defines their names and options on the command line."""
 
 from .adapters import draw_rounds, find_adapter, save_lora_twin, write_card
 from .merge_methods import describe_methods, parse_examples, parse_options

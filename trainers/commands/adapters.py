@@ -1,4 +1,4 @@
-"""Adapters in folders and on the Hub, and what is written beside them."""
+"""Adapters in folders and on the Hub, with their cards, plots and LoRA twins."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ _ON_THE_HUB = re.compile(r"(?P<repo_id>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))
 @dataclass(frozen=True)
 class SavedAdapter:
     """
-    An adapter that was saved.
+    A saved adapter.
 
     Args:
-        name (`str`): The folder or the name on the Hub, as it was given.
+        name (`str`): The folder or the name on the Hub, as passed by the user.
         config ([`~peft.PeftConfig`]): Its configuration.
         state (`Mapping[str, torch.Tensor]`): Its tensors by their checkpoint names.
     """
@@ -51,13 +51,13 @@ class SavedAdapter:
 
         Raises:
             FileNotFoundError: if there is no such adapter.
-            ValueError: if a file of it is damaged.
+            ValueError: if one of its files is damaged.
         """
         return cls(name, *read_adapter(find_adapter(name)))
 
     @property
     def short_name(self) -> str:
-        """The name for a card, which has no path of a machine in it."""
+        """The name for a card, without a local path."""
         return self.name if _ON_THE_HUB.fullmatch(self.name) and not Path(self.name).exists() else Path(self.name).name
 
 
@@ -67,10 +67,10 @@ def find_adapter(name: str | os.PathLike) -> Path:
         name (`str` or `os.PathLike`): A folder, or `owner/name` or `owner/name@revision` on the Hub.
 
     Returns:
-        `Path`: The folder. What is on the Hub is downloaded into its cache, the two files of an adapter only.
+        `Path`: The folder. An adapter on the Hub is downloaded into the cache, but only its two files.
 
     Raises:
-        FileNotFoundError: if there is no such folder, and nothing of that name can be had from the Hub.
+        FileNotFoundError: if there is no such folder, and no such adapter can be downloaded from the Hub.
     """
     folder = Path(name)
     if folder.exists():
@@ -81,10 +81,10 @@ def find_adapter(name: str | os.PathLike) -> Path:
     files = [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME]
     try:
         return Path(snapshot_download(found["repo_id"], revision=found["revision"], allow_patterns=files))
-    # many kinds of them, depending on the connection, the account and the repository
+    # there are many kinds of errors, depending on the connection, the account and the repository
     except Exception as error:
         raise FileNotFoundError(
-            f"There is no folder {str(name)!r}, and it could not be had from the Hub either: {error}"
+            f"There is no folder {str(name)!r}, and it could not be downloaded from the Hub either: {error}"
         ) from error
 
 
@@ -102,17 +102,17 @@ def save_lora_twin(
     Args:
         name (`str`): The folder of the adapter, or its name on the Hub.
         output_dir (`str` or `os.PathLike`): The folder of the twin.
-        rank (`int` or `float`, *optional*): The rank, or the share of the energy.
-        modules_to_save (`bool`, *optional*, defaults to `True`): Whether to save what is trained besides.
-        overwrite (`bool`, *optional*, defaults to `False`): Whether to replace an adapter that is there.
+        rank (`int` or `float`, *optional*): The rank, or the share of the energy to keep.
+        modules_to_save (`bool`, *optional*, defaults to `True`): Whether to include the other trained modules.
+        overwrite (`bool`, *optional*, defaults to `False`): Whether to replace an existing adapter.
 
     Returns:
         [`~peft.LoraConfig`]: The configuration of the twin.
 
     Raises:
-        FileExistsError: if there is something that may not be replaced.
+        FileExistsError: if there is something that must not be replaced.
         FileNotFoundError: if there is no such adapter.
-        ValueError: as for [`to_lora`], or if the folder is that of the adapter.
+        ValueError: as for [`to_lora`], or if `output_dir` is the folder of the adapter.
     """
     output = OutputFolder(output_dir, overwrite, (name,))
     output.check()
@@ -129,14 +129,14 @@ def write_card(folder: str | os.PathLike, *, overwrite: bool = False, **card_dat
 
     Args:
         folder (`str` or `os.PathLike`): The folder.
-        overwrite (`bool`, *optional*, defaults to `False`): Whether to replace a card that is there.
+        overwrite (`bool`, *optional*, defaults to `False`): Whether to replace an existing card.
         **card_data: As for [`card_of_folder`].
 
     Returns:
         `Path`: The card.
 
     Raises:
-        FileExistsError: if there is a card and it may not be replaced.
+        FileExistsError: if there is a card that must not be replaced.
         FileNotFoundError: if the folder has no adapter.
         ValueError: as for [`card_of_folder`].
     """
@@ -148,13 +148,13 @@ def write_card(folder: str | os.PathLike, *, overwrite: bool = False, **card_dat
 
 def draw_rounds(folder: str | os.PathLike) -> None:
     """
-    Draw what everybody may see of the rounds that an adapter was trained in, into its folder: clients have numbers there.
-    Nothing is drawn without a record of rounds or matplotlib, and a picture that is there stays.
+    Plot the public part of the rounds that an adapter was trained in, and save the plot in its folder. Clients appear
+    by number. Nothing is plotted without a record of rounds or without matplotlib, and an existing plot is kept.
 
     Args:
         folder (`str` or `os.PathLike`): The folder of the adapter.
     """
     record, picture = Path(folder, HISTORY_FILE), Path(folder, PLOT_FILE)
-    # a link to nowhere is there, too: the picture would go where it leads
+    # a broken link counts as existing: the plot would be written to its target
     if record.is_file() and not os.path.lexists(picture):
         plot_public_history(read_history(record), picture)

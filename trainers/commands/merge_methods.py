@@ -1,4 +1,4 @@
-"""What is typed of a merge method: its name, its options, the numbers of examples."""
+"""Merge methods on the command line: their names, their options and the numbers of examples."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from peft_ravan.merging import MERGE_METHODS
 def describe_methods() -> str:
     """
     Returns:
-        `str`: The merge methods and their options, with their defaults, as text.
+        `str`: A list of the merge methods and their options with defaults.
     """
     lines = []
     for method in MERGE_METHODS.values():
@@ -27,13 +27,13 @@ def describe_methods() -> str:
 def parse_options(given: Iterable[str]) -> dict[str, Any]:
     """
     Args:
-        given (`Iterable[str]`): Options as `name=value`, where a value is written as in YAML.
+        given (`Iterable[str]`): Options as `name=value`, with values in YAML syntax.
 
     Returns:
         `dict[str, Any]`: The options by name.
 
     Raises:
-        ValueError: if one is not of that form.
+        ValueError: if one of them does not have this form.
     """
     options = {}
     for text in given:
@@ -47,7 +47,7 @@ def parse_options(given: Iterable[str]) -> dict[str, Any]:
 def parse_value(text: str) -> Any:
     """
     Args:
-        text (`str`): A value as in YAML.
+        text (`str`): A value in YAML syntax.
 
     Returns:
         `Any`: The value.
@@ -61,13 +61,13 @@ def parse_value(text: str) -> Any:
 def parse_examples(text: str | None) -> list[int] | None:
     """
     Args:
-        text (`str`, *optional*): Integers, with commas or spaces between them.
+        text (`str`, *optional*): Integers, separated by commas or spaces.
 
     Returns:
         `list[int]`: The integers.
 
     Raises:
-        ValueError: if it has something else.
+        ValueError: if it contains anything else.
     """
     if text is None:
         return None

@@ -1,4 +1,4 @@
-"""Merging adapters that were trained apart, by people who never ran a server."""
+"""Merging adapters that were trained independently, without a server."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from .adapters import SavedAdapter
 from .output import OutputFolder
 
 
-# With these LoRA's update is zero before training, as it always is for Ravan unless `init_weights=False`.
+# With these, LoRA's update is zero before training. Ravan's always is, unless `init_weights=False`.
 _ZERO_STARTS = (True, "gaussian", "orthogonal", "eva")
-# by how much of the base model they adapt, tensors of the same names would mean other things
+# if these differ, tensors of the same name belong to different parts of the base model
 _COMPARED_FIELDS = ("layer_replication",)
 
 
@@ -39,12 +39,13 @@ class MergeRequest:
         method (`str`, *optional*): The merge method. By default `"ravan"` for Ravan and `"fedavg"` for LoRA.
         options (`Mapping[str, Any]`, *optional*): The options of the method.
         num_examples (`Sequence[int]`, *optional*):
-            How many examples each adapter was trained on, in their order. By default all weigh the same.
+            How many examples each adapter was trained on, in the order of `adapters`. By default all have the same
+            weight.
         start (`str`, *optional*):
-            The adapter that all of them were trained from, as it was saved before. Ravan's cores start at zero, and of
-            LoRA's matrices B, which is enough for most methods.
+            The adapter that all of them were trained from, saved before the training. It is not needed for most
+            methods, since Ravan's cores and LoRA's B start at zero.
         base_model (`str`, *optional*):
-            The name of the base model of all of them, where their configurations name it differently.
+            The name of their common base model, if their configurations name it differently.
     """
 
     adapters: Sequence[str]
@@ -58,13 +59,13 @@ class MergeRequest:
 @dataclass(frozen=True)
 class MergedAdapter:
     """
-    What a merge has made.
+    The result of a merge.
 
     Args:
         config ([`~peft.PeftConfig`]): The configuration of the merged adapter.
         result ([`~peft_ravan.merging.MergeResult`]): Its state, and the diagnostics of the method.
-        facts (`Mapping[str, Any]`): What it was made of, for its card.
-        notes (`Sequence[str]`): What was decided, for who has asked for the merge.
+        facts (`Mapping[str, Any]`): How it was made, for its card.
+        notes (`Sequence[str]`): The choices that were made, to show to the user.
     """
 
     config: PeftConfig
@@ -75,22 +76,23 @@ class MergedAdapter:
 
 def merge_adapters(request: MergeRequest, output_dir: str | os.PathLike, *, overwrite: bool = False) -> MergedAdapter:
     """
-    Merge adapters of Ravan or LoRA, and save the merged one with a card. All is checked before anything is written.
+    Merge Ravan or LoRA adapters, and save the merged one with a card. Everything is checked before anything is
+    written.
 
     Args:
         request ([`MergeRequest`]): What to merge, and how.
         output_dir (`str` or `os.PathLike`): The folder of the merged adapter.
-        overwrite (`bool`, *optional*, defaults to `False`): Whether to replace an adapter that is there.
+        overwrite (`bool`, *optional*, defaults to `False`): Whether to replace an existing adapter.
 
     Returns:
-        [`MergedAdapter`]: What was saved.
+        [`MergedAdapter`]: The saved adapter.
 
     Raises:
-        FileExistsError: if there is something that may not be replaced.
+        FileExistsError: if there is something that must not be replaced.
         FileNotFoundError: if an adapter does not exist.
-        TypeError: if the method does not have an option.
-        ValueError: if the adapters do not belong together (another method, base model, bases, targets or shapes), are
-            broken, or cannot be merged so.
+        TypeError: if the method does not have one of the options.
+        ValueError: if the adapters do not fit together (a different adapter method, base model, bases, targets or
+            shapes), are damaged, or cannot be merged by the method.
 
     Example:
 
@@ -129,10 +131,10 @@ def _merge(request: MergeRequest, adapters: Sequence[SavedAdapter]) -> MergedAda
     num_examples = _num_examples(request, adapters)
     default = "ravan" if _is_ravan(adapters[0]) else "fedavg"
     method = get_merge_method(default if request.method is None else request.method)
-    # the merge takes other arguments besides, which are not for here
+    # `merge` has further arguments, which must not be given as options here
     method.check_options(request.options)
     _check_makes_one(method)
-    # the one with the largest rank, to which those of others are filled up, or with the bases, if not all have them
+    # the adapter with the largest rank, to which the others are padded, or one with bases if not all have them
     reference = max(adapters, key=lambda adapter: sum(tensor.numel() for tensor in adapter.state.values()))
     options, notes = _options_for_start(method, request, reference)
     result = merge(
@@ -156,7 +158,7 @@ def check_same_kind(adapters: Sequence[SavedAdapter]) -> None:
         adapters (`Sequence[SavedAdapter]`): Adapters.
 
     Raises:
-        ValueError: if they are not all of Ravan, or all of LoRA.
+        ValueError: if they are neither all Ravan adapters nor all LoRA adapters.
     """
     first = adapters[0]
     for adapter in adapters:
@@ -184,7 +186,7 @@ def common_base_model(adapters: Sequence[SavedAdapter], given: str | None) -> tu
     """
     Args:
         adapters (`Sequence[SavedAdapter]`): Adapters.
-        given (`str`, *optional*): The name of their base model, if they name it differently.
+        given (`str`, *optional*): The name of their base model, if their configurations name it differently.
 
     Returns:
         `tuple[str | None, str | None]`: The name of their base model and its revision.
@@ -211,15 +213,15 @@ def common_base_model(adapters: Sequence[SavedAdapter], given: str | None) -> tu
 def check_same_bases(adapters: Sequence[SavedAdapter]) -> None:
     """
     Args:
-        adapters (`Sequence[SavedAdapter]`): Adapters, of Ravan or of LoRA, which has no bases.
+        adapters (`Sequence[SavedAdapter]`): Adapters of Ravan, or of LoRA, which has no bases.
 
     Raises:
-        ValueError: if the bases of a target are others.
+        ValueError: if the bases of a target differ.
     """
     first, fingerprints = adapters[0], bases_fingerprint(adapters[0].state)
     for adapter in adapters[1:]:
         of_adapter = bases_fingerprint(adapter.state)
-        # other targets are told by the check of the tensors
+        # different targets are reported by the check of the tensors
         different = [
             name for name in different_bases(fingerprints, of_adapter) if name in fingerprints.keys() & of_adapter
         ]
@@ -239,8 +241,8 @@ def zero_start(adapter: SavedAdapter) -> dict[str, torch.Tensor]:
         adapter ([`SavedAdapter`]): An adapter of Ravan or LoRA.
 
     Returns:
-        `dict[str, torch.Tensor]`: A state of its names and shapes whose weight updates are zero. Where LoRA's other matrix
-        and the task head have started from is not known: they are those of the adapter.
+        `dict[str, torch.Tensor]`: A state with the same names and shapes whose weight updates are zero. The initial
+        values of LoRA's other matrix and of the task head are not known, so those of the adapter are used.
     """
     return {
         name: torch.zeros_like(tensor) if is_core(name) or has_part(name, ZERO_PARTS) else tensor
@@ -292,7 +294,7 @@ def _read_start(name: str, reference: SavedAdapter) -> dict[str, torch.Tensor]:
         raise ValueError(
             f"The start {name!r} and {reference.name!r} do not have the same tensors: only one of them has {different[0]!r}."
         )
-    # the products of the start; the bases, which only one of both may have, are those of the reference
+    # the products of the start; the bases are those of the reference, since only one of the two may have them
     scalings = {name: torch.ones_like(tensor) for name, tensor in reference.state.items() if is_scaling(name)}
     return {**reference.state, **state, **scalings}
 
@@ -300,7 +302,7 @@ def _read_start(name: str, reference: SavedAdapter) -> dict[str, torch.Tensor]:
 def _options_for_start(
     method: MergeMethod, request: MergeRequest, reference: SavedAdapter
 ) -> tuple[dict[str, Any], list[str]]:
-    """The options, and what to say of them, where a method compares the adapters with their start and that is not given."""
+    """The options, and notes on them, if a method compares the adapters with their start and that is not given."""
     options, config = dict(request.options), reference.config
     if request.start is not None or not method.from_start:
         return options, []

@@ -1,4 +1,4 @@
-"""Where commands write: what is there already, and what of it may be replaced."""
+"""Output of commands: what already exists, and what of it may be replaced."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from ..run_folder import RUN_FILE, find_checkpoints
 from ..server.checkpoints import STATE_FILE, TENSORS_FILE
 
 
-# of the files in a folder that is refused, so many are told
+# number of files that an error message lists
 _SHOWN = 5
 _FILES_OF_A_CHECKPOINT = (*KNOWN_FILES, TRAINER_STATE_NAME, TRAINING_ARGS_NAME, STATE_FILE, TENSORS_FILE, RUN_FILE)
 
@@ -39,7 +39,7 @@ def check_is_free(path: str | os.PathLike, overwrite: bool) -> None:
         overwrite (`bool`): Whether it may be replaced.
 
     Raises:
-        FileExistsError: if it exists and may not, or is a folder.
+        FileExistsError: if it exists and must not be replaced, or is a folder.
     """
     if Path(path).is_dir():
         raise FileExistsError(f"{str(path)!r} is a folder, and a file is to be written. Choose another name.")
@@ -54,7 +54,7 @@ class OutputFolder:
 
     Args:
         path (`str` or `os.PathLike`): The folder.
-        overwrite (`bool`): Whether an adapter that is there may be replaced.
+        overwrite (`bool`): Whether an existing adapter may be replaced.
         inputs (`tuple[str, ...]`): The folders of the adapters that are read, or their names on the Hub.
     """
 
@@ -66,8 +66,8 @@ class OutputFolder:
         """
         Raises:
             FileExistsError: if there is something that must not be replaced: anything at all without `overwrite`; with it,
-                what is not a folder with the files of an adapter and nothing else.
-            ValueError: if the folder is one of those that are read, or one that people are in.
+                anything other than a folder that contains only the files of an adapter.
+            ValueError: if the folder is one of the inputs, the current folder or the home folder.
         """
         path, name = Path(self.path), str(self.path)
         for given in self.inputs:
@@ -98,7 +98,8 @@ class OutputFolder:
     @contextlib.contextmanager
     def write(self) -> Iterator[Path]:
         """
-        Write aside, and put it in its place when all is written. The tokenizer of an adapter that is replaced stays.
+        Write to a temporary folder, and move it to its place when it is complete. The tokenizer of a replaced adapter
+        is kept.
 
         Yields:
             `Path`: The folder to write into.
@@ -112,13 +113,13 @@ class OutputFolder:
 def check_run_folder(output_dir: str | os.PathLike, overwrite: bool) -> None:
     """
     Args:
-        output_dir (`str` or `os.PathLike`): The folder of a run that starts anew.
+        output_dir (`str` or `os.PathLike`): The folder of a new run.
         overwrite (`bool`): Whether an earlier run may be replaced.
 
     Raises:
-        FileExistsError: if it has files of an earlier run that may not be replaced, or something else in its checkpoints, or is
-            a file.
-        ValueError: if it has no name.
+        FileExistsError: if it has files of an earlier run that must not be replaced, if its checkpoints contain other
+            files, or if it is a file.
+        ValueError: if its name is empty.
     """
     if not str(output_dir).strip():
         raise ValueError("`output_dir` is empty. Give the folder that the adapter is written to.")
@@ -140,7 +141,7 @@ def check_run_folder(output_dir: str | os.PathLike, overwrite: bool) -> None:
 
 def remove_run(output_dir: str | os.PathLike) -> None:
     """
-    Remove the adapter and the checkpoints of an earlier run, which [`check_run_folder`] has allowed. All else stays.
+    Remove the adapter and the checkpoints of an earlier run, as allowed by [`check_run_folder`]. Other files are kept.
 
     Args:
         output_dir (`str` or `os.PathLike`): The folder of the run.
@@ -156,8 +157,8 @@ def _files_of_a_run(folder: Path) -> list[str]:
 
 
 def _adapter_files_in(folder: Path) -> list[str]:
-    # A tokenizer is the same after another run, and may have been put there by hand. A run that could not begin leaves a
-    # file without a record.
+    # Tokenizers are left out: they do not change between runs, and may have been copied there by hand. A run that
+    # could not begin leaves an empty file, which does not count either.
     names = [name for name in (*ADAPTER_FILES, CARD_FILE, *RECORD_FILES) if os.path.lexists(folder / name)]
     return [name for name in names if os.path.islink(folder / name) or os.path.getsize(folder / name)]
 

@@ -1,4 +1,4 @@
-"""A run in one YAML file, as TRL has it. Arguments of the command replace those of the file."""
+"""Runs that are defined in a YAML file, as in TRL. Arguments on the command line override those of the file."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class ModelArguments:
         model_name_or_path (`str`): The base model, on the Hub or in a folder.
         model_revision (`str`, *optional*): Its revision on the Hub.
         task (`str`, *optional*, defaults to `"classification"`):
-            `"classification"` of texts, by [`FederatedTrainer`], or `"sft"`, by [`FederatedSFTTrainer`] of TRL.
+            `"classification"` of texts with [`FederatedTrainer`], or `"sft"` with [`FederatedSFTTrainer`].
         adapter (`dict[str, Any]`, *optional*):
             `peft_type`, by default `"RAVAN"`, and the fields of its configuration.
     """
@@ -51,10 +51,10 @@ class ModelArguments:
     def peft_config(self) -> PeftConfig:
         """
         Returns:
-            [`~peft.PeftConfig`]: The configuration of the adapter, with the task type of the task.
+            [`~peft.PeftConfig`]: The configuration of the adapter, with the task type that belongs to `task`.
 
         Raises:
-            ValueError: if there is no such method, or its configuration has no such field.
+            ValueError: if there is no such method, or if its configuration does not have one of the fields.
         """
         options = dict(self.adapter)
         peft_type = str(options.pop("peft_type", "RAVAN")).upper()
@@ -72,21 +72,23 @@ class ModelArguments:
 @dataclass
 class DataArguments:
     """
-    The data: a data set of the Hub or a folder, or files.
+    The data: a data set on the Hub or in a folder, or files.
 
     Args:
         dataset_name (`str`, *optional*): The data set, on the Hub or in a folder.
         dataset_config (`str`, *optional*): Its configuration.
-        dataset_train_split (`str`, *optional*, defaults to `"train"`): What clients train on.
-        dataset_test_split (`str`, *optional*, defaults to `"test"`): What is evaluated on, with `eval_strategy`.
-        data_files (`list[str]`, *optional*): Files to train on, in the place of a data set: csv, json, jsonl or parquet.
+        dataset_train_split (`str`, *optional*, defaults to `"train"`): The split to train on.
+        dataset_test_split (`str`, *optional*, defaults to `"test"`): The split to evaluate on, with `eval_strategy`.
+        data_files (`list[str]`, *optional*): Files to train on instead of a data set: csv, json, jsonl or parquet.
         test_files (`list[str]`, *optional*): Files to evaluate on.
     """
 
     dataset_name: str | None = field(default=None, metadata={"help": "The data set, on the Hub or in a folder."})
     dataset_config: str | None = field(default=None, metadata={"help": "The configuration of the data set."})
-    dataset_train_split: str = field(default="train", metadata={"help": "What clients train on."})
-    dataset_test_split: str = field(default="test", metadata={"help": "What is evaluated on, with `eval_strategy`."})
+    dataset_train_split: str = field(default="train", metadata={"help": "The split to train on."})
+    dataset_test_split: str = field(
+        default="test", metadata={"help": "The split to evaluate on, with `eval_strategy`."}
+    )
     data_files: list[str] | None = field(
         default=None, metadata={"help": "Files to train on: csv, json, jsonl, parquet."}
     )
@@ -103,17 +105,18 @@ class DataArguments:
 @dataclass
 class TextArguments:
     """
-    The columns of a data set for classification. That for SFT has those that TRL takes.
+    The columns of a data set for classification. Data sets for SFT have the columns that TRL expects.
 
     Args:
-        text_column (`str`, *optional*, defaults to `"text"`): The texts.
-        label_column (`str`, *optional*, defaults to `"label"`): Their labels, as numbers or as names.
-        max_length (`int`, *optional*): How many tokens of a text are kept. By default as many as the model takes.
+        text_column (`str`, *optional*, defaults to `"text"`): The column with the texts.
+        label_column (`str`, *optional*, defaults to `"label"`): The column with their labels, as numbers or as names.
+        max_length (`int`, *optional*):
+            The maximum number of tokens of a text; the rest is cut off. By default the maximum of the model.
     """
 
     text_column: str = field(default="text", metadata={"help": "The column with the texts."})
     label_column: str = field(default="label", metadata={"help": "The column with the labels."})
-    max_length: int | None = field(default=None, metadata={"help": "How many tokens of a text are kept."})
+    max_length: int | None = field(default=None, metadata={"help": "The maximum number of tokens of a text."})
 
     def __post_init__(self):
         if self.text_column == self.label_column:
@@ -127,13 +130,13 @@ class TextArguments:
 @dataclass(frozen=True)
 class RunArguments:
     """
-    All of a run.
+    All arguments of a run.
 
     Args:
         model ([`ModelArguments`]): The model and the adapter.
         data ([`DataArguments`]): The data.
         training ([`FederatedArguments`] or [`FederatedSFTConfig`]): The federation and the training.
-        text ([`TextArguments`], *optional*): For classification, the columns.
+        text ([`TextArguments`], *optional*): The columns, for classification.
     """
 
     model: ModelArguments
@@ -147,16 +150,16 @@ def parse_run(path: str | os.PathLike, overrides: Sequence[str] = ()) -> RunArgu
     Read a run from a file.
 
     Args:
-        path (`str` or `os.PathLike`): The YAML file, with the names of all arguments side by side, as TRL has it.
+        path (`str` or `os.PathLike`): The YAML file, with all arguments on the top level, as in TRL.
         overrides (`Sequence[str]`, *optional*):
-            Arguments that go before those of the file: `["--num_rounds", "20", "--adapter.r", "8"]`.
+            Arguments that override those of the file: `["--num_rounds", "20", "--adapter.r", "8"]`.
 
     Returns:
         [`RunArguments`]: The arguments.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is no YAML, or an argument does not exist or cannot be what it is.
+        ValueError: if it is not valid YAML, or an argument does not exist or has an invalid value.
     """
     path = Path(path)
     values, arguments = _read_yaml(path), list(overrides)
@@ -189,11 +192,11 @@ def parse_run(path: str | os.PathLike, overrides: Sequence[str] = ()) -> RunArgu
 def nearest(name: str, known: Iterable[str]) -> str:
     """
     Args:
-        name (`str`): A name that is not known.
-        known (`Iterable[str]`): Those that are.
+        name (`str`): An unknown name.
+        known (`Iterable[str]`): The known names.
 
     Returns:
-        `str`: A sentence with the nearest one, to follow another sentence, or nothing.
+        `str`: A sentence that suggests the nearest name, to be appended to a message, or an empty string.
     """
     close = difflib.get_close_matches(name, list(known), n=1)
     return f" Did you mean `{close[0]}`?" if close else ""
@@ -212,7 +215,7 @@ class _Parser(HfArgumentParser):
     def set_values(self, values: Mapping[str, Any]) -> None:
         for action in self._actions:
             if action.dest in values:
-                # argparse converts strings, such as 1e-3, which is no number in YAML
+                # argparse converts strings, such as 1e-3, which YAML does not read as a number
                 action.default, action.required = values[action.dest], False
 
     def error(self, message: str) -> None:
@@ -223,14 +226,14 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no YAML: {error}") from error
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must have lines of the form `name: value`, got {type(values).__name__}.")
     return values
 
 
 def _pop_adapter_options(arguments: list[str]) -> dict[str, Any]:
-    """Take `--adapter.r 8` out of the arguments."""
+    """Remove options such as `--adapter.r 8` from the arguments, and return them."""
     options = {}
     for index in reversed([index for index, word in enumerate(arguments) if word.startswith("--adapter.")]):
         name, equals, value = arguments[index].removeprefix("--adapter.").partition("=")

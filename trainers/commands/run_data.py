@@ -11,22 +11,22 @@ from transformers import PreTrainedTokenizerBase
 from .run_arguments import DataArguments, TextArguments, nearest
 
 
-# how `datasets` calls the readers of files, by their ends
+# the names of the readers of `datasets`, by file extension
 _READERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
 def load_splits(args: DataArguments, with_test: bool) -> DatasetDict:
     """
     Args:
-        args ([`DataArguments`]): Which data.
-        with_test (`bool`): Whether there must be data to evaluate on.
+        args ([`DataArguments`]): The arguments of the data.
+        with_test (`bool`): Whether to load data to evaluate on.
 
     Returns:
-        `DatasetDict`: `"train"`, and `"test"` if asked for.
+        `DatasetDict`: The split `"train"`, and `"test"` if requested.
 
     Raises:
         FileNotFoundError: if a file is missing.
-        ValueError: if a file is of a kind that is not known or damaged, or a split is missing.
+        ValueError: if a file is damaged or of an unknown type, or if a split is missing.
     """
     if args.data_files:
         splits = _load_files({"train": args.data_files, "test": args.test_files or []})
@@ -58,7 +58,7 @@ def _load_files(files: Mapping[str, list[str]]) -> DatasetDict:
     reader = _READERS[ends.pop()]
     try:
         return load_dataset(reader, data_files=given)
-    # of many kinds, by the reader and the file; the cause says more
+    # the type of error depends on the reader and the file; its cause is more informative
     except Exception as error:
         names = ", ".join(repr(name) for names in given.values() for name in names)
         raise ValueError(f"{names} could not be read as {reader}: {error.__cause__ or error}") from error
@@ -71,14 +71,14 @@ def tokenize_texts(
     Args:
         splits (`DatasetDict`): Texts and labels.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The tokenizer.
-        args ([`TextArguments`]): In which columns they are.
+        args ([`TextArguments`]): The names of their columns.
 
     Returns:
-        `tuple[DatasetDict, list[str]]`: Tokens and `labels`, with all other columns as they were, and the names of the labels.
+        `tuple[DatasetDict, list[str]]`: Data with tokens, `labels` and all other columns, and the names of the labels.
 
     Raises:
-        ValueError: if a column is missing or has gaps, if there are no texts in it, or fewer than two labels, or if a label
-            is not one of those to train on.
+        ValueError: if a column is missing or has missing values, if the texts are not strings, if there are fewer than
+            two labels, or if a label does not occur in the training data.
     """
     for split, dataset in splits.items():
         for name in (args.text_column, args.label_column):
@@ -129,7 +129,7 @@ def _label_names(dataset: Dataset, column: str) -> list[str]:
     feature = dataset.features[column]
     if isinstance(feature, ClassLabel):
         return list(feature.names)
-    # numbers in their order, which is not that of their digits
+    # sorted before the conversion to text, so that numbers are in numerical order
     return [str(label) for label in sorted(dataset.unique(column))]
 
 

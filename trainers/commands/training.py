@@ -1,4 +1,4 @@
-"""Training as a file of arguments says."""
+"""Training with the arguments of a file."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def train_run(run: RunArguments, *, overwrite: bool = False) -> FederatedTrainer
     Args:
         run ([`RunArguments`]): The model, the data and the arguments.
         overwrite (`bool`, *optional*, defaults to `False`):
-            Whether to replace the adapter and the checkpoints of an earlier run in the same folder. They are removed when
-            all is loaded and the training begins.
+            Whether to replace the adapter and the checkpoints of an earlier run in the same folder. They are removed
+            once everything is loaded and the training begins.
 
     Returns:
         [`FederatedTrainer`]: The trainer, after the training.
 
     Raises:
-        FileExistsError: if the folder has what the run would replace, and it neither may nor goes on from it.
+        FileExistsError: if the folder has files of an earlier run that the run neither resumes from nor may replace.
         FileNotFoundError: if a file of the data is missing.
         OSError: if the model cannot be loaded.
         ValueError: if the data, the model and the arguments do not fit together.
@@ -49,7 +49,7 @@ def train_run(run: RunArguments, *, overwrite: bool = False) -> FederatedTrainer
             "Give either --overwrite or `resume_from_checkpoint`: one removes what the other goes on from."
         )
     if not resume:
-        # before the first time that processes wait for each other, so that none finds what another has written
+        # before the first synchronization of the processes, so that none of them finds files written by another
         check_run_folder(output_dir, overwrite)
     with run.training.main_process_first(desc="loading the data"):
         splits = load_splits(run.data, with_test=run.training.do_eval)
@@ -100,7 +100,7 @@ def _make_classifier(run: RunArguments, splits: DatasetDict, adapter: PeftConfig
 def _make_sft_trainer(run: RunArguments, splits: DatasetDict, adapter: PeftConfig) -> FederatedTrainer:
     from ..trl_trainers import FederatedSFTTrainer
 
-    # TRL would pass them on for a model that it loads itself, and complains where it does not
+    # TRL accepts them only for a model that it loads itself, and complains otherwise
     options, run.training.model_init_kwargs = run.training.model_init_kwargs or {}, None
     return FederatedSFTTrainer(
         _load(AutoModelForCausalLM, run, **options),

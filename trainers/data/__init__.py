@@ -1,1 +1,1 @@
-"""Who has what: how data is split among clients, prepared for them, and looked at."""
+"""The clients' data: how it is split, prepared and displayed."""

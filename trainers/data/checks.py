@@ -1,4 +1,4 @@
-"""Mistakes in the data that would show as failures of clients only, and are found before the first round."""
+"""Checks that find mistakes in the data before the first round, rather than as failures of clients."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from transformers import Trainer, TrainingArguments
 from .columns import LABEL_COLUMNS
 
 
-# the ends of the names of models whose label is one number for each example
+# name suffixes of models whose label is one number for each example
 _CLASSIFIERS = ("ForSequenceClassification", "ForImageClassification", "ForAudioClassification")
-# what the loss leaves out
+# the label that the loss ignores
 _IGNORED = -100
 _SPLITS = {"train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation"}
 
@@ -23,10 +23,10 @@ _SPLITS = {"train", "training", "test", "testing", "validation", "valid", "val",
 def check_train_dataset(train_dataset: object) -> None:
     """
     Args:
-        train_dataset (`object`): What a trainer was given.
+        train_dataset (`object`): The `train_dataset` passed to a trainer.
 
     Raises:
-        ValueError: if it is several data sets in a form that does not say which client has which.
+        ValueError: if it consists of several data sets without saying which client has which.
     """
     if isinstance(train_dataset, (list, tuple)) and any(_is_dataset(entry) for entry in train_dataset):
         raise ValueError(
@@ -47,11 +47,11 @@ def _is_dataset(entry: object) -> bool:
 def check_client_names(clients: Mapping[object, object], argument: str = "train_dataset") -> None:
     """
     Args:
-        clients (`Mapping`): What was given by client.
-        argument (`str`, *optional*, defaults to `"train_dataset"`): The argument, for the message.
+        clients (`Mapping`): The values passed by client.
+        argument (`str`, *optional*, defaults to `"train_dataset"`): The name of the argument, for the message.
 
     Raises:
-        ValueError: if a name is no string, or empty.
+        ValueError: if a name is empty or not a string.
     """
     for name in clients:
         if not isinstance(name, str):
@@ -67,15 +67,15 @@ def check_client_names(clients: Mapping[object, object], argument: str = "train_
 
 def check_labels(trainer: Trainer, train_dataset: Dataset | Mapping[str, Dataset]) -> None:
     """
-    Compare the labels of a classifier's training data with the number of labels of the model, where it is certain what the
-    labels mean: a model of transformers with its own loss, and data with a column of integers.
+    Compare the labels of a classifier's training data with the model's number of labels. This is done only where the
+    meaning of the labels is certain: a transformers model with its own loss, and data with a column of integers.
 
     Args:
         trainer ([`~transformers.Trainer`]): The trainer.
         train_dataset (`Dataset` or `Mapping[str, Dataset]`): Its training data.
 
     Raises:
-        ValueError: if an example has no label, or one that the model does not have.
+        ValueError: if an example has no label, or a label that the model does not have.
     """
     num_labels = _num_labels(trainer)
     if num_labels is None:
@@ -105,12 +105,12 @@ def check_labels(trainer: Trainer, train_dataset: Dataset | Mapping[str, Dataset
 def check_batches(largest: int, batch_size: int, args: TrainingArguments) -> None:
     """
     Args:
-        largest (`int`): How many examples the client with the most has.
-        batch_size (`int`): The examples of a batch that is full.
+        largest (`int`): The number of examples of the client that has the most.
+        batch_size (`int`): The number of examples in a full batch.
         args ([`~transformers.TrainingArguments`]): The arguments.
 
     Raises:
-        ValueError: if no client has enough examples for one batch, where smaller ones are left out.
+        ValueError: if incomplete batches are dropped and no client has enough examples for a full one.
     """
     if args.dataloader_drop_last and largest < batch_size:
         raise ValueError(
@@ -120,12 +120,12 @@ def check_batches(largest: int, batch_size: int, args: TrainingArguments) -> Non
 
 
 def _num_labels(trainer: Trainer) -> int | None:
-    """The number of labels, if the loss is the cross entropy of the model's own."""
+    """The number of labels, if the loss is the model's own cross entropy."""
     model = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
     config = getattr(model, "config", None)
     own_loss = trainer.compute_loss_func is None and type(trainer).compute_loss is Trainer.compute_loss
     known = type(model).__module__.startswith("transformers.") and type(model).__name__.endswith(_CLASSIFIERS)
-    # a label smoother or a collator may make other labels of those in the data
+    # a label smoother or a collator may change the labels
     collated = getattr(trainer.data_collator, "__module__", "").startswith("transformers.")
     if not (own_loss and known and collated) or trainer.label_smoother is not None:
         return None

@@ -1,4 +1,4 @@
-"""What clients train on, and how much it is."""
+"""The training data of clients, and its size."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .preparation import given_clients
 @dataclass(frozen=True)
 class ClientData:
     """
-    The data that a process has, of one client or of several.
+    The data that a process holds, for one client or several.
 
     Args:
-        dataset (`Callable[[str], Dataset]`): The training set of a client, by its name.
-        num_examples (`Callable[[str], int]`): How many examples it has. No data set is made for this.
+        dataset (`Callable[[str], Dataset]`): Returns the training set of a client, by its name.
+        num_examples (`Callable[[str], int]`): Returns the number of its examples, without creating the data set.
     """
 
     dataset: Callable[[str], Dataset]
@@ -31,10 +31,10 @@ class ClientData:
         """
         Args:
             dataset (`Dataset`): The data of one client.
-            args ([`~transformers.TrainingArguments`]): How it trains, which says how much there is of a stream.
+            args ([`~transformers.TrainingArguments`]): Its training arguments, which define the size of a stream.
 
         Returns:
-            [`ClientData`]: That data, whatever the client is called.
+            [`ClientData`]: The same data for every client name.
         """
         size = len(dataset) if has_length(dataset) else examples_of_a_stream(args)
         return cls(lambda client: dataset, lambda client: size)
@@ -44,8 +44,8 @@ class ClientData:
         """
         Args:
             clients (`Mapping[str, Dataset]`): Client names to data sets.
-            args ([`~transformers.TrainingArguments`]): How they train, which says how much there is of a stream.
-            num_processes (`int`, *optional*, defaults to 1): How many processes train a client together.
+            args ([`~transformers.TrainingArguments`]): Their training arguments, which define the size of a stream.
+            num_processes (`int`, *optional*, defaults to 1): The number of processes that train a client together.
 
         Returns:
             [`ClientData`]: Their data.
@@ -64,9 +64,9 @@ class ClientData:
 def examples_of_a_stream(args: TrainingArguments) -> int:
     """
     Args:
-        args ([`~transformers.TrainingArguments`]): How a client trains.
+        args ([`~transformers.TrainingArguments`]): The training arguments of a client.
 
     Returns:
-        `int`: How many examples it trains on in a round, of a data set without a length.
+        `int`: The number of examples it trains on in a round if its data set has no length.
     """
     return args.max_steps * args.gradient_accumulation_steps * args.train_batch_size

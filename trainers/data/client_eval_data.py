@@ -1,4 +1,4 @@
-"""What each client is evaluated on: data of its own, or its part of one evaluation set."""
+"""The evaluation data of each client: its own data, or its part of one evaluation set."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ def make_client_eval_datasets(
     eval_dataset: Dataset | Mapping[str, Dataset], clients: Mapping[str, Dataset], settings: PartitionSettings
 ) -> Mapping[str, Dataset]:
     """
-    Split an evaluation set among clients as their training data is, or check what is given by client.
+    Split an evaluation set among clients in the same way as their training data, or check data that comes by client.
 
-    With `partition="column"` a client gets the examples that the column gives it. Otherwise the examples of each label
-    are shared out in proportion to the training examples of this label that clients have, by the largest remainders, so
-    that each client is evaluated on about the labels that it trains on; examples of a label that nobody trains on are left
-    out. Without labels, in proportion to the number of training examples.
+    With `partition="column"` a client gets the examples that the column assigns to it. Otherwise the examples of each
+    label are distributed by the method of largest remainders, in proportion to the number of training examples with
+    this label that each client has. Each client is thus evaluated on about the labels that it trains on. Examples of a
+    label that no client trains on are left out. Without labels, the examples are distributed in proportion to the
+    number of training examples.
 
     Args:
         eval_dataset (`Dataset` or `Mapping[str, Dataset]`):
@@ -42,7 +43,7 @@ def make_client_eval_datasets(
         example.
 
     Raises:
-        ValueError: if a name is not that of a client, or the data has no length, or no client has an example.
+        ValueError: if a name does not belong to a client, the data has no length, or no client has an example.
     """
     if isinstance(eval_dataset, Mapping):
         parts = _given(eval_dataset, clients)
@@ -95,12 +96,15 @@ def _indices(
 def _labels_and_counts(
     dataset: Dataset, clients: Mapping[str, Dataset], settings: PartitionSettings
 ) -> tuple[np.ndarray, pd.DataFrame]:
-    """The label of each example, and how many training examples of each label clients have: one label, if there are none."""
+    """
+    The label of each example, and the number of training examples by client and label. Data without labels is treated
+    as having a single one.
+    """
     column = find_label_column(dataset)
     if settings.is_by_label and isinstance(clients, ClientParts):
         column = settings.column or column
     if column is not None and all(map(has_length, clients.values())):
-        # a column that nobody asked for may have several labels for each example, or be missing where clients train
+        # a column that was not asked for may have several labels per example, or be missing in the training data
         with contextlib.suppress(ValueError):
             labels = read_labels(dataset, column)
             counts = {client: pd.Series(read_labels(part, column)).value_counts() for client, part in clients.items()}
@@ -111,14 +115,14 @@ def _labels_and_counts(
 
 def largest_remainders(weights: np.ndarray, total: int) -> np.ndarray:
     """
-    Share out a number of things by the method of largest remainders (Hamilton).
+    Distribute a number of items by the method of largest remainders (Hamilton).
 
     Args:
-        weights (`np.ndarray`): What each share is in proportion to, `[shares]`.
-        total (`int`): The number of things.
+        weights (`np.ndarray`): The weights that the shares are proportional to, `[shares]`.
+        total (`int`): The number of items.
 
     Returns:
-        `np.ndarray`: Whole numbers, `[shares]`, that add up to the total. Each is its exact share, rounded up or down.
+        `np.ndarray`: Integers, `[shares]`, that add up to the total. Each is the exact share, rounded up or down.
     """
     exact = weights * total / weights.sum()
     shares = np.floor(exact).astype(int)

@@ -1,4 +1,4 @@
-"""Reading one value of each example, such as its label, from data sets of any kind."""
+"""Reading one value per example, such as its label, from data sets of any kind."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def read_column(dataset: Dataset, column: str, argument: str = "partition_column
 
 def read_labels(dataset: Dataset, column: str, argument: str = "partition_column") -> np.ndarray:
     """
-    Read a column that has one number or string for each example.
+    Read a column that has one number or string per example.
 
     Args:
         dataset (`Dataset`): A data set with a length.
@@ -55,10 +55,10 @@ def read_labels(dataset: Dataset, column: str, argument: str = "partition_column
         `np.ndarray`: The labels, `[examples]`.
 
     Raises:
-        ValueError: if there is no such column, or its values are lists, as the labels of tokens are.
+        ValueError: if there is no such column, or its values are lists, such as token labels.
     """
     values = read_column(dataset, column, argument)
-    # a label can be a tensor of one number
+    # a label can be a tensor with a single number
     labels = [value.item() if hasattr(value, "item") and np.ndim(value) == 0 else value for value in values]
     if any(isinstance(label, (list, tuple, dict)) or np.ndim(label) > 0 for label in labels):
         raise ValueError(
@@ -74,7 +74,7 @@ def find_label_column(dataset: Dataset) -> str | None:
         dataset (`Dataset`): A data set with a length.
 
     Returns:
-        `str`: The column that has the labels by its name, `"label"` or `"labels"`, or `None`.
+        `str`: The name of the label column, `"label"` or `"labels"`, or `None` if there is none.
     """
     if isinstance(dataset, datasets.Dataset):
         names = dataset.column_names
@@ -91,7 +91,7 @@ def label_names(dataset: Dataset, column: str) -> list[str]:
         column (`str`): The name of a column.
 
     Returns:
-        `list[str]`: The names of the labels in it, if the data set has names for them.
+        `list[str]`: The names of its labels. Empty if the data set does not name them.
     """
     feature = dataset.features.get(column) if isinstance(dataset, datasets.Dataset) else None
     return list(feature.names) if isinstance(feature, datasets.ClassLabel) else []

@@ -1,9 +1,9 @@
 """
-A fingerprint of the data of each client, so that a run that goes on can be told that it has other data.
+A fingerprint of each client's data, which shows whether a resumed run uses different data.
 
-It must be cheap for thousands of clients and for large data sets, so it is of examples here and there: all, if there are
-few. It depends on what is in them only, and not on the machine or on how a data set came about, as the fingerprints of 🤗
-Datasets do.
+It must be cheap for thousands of clients and for large data sets, so only a sample of the examples is hashed, or all
+of them if there are few. It depends only on the content of the examples. The fingerprints of 🤗 Datasets, in contrast,
+also depend on the machine and on how a data set was created.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .partition import ClientParts
 from .preparation import given_clients
 
 
-# how many examples are looked at, of all clients together: from tables, and from data sets that may take long to make one
+# number of examples read over all clients: from tables, and from data sets where creating an example may be slow
 MAX_ROWS = 1000
 MAX_EXAMPLES = 50
 
@@ -35,14 +35,15 @@ MAX_EXAMPLES = 50
 def client_fingerprints(clients: Mapping[str, Dataset], may_read: bool = True) -> dict[str, str | None]:
     """
     Args:
-        clients (`Mapping[str, Dataset]`): Client names to data sets, as a trainer has them. They are looked at as they were
-            given, before the trainer prepares them.
+        clients (`Mapping[str, Dataset]`): Client names to data sets, as a trainer has them. The fingerprints are those
+            of the original data sets, before the trainer prepares them.
         may_read (`bool`, *optional*, defaults to `True`): Whether this process may read examples of data sets other than
-            tables. Where workers do it, it must not: they would inherit a file that is open.
+            tables. It must not if workers load the data, since they would inherit an open file.
 
     Returns:
-        `dict[str, str | None]`: Client names to fingerprints. `None` for data that cannot be told again: streams, and
-        examples that are other each time, as those of an augmentation with random numbers of its own.
+        `dict[str, str | None]`: Client names to fingerprints. `None` for data that cannot be recognized again:
+        streams, and examples that change on every access, such as those of an augmentation with its own random
+        numbers.
     """
     given = given_clients(clients)
     sources = {client: _source(given, client) for client in given}
@@ -63,7 +64,7 @@ def client_fingerprints(clients: Mapping[str, Dataset], may_read: bool = True) -
 
 
 def _source(given: Mapping[str, Dataset], client: str) -> tuple[Dataset, Sequence[int]]:
-    """The data set that the examples of a client are in, and where in it they are."""
+    """The data set that contains the examples of a client, and their indices in it."""
     if isinstance(given, ClientParts):
         return given.dataset, given.indices(client)
     dataset = given[client]
@@ -71,7 +72,7 @@ def _source(given: Mapping[str, Dataset], client: str) -> tuple[Dataset, Sequenc
 
 
 def _spread(values: Sequence[Any], number: int) -> list[Any]:
-    """At most so many values, evenly spread, with the first and the last."""
+    """At most `number` values, evenly spaced, including the first and the last."""
     places = np.linspace(0, len(values) - 1, min(number, len(values))).astype(int)
     return [values[place] for place in places]
 
@@ -81,17 +82,17 @@ def _examples_digest(dataset: Dataset, indices: Sequence[int]) -> str | None:
         return None
     try:
         if isinstance(dataset, datasets.Dataset):
-            # as they are stored: no decoding, no transform
+            # the stored values, without decoding or transforms
             rows = query_table(dataset._data, [int(index) for index in indices], indices=dataset._indices).to_pylist()
             return _rows_digest([{name: _without_folder(value) for name, value in row.items()} for row in rows])
         first, again = (_rows_digest(_seeded_examples(dataset, indices)) for _ in range(2))
         return first if first == again else None
-    except Exception:  # whatever it is, training will tell; here it only means that nothing can be said
+    except Exception:  # training will report it; here it only means that there is no fingerprint
         return None
 
 
 def _without_folder(value: Any) -> Any:
-    """Of a picture or a sound what is in it, or the name of its file, which may be in another folder next time."""
+    """The content of an image or audio file, or else its name without the folder, which may differ next time."""
     if isinstance(value, dict) and value.keys() == {"bytes", "path"}:
         return value["bytes"] or os.path.basename(value["path"] or "")
     return value
@@ -107,7 +108,7 @@ def _rows_digest(rows: Sequence[Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """What is in a value, as JSON has it."""
+    """The content of a value in a form that JSON can represent."""
     if isinstance(value, Mapping):
         return dict(value)
     if isinstance(value, torch.Tensor):
@@ -117,7 +118,7 @@ def _plain(value: Any) -> Any:
         return _digest(value)
     if isinstance(value, np.generic):
         return value.item()
-    if hasattr(value, "__array_interface__"):  # of numpy, or a picture
+    if hasattr(value, "__array_interface__"):  # a numpy array or an image
         array = np.asarray(value)
         return (
             array.tolist() if array.dtype.hasobject else [array.dtype.str, list(array.shape), _digest(array.tobytes())]
@@ -131,10 +132,10 @@ def stable_text(value: Any) -> str:
         value (`Any`): Anything.
 
     Returns:
-        `str`: Its text, if that is the same in another process, and else the name of its class.
+        `str`: Its text if that is the same in every process, otherwise the name of its class.
     """
     text = str(value)
-    return type(value).__qualname__ if " at 0x" in text else text  # the place in memory is another every time
+    return type(value).__qualname__ if " at 0x" in text else text  # the memory address differs every time
 
 
 def _digest(content: bytes) -> str:

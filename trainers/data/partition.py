@@ -1,8 +1,8 @@
 """
 Splitting one data set among clients.
 
-flwr-datasets has these partitioners and more, but its releases up to 0.6.1 exclude datasets 5, so the four that are
-needed here are written out; `partitioner.py` takes any other of theirs.
+flwr-datasets has these partitioners and more, but its releases up to 0.6.1 exclude datasets 5. The four that are
+needed here are therefore implemented in this module; `partitioner.py` accepts any other partitioner of flwr-datasets.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from .partitioner import is_partitioner, load_partitions
 
 PARTITIONS = ("iid", "dirichlet", "pathological", "column")
 DEFAULT_NUM_CLIENTS = 10
-# how many parts of a data set are kept once they are made: about 6 KB each
+# number of parts that are kept in memory, at about 6 KB each
 MAX_KEPT_PARTS = 256
-# a draw that leaves a client without data is thrown away, as flwr-datasets and the papers do
+# a draw that leaves a client without data is rejected, as in flwr-datasets and the papers
 MAX_DIRICHLET_DRAWS = 1000
 
 
@@ -42,7 +42,7 @@ class PartitionSettings:
         alpha (`float`, *optional*, defaults to 0.5): The concentration of the Dirichlet distribution.
         labels_per_client (`int`, *optional*, defaults to 2): The labels of each client in the pathological partition.
         column (`str`, *optional*): The column with the labels or, for `"column"`, the names of the clients.
-        num_clients (`int`, *optional*): The number of clients. By default 10, or as many as the data comes from.
+        num_clients (`int`, *optional*): The number of clients. By default 10, or the number of clients in the data.
         seed (`int`, *optional*, defaults to 42): The seed of the split.
 
     Raises:
@@ -67,13 +67,13 @@ class PartitionSettings:
 
     @property
     def is_by_label(self) -> bool:
-        """Whether the labels decide who has what."""
+        """Whether the partition depends on the labels."""
         return self.partition in ("dirichlet", "pathological")
 
     def describe(self) -> str:
         """
         Returns:
-            `str`: How one training set is split, in words.
+            `str`: A description of how one training set is split.
         """
         words = {
             "iid": "equal random parts",
@@ -85,7 +85,7 @@ class PartitionSettings:
 
 
 class HasPartition(Protocol):
-    """What is read of [`FederatedArguments`] to split data."""
+    """The part of [`FederatedArguments`] that is needed to split data."""
 
     clients_per_round: int | None
 
@@ -95,11 +95,12 @@ class HasPartition(Protocol):
 
 class KeptParts(Mapping):
     """
-    Data sets by the names of the clients, each made when it is asked for: to make those of thousands of clients, of which
-    a few train in a round, would take longer and more memory than many a federation. The last ones are kept.
+    Data sets by client name, each created on first access. With thousands of clients, of which only a few train in a
+    round, creating all of them would often take more time and memory than the federation itself. The most recently
+    created ones are kept.
 
     Args:
-        sources (`Mapping[str, Any]`): Client names to what the data sets are made of.
+        sources (`Mapping[str, Any]`): Client names to the sources that the data sets are created from.
     """
 
     def __init__(self, sources: Mapping[str, Any]):
@@ -118,7 +119,7 @@ class KeptParts(Mapping):
         return self._kept[client]
 
     def __contains__(self, client: object) -> bool:
-        return client in self._sources  # that of Mapping would make the part
+        return client in self._sources  # the method of Mapping would create the part
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._sources)
@@ -129,7 +130,7 @@ class KeptParts(Mapping):
 
 class ClientParts(KeptParts):
     """
-    The parts of one data set, by the names of the clients.
+    The parts of one data set, by client name.
 
     Args:
         dataset (`Dataset`): A data set with a length.
@@ -145,7 +146,7 @@ class ClientParts(KeptParts):
 
     @property
     def dataset(self) -> Dataset:
-        """The data set that the parts are of."""
+        """The data set that is split."""
         return self._dataset
 
     def indices(self, client: str) -> np.ndarray:
@@ -154,7 +155,7 @@ class ClientParts(KeptParts):
             client (`str`): The name of a client.
 
         Returns:
-            `np.ndarray`: Where the examples of its part are in the data set.
+            `np.ndarray`: The indices of its examples in the data set.
         """
         return self._sources[client]
 
@@ -164,28 +165,28 @@ class ClientParts(KeptParts):
             client (`str`): The name of a client.
 
         Returns:
-            `int`: The length of its part, which is not made for this.
+            `int`: The length of its part. The part is not created for this.
         """
         return len(self._sources[client])
 
 
 def make_clients(train_dataset: Dataset | Mapping[str, Dataset], args: HasPartition) -> Mapping[str, Dataset]:
     """
-    Split a training set among clients, or check clients that are given.
+    Split a training set among clients, or check data that comes by client.
 
     Args:
         train_dataset (`Dataset` or `Mapping[str, Dataset]`):
             One data set with a length, or client names to data sets.
         args ([`FederatedArguments`]):
-            The arguments, of which `partition`, `partition_alpha`, `labels_per_client`, `partition_column`,
-            `num_clients` and `federated_seed` are read.
+            The arguments. Only `partition`, `partition_alpha`, `labels_per_client`, `partition_column`, `num_clients`,
+            `clients_per_round` and `federated_seed` are used.
 
     Returns:
         `Mapping[str, Dataset]`: Client names to data sets, none of them empty.
 
     Raises:
-        ValueError: if a client has no data or no name, if it is not said which client has which data set, if the data
-            cannot be split that way, or if there are fewer clients than `clients_per_round`.
+        ValueError: if a client has no data or no name, if several data sets come without client names, if the data
+            cannot be split as requested, or if there are fewer clients than `clients_per_round`.
     """
     settings = args.partition_settings
     check_train_dataset(train_dataset)
@@ -213,13 +214,13 @@ def partition_indices(dataset: Dataset, settings: PartitionSettings) -> dict[str
 
     Args:
         dataset (`Dataset`): A data set with a length.
-        settings ([`PartitionSettings`]): How, with the name of a partition.
+        settings ([`PartitionSettings`]): How to split it. `partition` must be a name.
 
     Returns:
-        `dict[str, np.ndarray]`: Client names to the indices of their examples. Every index is in exactly one of them.
+        `dict[str, np.ndarray]`: Client names to the indices of their examples. Every index occurs exactly once.
 
     Raises:
-        ValueError: if the data cannot be split that way.
+        ValueError: if the data cannot be split as requested.
     """
     rng = np.random.default_rng(derive_seed(settings.seed, "partition"))
     if settings.partition == "column":
@@ -243,7 +244,7 @@ def partition_indices(dataset: Dataset, settings: PartitionSettings) -> dict[str
 
 
 def _client_names(num_clients: int) -> list[str]:
-    # of one length, so that the order of the names is that of the numbers
+    # padded to one length, so that alphabetical order is numerical order
     digits = len(str(num_clients - 1))
     return [f"client_{index:0{digits}d}" for index in range(num_clients)]
 
@@ -271,9 +272,9 @@ def _pathological(labels: np.ndarray, num_clients: int, k: int, rng: np.random.G
     """
     Give each client shards of `k` labels (McMahan et al., 2017, arXiv 1602.05629).
 
-    The paper cuts the sorted examples into shards of one size, some of which have two labels, and deals them blindly. Here
-    a shard has one label and a client no label twice, so that clients have `k` labels, and fewer only where the examples
-    do not suffice.
+    The paper cuts the sorted examples into shards of equal size, some of which have two labels, and assigns them at
+    random. Here each shard has one label and no client gets a label twice. Clients therefore have `k` labels, and
+    fewer only if there are too few examples.
     """
     names, label_of_example, sizes = np.unique(labels, return_inverse=True, return_counts=True)
     _check_pathological(len(names), num_clients, k)
@@ -281,7 +282,7 @@ def _pathological(labels: np.ndarray, num_clients: int, k: int, rng: np.random.G
     parts: list[list[np.ndarray]] = [[] for _ in range(num_clients)]
     for label in rng.permutation(len(names)):
         examples = rng.permutation(np.flatnonzero(label_of_example == label))
-        # whoever has the fewest shards is next, by lot among equals: so nobody ends with more than k, or with none
+        # clients with the fewest shards come next, ties are broken at random: no client ends up with none or over k
         fewest_first = np.lexsort((rng.random(num_clients), [len(part) for part in parts]))
         for client, shard in zip(fewest_first[: shards[label]], np.array_split(examples, shards[label]), strict=True):
             parts[client].append(shard)
@@ -301,7 +302,7 @@ def _check_pathological(num_labels: int, num_clients: int, k: int) -> None:
 
 
 def _shards_by_label(sizes: np.ndarray, num_clients: int, k: int) -> np.ndarray:
-    """The number of shards each label is cut into: at most one for each client and example, of sizes as even as can be."""
+    """The number of shards of each label: at most one per client and per example, with sizes as even as possible."""
     most = np.minimum(sizes, num_clients)
     shards = np.ones_like(sizes)
     for _ in range(min(num_clients * k, most.sum()) - len(sizes)):

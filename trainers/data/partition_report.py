@@ -1,4 +1,4 @@
-"""Who has what: the examples of each client by label, as a table and as a picture."""
+"""Which client has which data: the examples of each client by label, as a table and as a plot."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-# up to here a bar for each client and a colour for each label can be told apart
+# with more than these, bars of clients and colours of labels are hard to distinguish
 MAX_BARS = 60
 MAX_COLOURS = 20
 
@@ -35,18 +35,18 @@ def partition_table(clients: Mapping[str, Dataset], label_column: str | None = N
             Client names to data sets.
         label_column (`str`, *optional*):
             The column with the labels. By default `"label"` or `"labels"`, if all clients have it and it has one label
-            for each example.
+            per example.
 
     Returns:
         `pandas.DataFrame`: A row for each client, a column for each label by its name, and the column `examples` with
-        their sum. Without labels `examples` only, and there without a number for a client whose data is a stream.
+        their sum. Without labels it has only `examples`, which is missing for a client whose data is a stream.
 
     Raises:
-        ValueError: if there are no clients, or `label_column` is not in the data or has several values for an example.
+        ValueError: if there are no clients, or if `label_column` is not in the data or has several values per example.
     """
     if not clients:
         raise ValueError("There are no clients to count the examples of. A trainer has them from its `train_dataset`.")
-    clients = dict(clients)  # each data set is looked at several times, and may have to be made
+    clients = dict(clients)  # each data set is read several times, and may be created on access
     if all(has_length(dataset) for dataset in clients.values()):
         labels = _labels_by_client(clients, label_column)
         sizes = pd.Series({client: len(dataset) for client, dataset in clients.items()})
@@ -80,7 +80,7 @@ def _labels_by_client(clients: Mapping[str, Dataset], label_column: str | None) 
     try:
         return {client: _named_labels(dataset, column) for client, dataset in clients.items()}
     except ValueError:
-        # a column that nobody asked for, such as the labels of each token, need not be countable
+        # a column that was not asked for, such as token labels, need not be countable
         if label_column is not None:
             raise
         return None
@@ -91,7 +91,7 @@ def _named_labels(dataset: Dataset, column: str) -> pd.Series:
     names = label_names(dataset, column)
     if not names:
         return labels
-    # categories keep the order of the labels, which is not that of their names; -1 is how datasets say that there is none
+    # categories keep the order of the labels instead of that of their names; in datasets, -1 means no label
     return pd.Series(pd.Categorical.from_codes(labels.fillna(-1).astype(int), names))
 
 
@@ -104,16 +104,16 @@ def plot_partition(
     clients: Mapping[str, Dataset], label_column: str | None = None, path: str | os.PathLike | None = None
 ) -> Figure:
     """
-    Draw the examples of each client by label: as stacked bars, or as a heat map where there are too many clients or labels
-    for that. Without labels, as bars of the number of examples.
+    Plot the examples of each client by label: as stacked bars, or as a heat map if there are too many clients or
+    labels for bars. Without labels, the bars show the number of examples.
 
     Args:
         clients (`Mapping[str, Dataset]`): Client names to data sets.
         label_column (`str`, *optional*): The column with the labels, as for [`partition_table`].
-        path (`str` or `os.PathLike`, *optional*): Where to save the picture; its ending tells the format.
+        path (`str` or `os.PathLike`, *optional*): Where to save the plot. The file extension determines the format.
 
     Returns:
-        `matplotlib.figure.Figure`: The picture.
+        `matplotlib.figure.Figure`: The plot.
 
     Raises:
         ImportError: if matplotlib is not installed.
@@ -153,7 +153,7 @@ def _draw_bars(axes: Axes, labels: pd.DataFrame) -> None:
 
 
 def _draw_examples(axes: Axes, table: pd.DataFrame) -> None:
-    # of a stream, whose length is not known, there is no bar
+    # a stream has no known length, and so no bar
     examples = table["examples"].fillna(0).astype(int)
     if len(table) <= MAX_BARS:
         axes.barh(range(len(table)), examples)
@@ -174,7 +174,7 @@ def _draw_heat_map(axes: Axes, labels: pd.DataFrame) -> None:
     from matplotlib.ticker import LogLocator
 
     counts = np.ma.masked_equal(labels.to_numpy(), 0)
-    # a logarithm, since one client with much of a label would make all others look the same
+    # logarithmic, since one client with many examples of a label would make all others look the same
     norm = LogNorm(1, max(2, counts.max()))
     image = axes.imshow(counts, aspect="auto", cmap="viridis_r", norm=norm, interpolation="nearest")
     axes.set(xlabel="label", ylabel="client")

@@ -1,7 +1,7 @@
 """
 Partitions that are objects: anything with the interface of flwr-datasets' `Partitioner`.
 
-The interface is told by its attributes, so flwr-datasets need not be installed.
+The interface is recognized by its attributes, so flwr-datasets need not be installed.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ _TOKENS = ("hub_token", "push_to_hub_token")
 
 
 class Partitioner(Protocol):
-    """What an object needs to be a partition."""
+    """The interface of an object that splits a data set."""
 
     dataset: Dataset
 
     @property
     def num_partitions(self) -> int:
-        """The number of partitions. It may be asked for only after `dataset` has been set."""
+        """The number of partitions. It may be read only after `dataset` has been set."""
 
     def load_partition(self, partition_id: int) -> Dataset:
-        """The partition with a number, from 0."""
+        """Return one partition, counted from 0."""
 
 
 def is_partitioner(value: Any) -> bool:
@@ -39,7 +39,7 @@ def is_partitioner(value: Any) -> bool:
     Returns:
         `bool`: Whether it is an object with the interface of flwr-datasets' `Partitioner`.
     """
-    # static, since flwr-datasets' properties raise until there is a data set
+    # a static lookup, since properties of flwr-datasets raise until there is a data set
     return not isinstance(value, type) and all(
         inspect.getattr_static(value, name, None) is not None for name in ("load_partition", "num_partitions")
     )
@@ -50,14 +50,14 @@ def load_partitions(partitioner: Partitioner, dataset: Dataset) -> list[Dataset]
     Split a data set.
 
     Args:
-        partitioner ([`Partitioner`]): The object that splits. It keeps the data set, as flwr-datasets' do.
+        partitioner ([`Partitioner`]): The partitioner. It keeps the data set, as those of flwr-datasets do.
         dataset (`Dataset`): The data set.
 
     Returns:
         `list[Dataset]`: Its partitions.
 
     Raises:
-        ValueError: if the partitioner has another data set already, or gives a partition without examples.
+        ValueError: if the partitioner already has another data set, or returns a partition without examples.
     """
     name = type(partitioner).__name__
     assigned = getattr(partitioner, "dataset", None)
@@ -80,10 +80,10 @@ def load_partitions(partitioner: Partitioner, dataset: Dataset) -> list[Dataset]
 
 class PartitionerArgumentMixin:
     """
-    Arguments whose `partition` can be an object. It has the training data, so what is written of the arguments (as a
-    dict, as JSON, as `training_args.bin`, or printed) has the name of its class instead, and no secrets: neither the seed of
-    the noise of `privacy` nor tokens of the Hub. Copies have the object itself and the secrets, and so have the processes
-    that Python starts with them.
+    Arguments whose `partition` can be an object. Since it holds the training data, arguments that are saved or printed
+    (as a dict, as JSON, as `training_args.bin`, or as text) contain the name of its class instead. They also contain
+    no secrets: neither the noise seed of `privacy` nor tokens of the Hub. Copies keep the object itself and the
+    secrets, and so do arguments that are passed to a process that Python spawns.
     """
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """
-Clients whose data a trainer prepares: those of TRL tokenise, truncate, pack, or take the log-probabilities of a reference.
+Clients whose data is prepared by a trainer. The trainers of TRL tokenize, truncate and pack data, or compute the
+log-probabilities of a reference model.
 
-A trainer does that once, to one training set. Here it is done to the data of each client, after the split: the preparation
-drops the columns that a split may go by, and packing would put examples of several clients into one. It is done when a
-client takes part for the first time, since of many clients few train in a round.
+Those trainers do this once, for one training set. Here it is done for each client after the split, because the
+preparation drops columns that the split may depend on, and packing would mix examples of several clients. A client's
+data is prepared when the client takes part for the first time, since only some of the clients train in each round.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ Preparation = Callable[[Dataset], Dataset]
 
 class PreparedClients(KeptParts):
     """
-    The data sets of clients, each prepared when it is asked for.
+    The data sets of clients, each prepared on first access.
 
     Args:
         clients (`Mapping[str, Dataset]`): Client names to data sets.
-        preparations (`list[Callable[[Dataset], Dataset]]`): What is done to each of them, in turn.
+        preparations (`list[Callable[[Dataset], Dataset]]`): The functions that are applied to each of them, in order.
     """
 
     def __init__(self, clients: Mapping[str, Dataset], preparations: list[Preparation]):
@@ -62,18 +63,18 @@ def given_clients(clients: Mapping[str, Dataset]) -> Mapping[str, Dataset]:
         clients (`Mapping[str, Dataset]`): The data sets of clients, as a trainer has them.
 
     Returns:
-        `Mapping[str, Dataset]`: The data sets as they were given, before the trainer prepares them.
+        `Mapping[str, Dataset]`: The original data sets, before the trainer prepares them.
     """
     return clients.given if isinstance(clients, PreparedClients) else clients
 
 
 class PreparationMixin:
     """
-    Lets a trainer that prepares its training set prepare that of each client instead. It does so for what the trainer
-    prepares by its methods `_prepare_dataset` and `_precompute_ref_logps`, as those of TRL do.
+    Lets a trainer that prepares its training set prepare the data of each client instead. This covers the methods
+    `_prepare_dataset` and `_precompute_ref_logps`, which the trainers of TRL have.
     """
 
-    # the training and the evaluation set that the parent was given, while it is set up
+    # the training and evaluation sets passed to the parent, while it is initialized
     _handed_dataset: Dataset | None = None
     _handed_eval_dataset: Dataset | None = None
     _preparations: list[Preparation] = []
@@ -101,7 +102,7 @@ class PreparationMixin:
         return prepared
 
     def _in_evaluation_mode(self, compute: Callable[..., Dataset], *args, **kwargs) -> Dataset:
-        # as when the trainer is set up; between clients the model is in training mode
+        # as during the initialization of the trainer; between clients the model is in training mode
         training = self.model.training
         self.model.eval()
         try:
@@ -110,7 +111,7 @@ class PreparationMixin:
             self.model.train(training)
 
     def _prepared(self, clients: Mapping[str, Dataset]) -> Mapping[str, Dataset]:
-        """The clients, as the parent prepares them. The first is prepared at once, so that errors come early."""
+        """The clients' data, prepared as by the parent. The first is prepared at once, so that errors come early."""
         if not self._preparations:
             return clients
         clients = PreparedClients(clients, self._preparations)
@@ -118,7 +119,7 @@ class PreparationMixin:
         return clients
 
     def _prepared_for_evaluation(self, datasets: Mapping[str, Dataset]) -> Mapping[str, Dataset]:
-        """What clients are evaluated on, as the parent prepares its evaluation set."""
+        """The clients' evaluation data, prepared as the parent prepares its evaluation set."""
         preparations = self._eval_preparations or self._preparations
         return PreparedClients(datasets, preparations) if preparations else datasets
 
@@ -135,19 +136,22 @@ def _no_progress_bars() -> Iterator[None]:
 
 
 def one_dataset(given: Dataset | Mapping[str, Dataset]) -> Dataset:
-    """What the trainer below takes for its training set: of a kind that it knows, and no other data set of its own."""
+    """
+    The data set to pass to the trainer below as its training set. It is of a type that the trainer knows, and a copy,
+    so that it can be told apart from other data sets.
+    """
     first = next(iter(given.values())) if isinstance(given, Mapping) else given
     return copy.copy(first) if isinstance(first, (datasets.Dataset, datasets.IterableDataset)) else first
 
 
 def by_name(trainer_class: type, mixin: type, positional: tuple) -> dict[str, Any]:
-    """What the trainer below a mixin is given by position, by its names."""
+    """The positional arguments of the trainer below a mixin, by name."""
     below = trainer_class.__mro__[trainer_class.__mro__.index(mixin) + 1 :]
     names: list[str] = []
     for cls in [cls for cls in below if "__init__" in vars(cls)]:
         _, *parameters = inspect.signature(cls.__init__).parameters.values()
         names += [p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD and p.name not in names]
-        if not any(p.kind == p.VAR_POSITIONAL for p in parameters):  # else it passes the others on
+        if not any(p.kind == p.VAR_POSITIONAL for p in parameters):  # otherwise it passes the others on
             break
     if len(positional) > len(names):
         raise TypeError(f"{trainer_class.__name__} takes {len(names)} arguments by position, got {len(positional)}.")

@@ -1,1 +1,1 @@
-"""What people look at: callbacks, logs, tables, plots, and what a card says of a federation."""
+"""Records of a federation: callbacks, logs, tables, plots, and its description in the model card."""

@@ -12,8 +12,8 @@ from transformers.trainer_callback import CallbackHandler
 from transformers.utils import is_in_notebook
 
 
-# Of a client's local training only these events reach the callbacks; the others belong to the federation as a whole, so
-# that a logger opens once and logs once a round.
+# Only these events of a client's local training reach the callbacks. The others belong to the federation as a whole,
+# so that a logger starts once and logs once per round.
 LOCAL_EVENTS = frozenset(
     {
         "on_epoch_begin",
@@ -29,20 +29,20 @@ LOCAL_EVENTS = frozenset(
 
 class FederatedCallback(TrainerCallback):
     """
-    A [`~transformers.TrainerCallback`] that is told of rounds and clients, too. The events of epochs and steps come from
-    the clients' local training; all others are those of the federation, whose steps are rounds.
+    A [`~transformers.TrainerCallback`] with additional events for rounds and clients. The events of epochs and steps
+    come from the clients' local training. All other events are those of the federation, whose steps are rounds.
     """
 
     def on_round_begin(self, args, state, control, clients: list[str], **kwargs):
         """Called at the beginning of a round, with the names of its clients."""
 
     def on_client_end(self, args, state, control, client: str, failure: str | None = None, **kwargs):
-        """Called when a client has trained, with its name, or has failed, with the reason."""
+        """Called when a client has trained or failed, with its name and the reason of the failure, if any."""
 
     def on_client_evaluate(
         self, args, state, control, client: str, metrics: dict[str, float], num_clients: int, **kwargs
     ):
-        """Called when one of so many clients has been evaluated, with its name and its metrics."""
+        """Called when a client has been evaluated, with its name, its metrics and the total number of clients."""
 
     def on_round_end(self, args, state, control, record: dict[str, Any], **kwargs):
         """Called at the end of a round, with its record in the history."""
@@ -50,13 +50,13 @@ class FederatedCallback(TrainerCallback):
 
 def call_federated_event(handler: CallbackHandler, event: str, args, state, control, **kwargs) -> None:
     """
-    Tell the callbacks that know of it of an event of the federation.
+    Call an event of the federation on the callbacks that implement it.
 
     Args:
         handler ([`~transformers.trainer_callback.CallbackHandler`]): The handler of the trainer.
         event (`str`): The name of a method of [`FederatedCallback`].
         args, state, control: As for every callback.
-        **kwargs: What the event tells.
+        **kwargs: The arguments of the event.
     """
     for callback in handler.callbacks:
         if hasattr(callback, event):
@@ -74,7 +74,7 @@ class LocalCallbackHandler(CallbackHandler):
             *callbacks ([`~transformers.TrainerCallback`]): Callbacks of the client.
 
         Returns:
-            [`LocalCallbackHandler`]: One with the callbacks of both.
+            [`LocalCallbackHandler`]: A handler with the callbacks of both.
         """
         own = [callback for callback in handler.callbacks if not _is_bar_over_steps(callback)]
         return cls([*own, *callbacks], handler.model, handler.processing_class, None, None)
@@ -86,19 +86,20 @@ class LocalCallbackHandler(CallbackHandler):
 
 
 def _is_bar_over_steps(callback: TrainerCallback) -> bool:
-    """Whether a callback draws a bar over the steps of a run, which it has not been told the begin of."""
+    """Whether a callback shows a progress bar over steps. It would not have received the event that begins the run."""
     bars = (ProgressCallback, trainer_module.DEFAULT_PROGRESS_CALLBACK)
     return isinstance(callback, bars) and not isinstance(callback, FederatedCallback)
 
 
 class FederatedProgressCallback(ProgressCallback, FederatedCallback):
     """
-    A progress bar over rounds, with the time left and the last figures beside it, and below it one over the clients of the
-    round, or over batches or clients while they are evaluated. Where nobody watches, as in a log file, there is the bar
-    over rounds only, and it is written again every [`FederatedProgressCallback.LOG_SECONDS`] at most.
+    A progress bar over rounds, with the remaining time and the latest metrics. Below it is a second bar over the
+    clients of the round, or over batches or clients during an evaluation. If the output is not interactive, such as a
+    log file, only the bar over rounds is shown, and it is updated at most every
+    [`FederatedProgressCallback.LOG_SECONDS`] seconds.
     """
 
-    # shown beside the bar, if they are in the record
+    # shown next to the bar if they are in the record
     SHOWN = ("train_loss", "eval_loss", "eval_accuracy")
     LOG_SECONDS = 30
 
@@ -148,7 +149,7 @@ class FederatedProgressCallback(ProgressCallback, FederatedCallback):
             self.training_bar.update(1)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        # the bar shows the record of a round; anything else is shown as Trainer does
+        # the bar shows the record of a round; everything else is shown as in Trainer
         if logs is not None and "round" not in logs:
             super().on_log(args, state, control, logs=logs, **kwargs)
 
@@ -158,7 +159,7 @@ class FederatedProgressCallback(ProgressCallback, FederatedCallback):
             super().on_train_end(args, state, control, **kwargs)
 
     def _open_client_bar(self, state, description: str, total: int) -> None:
-        self._close_client_bar()  # of an attempt at the round that failed
+        self._close_client_bar()  # it may be left over from a failed attempt at the round
         if state.is_world_process_zero and self.is_watched:
             self.client_bar = tqdm(total=total, desc=description, unit="client", leave=False, dynamic_ncols=True)
 

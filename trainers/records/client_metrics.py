@@ -1,4 +1,4 @@
-"""Figures of a federation's fairness: what the metrics of all clients say of those that are served worst."""
+"""Fairness of a federation: statistics of a metric over the clients, in particular over the worst ones."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ import numpy as np
 import pandas as pd
 
 
-# of the metrics that Trainer adds to what is computed: they tell of the machine, not of the model
+# suffixes of the metrics that Trainer adds: they describe the machine, not the model
 TIMED = ("_runtime", "_per_second", "_preparation_time")
 
 
 def client_statistics(values: Iterable[float], greater_is_better: bool = True) -> dict[str, float]:
     """
-    Sum up one metric of several clients. Every client counts once, whatever the number of its examples.
+    Summarize one metric of several clients. Every client counts once, regardless of the number of its examples.
 
-    The figures are those of [Li et al., 2020](https://huggingface.co/papers/1905.10497), with the standard deviation in
-    the place of the variance, so that the spread has the unit of the metric.
+    The statistics are those of [Li et al., 2020](https://huggingface.co/papers/1905.10497), with the standard
+    deviation instead of the variance, so that the spread has the unit of the metric.
 
     Args:
         values (`Iterable[float]`): The metric of each client.
-        greater_is_better (`bool`, *optional*, defaults to `True`): Whether a client with a greater value is better off.
+        greater_is_better (`bool`, *optional*, defaults to `True`): Whether greater values are better.
 
     Returns:
-        `dict[str, float]`: The `mean`; `worst_decile`, the mean over the worst `ceil(C / 10)` of C clients, and so over
-        the worst one of up to 10; the `spread`, which is the standard deviation over the clients (divided by C); the
-        `worst` and the `best` value. All are NaN if one of the values is.
+        `dict[str, float]`: The `mean`; `worst_decile`, the mean over the worst `ceil(C / 10)` of C clients, which is
+        the single worst one for up to 10 clients; the `spread`, which is the standard deviation over the clients
+        (divided by C); the `worst` and the `best` value. All are NaN if one of the values is.
 
     Raises:
         ValueError: if there are no values.
     """
     values = np.asarray(list(values), dtype=float)  # [C]
     if not len(values):
-        raise ValueError("There are no clients to sum up: give the metric of one client or more.")
+        raise ValueError("There are no clients to summarize: give the metric of at least one client.")
     if np.isnan(values).any():
         return dict.fromkeys(("mean", "worst_decile", "spread", "worst", "best"), math.nan)
     worst_first = np.sort(values) if greater_is_better else np.sort(values)[::-1]
@@ -49,17 +49,18 @@ def client_statistics(values: Iterable[float], greater_is_better: bool = True) -
 
 def summarize_clients(table: pd.DataFrame, prefix: str = "eval_clients") -> dict[str, float]:
     """
-    Sum up all metrics of several clients, for the record of a round.
+    Summarize all metrics of several clients, for the record of a round.
 
     Args:
         table (`pandas.DataFrame`):
-            A row for each client and a column for each metric, as [`FederatedTrainer.evaluate_clients`] gives it. Of a
-            metric whose name ends in `loss`, less is better, as for `metric_for_best_model` of
+            A row for each client and a column for each metric, as returned by [`FederatedTrainer.evaluate_clients`].
+            For metrics whose name ends in `loss`, smaller values are better, as for `metric_for_best_model` of
             [`~transformers.TrainingArguments`].
-        prefix (`str`, *optional*, defaults to `"eval_clients"`): What the names begin with.
+        prefix (`str`, *optional*, defaults to `"eval_clients"`): The prefix of the names.
 
     Returns:
-        `dict[str, float]`: The figures of [`client_statistics`] by names such as `eval_clients_worst_decile_accuracy`.
+        `dict[str, float]`: The statistics of [`client_statistics`], by names such as
+        `eval_clients_worst_decile_accuracy`.
     """
     return {
         f"{prefix}_{statistic}_{metric}": value

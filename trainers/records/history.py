@@ -1,4 +1,4 @@
-"""The record of a federation, written while it runs: one JSON object a round in a file, a table, and pictures."""
+"""The record of a federation: a file with one JSON object per round, written during the run, and a table."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
 class HistoryFileCallback(FederatedCallback):
     """
-    Writes `rounds.jsonl` into the output folder: a line when a round ends. A run that begins writes the file anew, with
-    the rounds of the checkpoint that it goes on from, so that what a killed run wrote after it is not counted twice.
+    Writes `rounds.jsonl` into the output folder, one line at the end of each round. A new run rewrites the file with
+    the rounds of the checkpoint that it resumes from, so that rounds that a killed run wrote after it are not counted
+    twice.
     """
 
     def __init__(self):
@@ -41,21 +42,22 @@ class HistoryFileCallback(FederatedCallback):
 
 def history_table(history: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """
-    Make a table of the rounds.
+    Create a table of the rounds.
 
     Args:
         history (`Sequence[Mapping[str, Any]]`): The records, as in `trainer.state.log_history`.
 
     Returns:
-        `pandas.DataFrame`: A row for each round, with the numbers of `clients` whose updates were merged, of those that
-        `failed` and of `examples`, `train_loss`, the metrics of evaluations, the megabytes (10^6 bytes) of the round that
-        were `uploaded_MB` and `downloaded_MB` by all clients, and `seconds`. What a round does not have is NaN.
+        `pandas.DataFrame`: A row for each round, with the number of `clients` whose updates were merged, of clients
+        that `failed` and of `examples`; `train_loss`, the metrics of evaluations, the megabytes (10^6 bytes) that all
+        clients sent (`uploaded_MB`) and received (`downloaded_MB`) in the round, and `seconds`. Missing values are
+        NaN.
     """
     rows = {}
     for record in history:
         if "round" not in record:
             continue
-        trained = "clients" in record or "num_clients" in record  # the former is not in what is shared of private runs
+        trained = "clients" in record or "num_clients" in record  # shared records of private runs lack the former
         rows[record["round"]] = {
             "clients": record.get("num_clients", len(record.get("clients", ()))),
             "failed": len(record.get("failed_clients", ())),
@@ -70,6 +72,6 @@ def history_table(history: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     counts = ["clients", "failed", "examples"]
     if table.empty:
         return table
-    last = ["uploaded_MB", "downloaded_MB", "seconds"]  # also after metrics that only later rounds have
+    last = ["uploaded_MB", "downloaded_MB", "seconds"]  # after all metrics, even those that only later rounds have
     table = table[[name for name in table.columns if name not in last] + last].astype(float)
     return table.astype(dict.fromkeys(counts, int))

@@ -1,4 +1,4 @@
-"""Pictures of the record of a federation."""
+"""Plots of the record of a federation."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ if TYPE_CHECKING:
 
 
 BLUE, ORANGE, GREY = "#1f6fb4", "#d9660a", "#8a8a8a"
-# who took part: nothing, trained, failed
+# participation of a client in a round; 0 means none
 TRAINED, FAILED = 1, 2
-# up to here the points of a curve are marked
+# curves with at most this many points get markers
 MAX_MARKED_ROUNDS = 30
 
 
 def head_norms(model: nn.Module) -> pd.DataFrame | None:
     """
-    Measure what each head of a Ravan adapter adds to each target.
+    Measure the contribution of each head of a Ravan adapter to each target.
 
-    After a merge every scaling is 1, and a head's share of it is in H: so only the product s*H says how much a head does.
+    A merge sets every scaling to 1 and moves its value into H, so only the product s*H measures the size of a head.
     With orthonormal bases (`init_bases="gram_schmidt"`) its Frobenius norm is that of the head's weight update.
 
     Args:
         model (`torch.nn.Module`): The model.
 
     Returns:
-        `pandas.DataFrame`: A row for each target, a column for each head from 1, and the Frobenius norm of s*H; NaN where
-        a target has fewer heads. `None` if the adapter has no heads.
+        `pandas.DataFrame`: The Frobenius norm of s*H, with a row for each target and a column for each head, counted
+        from 1. NaN where a target has fewer heads. `None` if the adapter has no heads.
     """
     if not isinstance(model, PeftModel) or len(model.active_adapters) != 1:
         return None
@@ -62,13 +62,13 @@ def head_norms(model: nn.Module) -> pd.DataFrame | None:
 @dataclass(frozen=True)
 class Curves:
     """
-    What is drawn of a history.
+    The data of the curves of a history.
 
     Args:
         rounds (`np.ndarray`): The numbers of the rounds, `[rounds]`.
-        megabytes (`np.ndarray`): What all clients have uploaded up to the end of each, in 10^6 bytes, `[rounds]`.
-        records (`pandas.DataFrame`): A row for each of them, with the names of the records as columns.
-        metric (`str`, *optional*): The metric, without `eval_`.
+        megabytes (`np.ndarray`): The uploads of all clients up to the end of each round, in 10^6 bytes, `[rounds]`.
+        records (`pandas.DataFrame`): A row for each round, with the names in the records as columns.
+        metric (`str`, *optional*): The name of the metric, without `eval_`.
     """
 
     rounds: np.ndarray
@@ -92,10 +92,10 @@ class Curves:
         return cls(records["round"].to_numpy(), uploaded.cumsum().to_numpy() / 1e6, records, metric)
 
     def of_name(self, name: str, over: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The points of one entry of the records, without rounds that do not have it."""
+        """The points of one entry of the records, without the rounds that lack it."""
         if name not in self.records:
             return np.empty(0), np.empty(0)
-        # a record from a file may have anything there
+        # records from a file may contain anything
         values = np.array([as_number(value) for value in self.records[name]], dtype=float)
         there = np.isfinite(values)
         return over[there], values[there]
@@ -108,11 +108,11 @@ def plot_public_history(
     head_norms: pd.DataFrame | None = None,
 ) -> None:
     """
-    Draw what everybody may see of a federation, for the Hub; nothing without rounds or matplotlib.
+    Plot the public part of a federation's record, for the Hub. Without rounds or matplotlib, nothing is plotted.
 
     Args:
-        history (`Sequence[Mapping[str, Any]]`): The records, of which those of [`public_history`] are drawn.
-        path (`str` or `os.PathLike`): Where to save the picture.
+        history (`Sequence[Mapping[str, Any]]`): The records. Only their [`public_history`] is plotted.
+        path (`str` or `os.PathLike`): Where to save the plot.
         metric (`str`, *optional*): As for [`plot_history`].
         head_norms (`pandas.DataFrame`, *optional*): As for [`plot_history`].
     """
@@ -133,30 +133,30 @@ def plot_history(
     head_norms: pd.DataFrame | None = None,
 ) -> Figure:
     """
-    Draw the record of a federation: the metric and the loss over rounds and over the megabytes that all clients have
-    uploaded, who took part in which round, and how large the heads are.
+    Plot the record of a federation: the metric and the loss over rounds and over the megabytes that all clients have
+    uploaded, the participation of clients in each round, and the sizes of the heads.
 
-    Where the history has figures of the clients (`eval_clients=True`), the metric has their mean, their worst decile, and
-    a band from the worst client to the best.
+    If the history has evaluations of the clients (`eval_clients=True`), the plot of the metric also shows their mean,
+    their worst decile, and a band from the worst client to the best.
 
     Args:
         history (`Sequence[Mapping[str, Any]]`):
             The records, as in `trainer.state.log_history` or from [`read_history`].
         path (`str` or `os.PathLike`, *optional*):
-            Where to save the picture; its ending tells the format.
+            Where to save the plot. The file extension determines the format.
         metric (`str`, *optional*):
             The metric, such as `"accuracy"`. By default the first one in the history that is not a loss.
         clients (`Sequence[str]`, *optional*):
-            The names of all clients. By default those that are in the history, by name.
+            The names of all clients. By default those in the history, sorted.
         head_norms (`pandas.DataFrame`, *optional*):
-            A row for each target and a column for each head, as [`head_norms`] gives them.
+            A row for each target and a column for each head, as returned by [`head_norms`].
 
     Returns:
-        `matplotlib.figure.Figure`: The picture.
+        `matplotlib.figure.Figure`: The plot.
 
     Raises:
         ImportError: if matplotlib is not installed.
-        ValueError: if the history has no round, or not that metric.
+        ValueError: if the history has no round or does not contain the metric.
     """
     curves = Curves.of(history, metric)
     participation = participation_of(history, clients)
@@ -167,7 +167,7 @@ def plot_history(
         sections.append((_height_of(head_norms), lambda part: _draw_heads(part.subplots(), head_norms)))
     heights = [height for height, _ in sections]
     figure = make_figure(10, sum(heights))
-    # each part with margins of its own, or the long names of targets would squeeze the curves
+    # each part has its own margins, since the long names of targets would otherwise squeeze the curves
     parts = figure.subfigures(len(sections), 1, height_ratios=heights, squeeze=False)[:, 0]
     for part, (_, draw) in zip(parts, sections, strict=True):
         draw(part)
@@ -177,7 +177,7 @@ def plot_history(
 
 
 def _height_of(table: pd.DataFrame) -> float:
-    """In inches: room for the names of the rows, of which at most some are written."""
+    """The height in inches, with room for the names of the rows. At most `MAX_NAMES` of them are shown."""
     return 1.4 + 0.15 * min(max(len(table), 4), MAX_NAMES)
 
 
@@ -227,7 +227,7 @@ def _draw_loss(axes: Axes, curves: Curves, over: np.ndarray) -> None:
 
 
 def participation_of(history: Sequence[Mapping[str, Any]], clients: Sequence[str] | None) -> pd.DataFrame:
-    """Who took part: a row for each client, a column for each round."""
+    """The participation of clients: a row for each client, a column for each round."""
     records = {record["round"]: record for record in history if "clients" in record}
     failed = {number: [f["client"] for f in record.get("failed_clients", ())] for number, record in records.items()}
     if clients is None:
@@ -235,7 +235,7 @@ def participation_of(history: Sequence[Mapping[str, Any]], clients: Sequence[str
     positions = {client: position for position, client in enumerate(clients)}
     cells = np.zeros((len(positions), len(records)), dtype=int)
     for column, (number, record) in enumerate(records.items()):
-        # who failed at first and took part in a later attempt has taken part
+        # a client that failed at first and trained in a later attempt counts as trained
         cells[[positions[client] for client in failed[number]], column] = FAILED
         cells[[positions[client] for client in record["clients"]], column] = TRAINED
     return pd.DataFrame(cells, index=list(clients), columns=list(records))
@@ -272,7 +272,7 @@ def _draw_participation(axes: Axes, participation: pd.DataFrame) -> None:
     axes.set_title("Participation", loc="left", fontsize=10)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     name_ticks(axes.yaxis, participation.index)
-    if max(participation.shape) <= MAX_NAMES:  # else lines would hide the cells
+    if max(participation.shape) <= MAX_NAMES:  # otherwise lines would hide the cells
         axes.set_xticks(np.linspace(first - 0.5, last + 0.5, len(participation.columns) + 1)[1:-1], minor=True)
         axes.set_yticks(np.arange(rows - 1) + 0.5, minor=True)
         axes.grid(which="minor", color="white", linewidth=1)

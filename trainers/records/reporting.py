@@ -1,4 +1,4 @@
-"""What a run tells of itself to people who did not see it."""
+"""The description of a run for its model card."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ def federation_record(
     federation: Federation, log_history: Sequence[Mapping[str, Any]], best_round: int | None = None
 ) -> FederationRecord | None:
     """
-    Sum up a federation for the adapter's card.
+    Summarize a federation for the adapter's card.
 
     Args:
-        federation ([`Federation`]): What it is made with.
-        log_history (`Sequence[Mapping[str, Any]]`): What was logged.
-        best_round (`int`, *optional*): The round that the adapter is of, if it is not the last one.
+        federation ([`Federation`]): The federation.
+        log_history (`Sequence[Mapping[str, Any]]`): The logged records.
+        best_round (`int`, *optional*): The round that the adapter is from, if that is not the last one.
 
     Returns:
-        [`~peft_ravan.sharing.federation_record.FederationRecord`]: The facts and the rounds, or `None` if no round has been run.
+        [`~peft_ravan.sharing.federation_record.FederationRecord`]: The facts and the rounds, or `None` if no round has
+        been run.
     """
     history = [record for record in log_history if record.get("round")]
     if not history:
@@ -93,7 +94,7 @@ def _seeds(federation: Federation) -> dict[str, int]:
 
 
 def _is_secret(federation: Federation) -> bool:
-    """Whether the guarantee needs that nobody can work out who took part."""
+    """Whether the privacy guarantee requires that nobody can find out who took part."""
     privacy = federation.server.privacy
     return privacy is not None and privacy.privacy.secret_sampling
 

@@ -1,4 +1,4 @@
-"""What a federation shows of itself: one log record a round, tables and plots."""
+"""Reports of a federation: one log record per round, evaluations of the clients, tables and plots."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 class ReportsMixin:
     """
-    Lets a [`~transformers.Trainer`] log one record a round, whatever it logs while it evaluates, tell callbacks of rounds
-    and clients, evaluate each client, and show what has happened and which client has what.
+    Lets a [`~transformers.Trainer`] log a single record per round that includes what is logged during evaluation, call
+    the callbacks for rounds and clients, evaluate each client, and show the history and the clients' data.
     """
 
     last_client_metrics: pd.DataFrame | None = None
@@ -36,9 +36,9 @@ class ReportsMixin:
     _log_sink: dict[str, Any] | None = None  # set while logs belong to a round's record
 
     def _evaluate_quietly(self, ignore_keys: list[str] | None) -> dict[str, float]:
-        """Evaluate without a log record of its own: the metrics become part of the record of the round."""
+        """Evaluate without logging a separate record: the metrics become part of the record of the round."""
         self._log_sink = {}
-        # where processes have trained alone, each evaluates all, as one would: the figures and the callbacks are those of one
+        # if processes train on their own, each evaluates everything, so metrics and callbacks match a single process
         try:
             with self._runner.alone():
                 self.evaluate(ignore_keys=ignore_keys)
@@ -53,8 +53,8 @@ class ReportsMixin:
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         """
-        Log a record. While a client trains or a round is evaluated, what is logged goes into the record of the round, or
-        nowhere.
+        Log a record. While a client trains or a round is evaluated, logged values become part of the record of the
+        round or are dropped.
 
         Args:
             logs (`dict[str, Any]`): The record.
@@ -63,20 +63,20 @@ class ReportsMixin:
         if self._log_sink is not None:
             self._log_sink.update(self._logged_aside(logs, start_time))
             return
-        # the loggers of report_to take numbers only; the history has the names, too
+        # the loggers of report_to accept only numbers; the history also has the names
         names = {key: value for key, value in logs.items() if isinstance(value, list)}
         is_round = "round" in logs and "train_loss" in logs
         if is_round:
-            # as Trainer calls that of a step: `train_loss` is to W&B and trackio that of a finished run, without a step
+            # named as Trainer names that of a step: W&B and trackio take `train_loss` for that of a finished run
             names["train_loss"], logs = logs["train_loss"], {**logs, "loss": logs["train_loss"]}
-        # the same dict, if it can be: what the trainer below adds to it is part of what `evaluate` returns
+        # pass the same dict if possible: what the trainer below adds to it is part of what `evaluate` returns
         super().log({k: v for k, v in logs.items() if k not in names} if names else logs, start_time)
         self.state.log_history[-1].update(names)
         if is_round:
             del self.state.log_history[-1]["loss"]
 
     def _logged_aside(self, logs: dict[str, Any], start_time: float | None) -> dict[str, Any]:
-        """Let the trainer below complete a record, such as with metrics of its own, which goes nowhere else."""
+        """Let the trainer below complete a record, for example with its own metrics, without logging it."""
         handler, history = self.callback_handler, self.state.log_history
         self.callback_handler, self.state.log_history = LocalCallbackHandler.of(handler), []
         try:
@@ -95,28 +95,29 @@ class ReportsMixin:
         personalization_steps: int | None = None,
     ) -> pd.DataFrame:
         """
-        Evaluate each client on its own data, with its own personal parts, if it has any (`args.local_parameters`), those
-        of its last round. A client that has not taken part yet has those that every client starts with.
+        Evaluate each client on its own data and with its own personal parts, if there are any
+        (`args.local_parameters`). These are from its last round, or the initial ones if it has not taken part yet.
 
-        Nothing of the run changes: neither the adapter and the random state, nor what clients keep. The callbacks are
-        told by `on_client_evaluate` only.
+        The evaluation does not affect the run: the adapter, the random state and the states that clients keep do not
+        change. `on_client_evaluate` is the only event that is sent to the callbacks.
 
         Args:
             client_eval_dataset (`Dataset` or `Mapping[str, Dataset]`, *optional*):
-                Client names to data sets, or one data set that is split as the training data of the clients is, see
+                Client names to data sets, or one data set that is split like the training data of the clients, see
                 [`make_client_eval_datasets`]. By default that of the trainer, or its `eval_dataset`.
             ignore_keys (`list[str]`, *optional*):
                 As for [`~transformers.Trainer.evaluate`].
             personalization_steps (`int`, *optional*):
-                For how many steps each client trains the adapter on its training data before it is evaluated, at the
-                learning rate of `args` and with the heads it can afford. By default `args.personalization_steps`.
+                The number of steps that each client trains the adapter on its training data before it is evaluated,
+                with the learning rate of `args` and the heads in its budget. By default `args.personalization_steps`.
 
         Returns:
-            `pandas.DataFrame`: A row for each client, with the number of `examples` and a column for each metric: `loss`,
-            and what `compute_metrics` gives. It is kept as `last_client_metrics`; [`summarize_clients`] sums it up.
+            `pandas.DataFrame`: A row for each client, with the number of `examples` and a column for each metric:
+            `loss` and those of `compute_metrics`. It is kept as `last_client_metrics` and can be summarized with
+            [`summarize_clients`].
 
         Raises:
-            ValueError: if there is no data to evaluate clients on.
+            ValueError: if there is no data to evaluate the clients on.
         """
         datasets = self._datasets_to_evaluate(client_eval_dataset)
         steps = self.args.personalization_steps if personalization_steps is None else personalization_steps
@@ -151,7 +152,7 @@ class ReportsMixin:
                 make_client_eval_datasets(given, self.clients, self.args.partition_settings)
             )
         if self._client_eval_datasets is None:
-            # as it was given: a preparation drops columns that the split may go by, and may pack clients together
+            # the original data: a preparation drops columns that the split may need, and may pack clients together
             own = self._given_eval_dataset if self._eval_preparations else self.eval_dataset
             dataset = own if self.client_eval_dataset is None else self.client_eval_dataset
             if dataset is None or (self.client_eval_dataset is None and isinstance(dataset, Mapping)):
@@ -164,7 +165,7 @@ class ReportsMixin:
         return self._client_eval_datasets
 
     def _round_of_the_model(self) -> int:
-        """The round that the adapter in the model is from."""
+        """The round that produced the adapter in the model."""
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint and not self.is_in_train:
             return self.state.best_global_step
         return self.state.global_step
@@ -173,7 +174,7 @@ class ReportsMixin:
 
     def history_table(self) -> pd.DataFrame:
         """
-        Make a table of the rounds so far.
+        Create a table of the rounds so far.
 
         Returns:
             `pandas.DataFrame`: The table, see [`history_table`].
@@ -182,16 +183,17 @@ class ReportsMixin:
 
     def plot_history(self, path: str | os.PathLike | None = None, metric: str | None = None) -> Figure:
         """
-        Draw the metric and the loss over rounds and over megabytes, who took part, and of a Ravan adapter how large the
-        products s*H of its heads are at each target now.
+        Plot the metric and the loss over rounds and over megabytes, the participation of clients, and, for a Ravan
+        adapter, the current norms of the products s*H of its heads at each target.
 
         Args:
-            path (`str` or `os.PathLike`, *optional*): Where to save the picture; its ending tells the format.
-            metric (`str`, *optional*): The metric to draw, such as `"accuracy"`. By default `metric_for_best_model`, if
-                there is one other than a loss, or else the first one that is not.
+            path (`str` or `os.PathLike`, *optional*): Where to save the plot. The file extension determines the
+                format.
+            metric (`str`, *optional*): The metric to plot, such as `"accuracy"`. By default `metric_for_best_model` if
+                it is set and not a loss, otherwise the first metric that is not a loss.
 
         Returns:
-            `matplotlib.figure.Figure`: The picture, see [`plot_history`].
+            `matplotlib.figure.Figure`: The plot, see [`plot_history`].
         """
         clients = list(self.clients)
         return plot_history(self.state.log_history, path, self._drawn_metric(metric), clients, head_norms(self.model))
@@ -212,7 +214,7 @@ class ReportsMixin:
 
         Args:
             label_column (`str`, *optional*):
-                The column with the labels. By default the one that the data was split by, or else `"label"` or
+                The column with the labels. By default the one that the data was split by, otherwise `"label"` or
                 `"labels"`.
 
         Returns:
@@ -222,14 +224,15 @@ class ReportsMixin:
 
     def plot_partition(self, path: str | os.PathLike | None = None, label_column: str | None = None) -> Figure:
         """
-        Draw the examples of each client by label.
+        Plot the examples of each client by label.
 
         Args:
-            path (`str` or `os.PathLike`, *optional*): Where to save the picture; its ending tells the format.
+            path (`str` or `os.PathLike`, *optional*): Where to save the plot. The file extension determines the
+                format.
             label_column (`str`, *optional*): The column with the labels, as for [`FederatedTrainer.partition_table`].
 
         Returns:
-            `matplotlib.figure.Figure`: The picture, see [`plot_partition`].
+            `matplotlib.figure.Figure`: The plot, see [`plot_partition`].
         """
         return plot_partition(given_clients(self.clients), label_column or self._split_by(), path)
 
