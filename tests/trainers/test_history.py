@@ -17,7 +17,7 @@ from peft_ravan.sharing.federation_record import HISTORY_FILE, history_lines, wr
 from peft_ravan.sharing.plotting import MAX_NAMES
 from peft_ravan.trainers import FederatedTrainer, history_table, plot_history, read_history
 from peft_ravan.trainers.records import callbacks
-from peft_ravan.trainers.records.history_plot import BLUE, FAILED, TRAINED, head_norms, participation_of
+from peft_ravan.trainers.records.history_plot import BLUE, FAILED, TRAINED, core_norms, participation_of
 
 from .helpers import comparable, interrupted, lora, make_trainer, ravan, resumable_trainer
 
@@ -114,7 +114,7 @@ def test_the_picture_shows_what_is_in_the_history(run, tmp_path):
     np.testing.assert_allclose(curve(loss, "training (local, mean of clients)"), history[["round", "train_loss"]][1:])
     [image] = participation.images
     assert image.get_array().tolist() == [[TRAINED] * 3, [FAILED] * 3, [TRAINED] * 3, [TRAINED] * 3]
-    assert heads.images[0].get_array().shape == head_norms(run.model).shape
+    assert heads.images[0].get_array().shape == core_norms(run.model).shape
     assert "MB" in megabytes.get_xlabel() and rounds.lines[0].get_color() == BLUE
 
 
@@ -125,11 +125,11 @@ def test_the_size_of_heads_is_that_of_their_products():
         for layer in layers:
             layer.ravan_H["default"].fill_(1.0)  # [3, 4, 4]
             layer.ravan_s["default"].copy_(torch.tensor([0.0, 1.0, -2.0]))
-    norms = head_norms(trainer_model)
+    norms = core_norms(trainer_model)
     assert norms.shape == (len(layers), 3) and list(norms.columns) == [1, 2, 3]
     assert np.all(norms.to_numpy() == [0.0, 4.0, 8.0])
     assert "bert.encoder.layer.0.attention.self.query" in norms.index
-    assert head_norms(make_trainer("out", lora()).model) is None
+    assert core_norms(make_trainer("out", lora()).model) is None
 
 
 @pytest.mark.parametrize("num_clients, num_rounds", [(3, 2), (20, 20), (200, 200)])

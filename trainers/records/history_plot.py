@@ -32,7 +32,7 @@ TRAINED, FAILED = 1, 2
 MAX_MARKED_ROUNDS = 30
 
 
-def head_norms(model: nn.Module) -> pd.DataFrame | None:
+def core_norms(model: nn.Module) -> pd.DataFrame | None:
     """
     Measure the contribution of each head of a Ravan adapter to each target.
 
@@ -105,7 +105,7 @@ def plot_public_history(
     history: Sequence[Mapping[str, Any]],
     path: str | os.PathLike,
     metric: str | None = None,
-    head_norms: pd.DataFrame | None = None,
+    core_norms: pd.DataFrame | None = None,
 ) -> None:
     """
     Plot the public part of a federation's record, for the Hub. Without rounds or matplotlib, nothing is plotted.
@@ -114,7 +114,7 @@ def plot_public_history(
         history (`Sequence[Mapping[str, Any]]`): The records. Only their [`public_history`] is plotted.
         path (`str` or `os.PathLike`): Where to save the plot.
         metric (`str`, *optional*): As for [`plot_history`].
-        head_norms (`pandas.DataFrame`, *optional*): As for [`plot_history`].
+        core_norms (`pandas.DataFrame`, *optional*): As for [`plot_history`].
     """
     history = public_history(history)
     taking_part = [
@@ -122,7 +122,7 @@ def plot_public_history(
     ]
     with contextlib.suppress(ImportError):
         if history:
-            plot_history(history, path, metric, clients=list(dict.fromkeys(taking_part)), head_norms=head_norms)
+            plot_history(history, path, metric, clients=list(dict.fromkeys(taking_part)), core_norms=core_norms)
 
 
 def plot_history(
@@ -130,7 +130,7 @@ def plot_history(
     path: str | os.PathLike | None = None,
     metric: str | None = None,
     clients: Sequence[str] | None = None,
-    head_norms: pd.DataFrame | None = None,
+    core_norms: pd.DataFrame | None = None,
 ) -> Figure:
     """
     Plot the record of a federation: the metric and the loss over rounds and over the megabytes that all clients have
@@ -148,8 +148,8 @@ def plot_history(
             The metric, such as `"accuracy"`. By default the first one in the history that is not a loss.
         clients (`Sequence[str]`, *optional*):
             The names of all clients. By default those in the history, sorted.
-        head_norms (`pandas.DataFrame`, *optional*):
-            A row for each target and a column for each head, as returned by [`head_norms`].
+        core_norms (`pandas.DataFrame`, *optional*):
+            A row for each target and a column for each head, as returned by [`core_norms`].
 
     Returns:
         `matplotlib.figure.Figure`: The plot.
@@ -163,8 +163,8 @@ def plot_history(
     sections = [] if curves.metric is None else [(2.7, lambda part: _draw_curves(part, curves, _draw_metric))]
     sections.append((2.7, lambda part: _draw_curves(part, curves, _draw_loss)))
     sections.append((_height_of(participation), lambda part: _draw_participation(part.subplots(), participation)))
-    if head_norms is not None:
-        sections.append((_height_of(head_norms), lambda part: _draw_heads(part.subplots(), head_norms)))
+    if core_norms is not None:
+        sections.append((_height_of(core_norms), lambda part: _draw_heads(part.subplots(), core_norms)))
     heights = [height for height, _ in sections]
     figure = make_figure(10, sum(heights))
     # each part has its own margins, since the long names of targets would otherwise squeeze the curves

@@ -17,7 +17,7 @@ from ..data.preparation import given_clients
 from .callbacks import LocalCallbackHandler, call_federated_event
 from .client_metrics import summarize_clients
 from .history import history_table
-from .history_plot import head_norms, plot_history, plot_public_history
+from .history_plot import core_norms, plot_history, plot_public_history
 
 
 if TYPE_CHECKING:
@@ -196,11 +196,11 @@ class ReportsMixin:
             `matplotlib.figure.Figure`: The plot, see [`plot_history`].
         """
         clients = list(self.clients)
-        return plot_history(self.state.log_history, path, self._drawn_metric(metric), clients, head_norms(self.model))
+        return plot_history(self.state.log_history, path, self._drawn_metric(metric), clients, core_norms(self.model))
 
     def _draw_public_history(self, path: str | os.PathLike) -> None:
         Path(path).unlink(missing_ok=True)
-        plot_public_history(self.state.log_history, path, self._drawn_metric(), head_norms(self.model))
+        plot_public_history(self.state.log_history, path, self._drawn_metric(), core_norms(self.model))
 
     def _drawn_metric(self, metric: str | None = None) -> str | None:
         best = (self.args.metric_for_best_model or "loss").removeprefix("eval_")
