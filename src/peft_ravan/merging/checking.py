@@ -236,8 +236,8 @@ class UpdateChecker:
             return shape
         if mask.dtype != torch.bool or mask.shape != (shape[0],):
             raise UpdateError(
-                f"{client}, tensor {name!r}: trained_heads must be a bool tensor of shape ({shape[0]},), one entry a head, "
-                f"got {mask.dtype} of shape {tuple(mask.shape)}."
+                f"{client}, tensor {name!r}: trained_heads must be a bool tensor of shape ({shape[0]},), "
+                f"one entry per head, got {mask.dtype} of shape {tuple(mask.shape)}."
             )
         if not self.method.different_heads and not mask.all():
             raise UpdateError(

@@ -169,4 +169,4 @@ def _check_pattern(pattern: Any, where: str) -> None:
     try:
         re.compile(pattern)
     except (re.error, TypeError) as error:
-        raise UpdateError(f"{where} has {pattern!r}, which is no regular expression ({error}).") from error
+        raise UpdateError(f"{where} has {pattern!r}, which is not a regular expression ({error}).") from error
