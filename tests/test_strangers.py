@@ -230,7 +230,7 @@ def test_tensors(saved, tmp_path_factory, kind, tensor, more, data):
     ("content", "message"),
     [
         ("[]", "federation.json must be a JSON object, got list"),
-        ("{", "federation.json is no JSON: "),
+        ("{", "federation.json is not valid JSON: "),
         ('{"num_clients": "many"}', "federation.json: `num_clients` must be a number of clients or null, got 'many'"),
         ('{"facts": []}', r"federation.json: `facts` must be an object, got \[\]"),
         ('{"best_round": -1}', "federation.json: `best_round` must be the number of a round or null, got -1"),
@@ -246,7 +246,7 @@ def test_malformed_facts_are_named(adapter, content, message):
     ("line", "message"),
     [
         ("5", "rounds.jsonl, line 2 must be a JSON object, got int"),
-        ("{'round': 1}", "rounds.jsonl, line 2 is no JSON"),
+        ("{'round': 1}", "rounds.jsonl, line 2 is not valid JSON"),
         ('{"round": "one"}', "line 2: `round` must be the number of a round, got 'one'"),
         ('{"round": 1, "clients": "north"}', "line 2: `clients` must be a list of names, got 'north'"),
         ('{"round": 1, "failed_clients": ["west"]}', 'line 2: `failed_clients` must be a list of objects .* "client"'),

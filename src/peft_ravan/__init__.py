@@ -1,5 +1,5 @@
 """
-Ravan for PEFT, and merging of adapters: importing this package registers RAVAN with PEFT.
+Ravan for PEFT, and merge methods for adapters. Importing this package registers RAVAN with PEFT.
 """
 
 from .sharing.conversion import to_lora

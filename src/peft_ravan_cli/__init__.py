@@ -1,8 +1,8 @@
 """
 The command line, `peft-ravan`.
 
-It says what can be typed, and tells errors in one line; what the commands do is in `peft_ravan` and
-`peft_ravan.trainers.commands`, which they import when they run. So `--help` does not wait for torch.
+This package defines the commands and their options, and shows errors in one line. The work is done in `peft_ravan` and
+`peft_ravan.trainers.commands`, which are imported only when a command runs, so that `--help` does not wait for torch.
 """
 
 from .app import app, main

@@ -17,7 +17,7 @@ from .errors import DEBUG, CommandGroup, hide_progress_bars
 app = typer.Typer(
     name="peft-ravan",
     cls=CommandGroup,
-    help="Federated fine-tuning with adapters: train, merge, look into them, and share them.",
+    help="Federated fine-tuning with adapters: train, merge, inspect and share them.",
     epilog="Example: peft-ravan merge north south west --method fedrpca --out merged",
     no_args_is_help=True,
     add_completion=False,
@@ -31,13 +31,13 @@ Folder = Annotated[Path, typer.Argument(help="The folder of an adapter.")]
 License = Annotated[str | None, typer.Option(help="The license, by its name on the Hub, such as apache-2.0.")]
 Datasets = Annotated[
     list[str] | None,
-    typer.Option("--dataset", help="A data set on the Hub that it was trained on. Can be given again."),
+    typer.Option("--dataset", help="A dataset on the Hub that it was trained on. Can be given more than once."),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result.")]
 
 
 def main() -> None:
-    """Run the command that was typed."""
+    """Run the command line."""
     if DEBUG not in sys.argv:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     app()
@@ -54,17 +54,17 @@ def options(
     show_version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
     ] = False,
-    debug: Annotated[bool, typer.Option(DEBUG, help="Show tracebacks and what other packages say.")] = False,
+    debug: Annotated[bool, typer.Option(DEBUG, help="Show tracebacks and the output of other packages.")] = False,
 ) -> None:
     pass
 
 
 @app.command(epilog="Example: peft-ravan demo --output-dir outputs/digits")
 def demo(
-    output_dir: Annotated[Path, typer.Option(help="Where the results go.")] = Path("outputs/digits"),
+    output_dir: Annotated[Path, typer.Option(help="The folder for the results.")] = Path("outputs/digits"),
     seed: Annotated[int, typer.Option(help="The seed of the data, the model and the clients.")] = 0,
 ) -> None:
-    """Compare LoRA, Ravan and FedRPCA over 20 clients, on real data that is not downloaded. Takes a minute or two."""
+    """Compare LoRA, Ravan and FedRPCA with 20 clients on real data, without a download. Takes a minute or two."""
     try:
         from peft_ravan.examples import federated_digits
     except ModuleNotFoundError as error:
@@ -88,7 +88,7 @@ def train(
     """
     Train an adapter in a federation of simulated clients.
 
-    Every argument of the file can be given in the command, too, where it takes precedence: --learning_rate 1e-3.
+    Every argument of the file can also be given on the command line, which takes precedence: --learning_rate 1e-3.
     """
     from peft_ravan.trainers.commands import parse_run, train_run
 
@@ -113,21 +113,21 @@ def merge(
         list[str],
         typer.Argument(help="Folders of adapters, or their names on the Hub (owner/name or owner/name@revision)."),
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The folder that the merged adapter is written to.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write the merged adapter to.")],
     method: Annotated[
         str | None, typer.Option(help="The merge method. By default 'ravan' for Ravan and 'fedavg' for LoRA.")
     ] = None,
     option: Annotated[
-        list[str] | None, typer.Option(help="An option of the method as name=value. Can be given again.")
+        list[str] | None, typer.Option(help="An option of the method as name=value. Can be given more than once.")
     ] = None,
     examples: Annotated[
         str | None, typer.Option(help="How many examples each adapter was trained on, such as 120,80,300.")
     ] = None,
     start: Annotated[
-        str | None, typer.Option(help="The adapter that all of them were trained from, where a method needs it.")
+        str | None, typer.Option(help="The adapter that all of them started from, if the method needs it.")
     ] = None,
     base_model: Annotated[
-        str | None, typer.Option(help="The base model of all of them, where their configurations name it differently.")
+        str | None, typer.Option(help="The base model of all of them, if their configurations name it differently.")
     ] = None,
     overwrite: Overwrite = False,
     list_methods: Annotated[
@@ -138,7 +138,7 @@ def merge(
     ] = False,
 ) -> None:
     """
-    Merge adapters that were trained apart, of Ravan or of LoRA.
+    Merge Ravan or LoRA adapters that were trained separately.
 
     They must have the same base model, the same targets and, for Ravan, the same bases.
     """
@@ -163,16 +163,16 @@ def _rank(text: str | None) -> int | float | None:
 @app.command(epilog="Example: peft-ravan to-lora outputs/digits/adapter --out outputs/digits/lora")
 def to_lora(
     adapter: Adapter,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The folder that the LoRA adapter is written to.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write the LoRA adapter to.")],
     rank: Annotated[
         str | None,
         typer.Option(
-            help="The rank, or the share of the energy that is kept, such as 0.99. By default all of it.",
+            help="The rank, or the share of the energy to keep, such as 0.99. By default all of it.",
             callback=_rank,
         ),
     ] = None,
     modules_to_save: Annotated[
-        bool, typer.Option(help="Whether to save the task head, too. vLLM and llama.cpp need it left out.")
+        bool, typer.Option(help="Whether to save the task head, too. vLLM and llama.cpp need an adapter without it.")
     ] = True,
     overwrite: Overwrite = False,
 ) -> None:
@@ -186,7 +186,7 @@ def to_lora(
 @app.command(epilog="Example: peft-ravan inspect outputs/digits/adapter --png heads.png")
 def inspect(
     adapter: Adapter,
-    png: Annotated[Path | None, typer.Option(help="Draw which heads matter where, into this file.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Save a plot of the norms of all heads to this file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="All figures as JSON, with all singular values.")] = False,
     overwrite: Overwrite = False,
 ) -> None:
@@ -207,7 +207,7 @@ def card(folder: Folder, license: License = None, dataset: Datasets = None, over
     """
     Write the model card of an adapter, README.md, into its folder.
 
-    From a card that is there, license, language, data sets and tags are taken over.
+    License, language, datasets and tags are kept from an existing card.
     """
     from peft_ravan.trainers.commands import write_card
 
@@ -218,10 +218,10 @@ def card(folder: Folder, license: License = None, dataset: Datasets = None, over
 @app.command(epilog="Example: peft-ravan push outputs/digits/adapter owner/digits --private --license apache-2.0")
 def push(
     folder: Folder,
-    repo_id: Annotated[str, typer.Argument(help="The repository, such as owner/name. It is made if there is none.")],
-    private: Annotated[bool | None, typer.Option(help="Whether the repository is private, if it is made.")] = None,
+    repo_id: Annotated[str, typer.Argument(help="The repository, such as owner/name. Created if it does not exist.")],
+    private: Annotated[bool | None, typer.Option(help="Whether to make a new repository private.")] = None,
     revision: Annotated[str | None, typer.Option(help="The branch. By default main.")] = None,
-    create_pr: Annotated[bool, typer.Option("--create-pr", help="Make a pull request.")] = False,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
     lora_twin: Annotated[bool, typer.Option(help="Whether to upload the LoRA twin of a Ravan adapter, too.")] = True,
     license: License = None,
     dataset: Datasets = None,

@@ -1,4 +1,4 @@
-"""Errors in one readable line, and silence of other packages."""
+"""Shows errors in one readable line, and silences other packages."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from typer.core import TyperGroup
 
 
 DEBUG = "--debug"
-# whose message says what is wrong; of others the kind is told, too
+# the messages of these errors say what is wrong; for other errors, the type is shown, too
 EXPECTED = (ValueError, TypeError, OSError, ImportError, RuntimeError)
-# quantisation packages, if there are any, tell what they do without a GPU; torch and peft what they will rename
+# installed quantisation packages report what they do without a GPU; torch and peft report future renamings
 NOISY_LOGGERS = ("bitsandbytes", "peft", "torch.utils._pytree", "torchao")
 
 
 class CommandGroup(TyperGroup):
-    """Commands whose errors are one line on stderr and the exit code 1. `--debug` may stand anywhere in the command."""
+    """
+    Commands that show errors as one line on stderr, with exit code 1. `--debug` may be anywhere in the command line.
+    """
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
         ctx.meta[DEBUG] = DEBUG in args
@@ -32,7 +34,7 @@ class CommandGroup(TyperGroup):
         try:
             with quiet():
                 return super().invoke(ctx)
-        # the first two are how commands end, the third is a line that was typed wrongly
+        # the first two are normal ways to end a command, the third is a usage error
         except (typer.Exit, typer.Abort, typer.TyperException):
             raise
         except Exception as error:
@@ -46,7 +48,7 @@ def in_one_line(error: Exception) -> str:
         error (`Exception`): An error.
 
     Returns:
-        `str`: What it says, in one line.
+        `str`: Its message, in one line.
     """
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
@@ -58,7 +60,7 @@ def in_one_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Within it, warnings of this package are one line on stderr, and those of others are left out."""
+    """A context in which this package's warnings are one line on stderr, and those of other packages are hidden."""
     loggers = [logging.getLogger(name) for name in NOISY_LOGGERS]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
@@ -75,7 +77,7 @@ def quiet() -> Iterator[None]:
 
 
 def hide_progress_bars() -> None:
-    """Draw no bars of what is loaded, prepared or sent where stderr is a file or a pipe, in which they would be many lines."""
+    """Hide progress bars if stderr is a file or a pipe, where they would take many lines."""
     if not sys.stderr.isatty():
         import datasets
         import huggingface_hub.utils

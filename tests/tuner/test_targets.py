@@ -74,7 +74,7 @@ def test_the_limit_holds_where_other_patterns_are_fast(monkeypatch):
 
 @pytest.mark.parametrize("expression", ["(", "*x", "(" * 5000, "(?P<a>x"])
 def test_what_is_no_pattern_is_refused(expression):
-    with pytest.raises(ValueError, match="`target_modules` has .* which is no regular expression"):
+    with pytest.raises(ValueError, match="`target_modules` has .* which is not a regular expression"):
         get_peft_model(tiny_llama(), RavanConfig(target_modules=expression, **SMALL))
 
 

@@ -113,7 +113,7 @@ def test_the_new_adapter_is_not_trained_and_the_others_stay():
     "arguments, message",
     [
         ((["a", "x"], [1.0, 1.0], "c"), "Adapter x does not exist"),
-        ((["a"], [1.0, 1.0], "c"), "one weight an adapter, got 2 for 1 adapters"),
+        ((["a"], [1.0, 1.0], "c"), "one weight per adapter, got 2 for 1 adapters"),
         (([], [], "c"), "needs at least one, got none"),
         ((["a", "b"], [1.0, 1.0], "c", "svd"), "Invalid combination_type: svd. Choose one of linear, ties"),
         ((["a", "b"], [1.0, 1.0], "c", "ties"), "combination_type='ties' needs a `density`"),

@@ -1,5 +1,5 @@
 """
-Merging what clients upload: pure functions that know nothing of rounds, files or the network.
+Merging what clients upload, with pure functions that know nothing about rounds, files or the network.
 
     merge(global_state, updates, method="ravan") -> MergeResult(state, diagnostics)
 """

@@ -1,4 +1,4 @@
-"""Means weighted by the number of examples, which every method builds on."""
+"""Means weighted by the number of examples. Every method builds on them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..tuner.state import has_part, is_core
 from .updates import ClientUpdate
 
 
-# below this number of tensors starting threads costs more than it gains
+# with fewer tensors, starting threads costs more than it saves
 MIN_TENSORS_FOR_THREADS = 32
 
 
@@ -35,11 +35,11 @@ def weighted_mean(tensors: Iterable[torch.Tensor], weights: Iterable[float], lik
     """
     Args:
         tensors (`Iterable[torch.Tensor]`): Tensors of the shape of `like`.
-        weights (`Iterable[float]`): Their weights, of any sum.
+        weights (`Iterable[float]`): Their weights. They need not sum to 1.
         like (`torch.Tensor`): The tensor whose dtype and device the mean gets.
 
     Returns:
-        `torch.Tensor`: The mean, taken in at least float32. That of one tensor is the tensor, to the last bit.
+        `torch.Tensor`: The mean, computed in at least float32. For a single tensor, it is that tensor bit for bit.
     """
     mean, total = _accumulator(like), 0.0
     for tensor, weight in zip(tensors, weights, strict=True):
@@ -51,14 +51,14 @@ def weighted_mean(tensors: Iterable[torch.Tensor], weights: Iterable[float], lik
 
 class StateMean:
     """
-    The mean of what clients upload, taken update by update, so that memory does not grow with their number. A head of a
-    core is averaged over the clients that trained it.
+    The mean of what clients upload. Updates are added one by one, so memory does not grow with their number. Each head
+    of a core is averaged over the clients that trained it.
 
     Args:
         global_state (`Mapping[str, torch.Tensor]`):
-            The state the clients started from. What nobody uploads keeps its value.
+            The state the clients started from. Tensors that nobody uploads keep their value.
         leave_out (`tuple[str, ...]`, *optional*):
-            Parts of names of tensors that are not averaged.
+            Tensors whose name contains one of these parts are not averaged.
     """
 
     def __init__(self, global_state: Mapping[str, torch.Tensor], leave_out: tuple[str, ...] = ()):
@@ -68,7 +68,7 @@ class StateMean:
         }
         self._total = 0
         self._threads = ThreadPoolExecutor(torch.get_num_threads())
-        # the examples and the clients of each head of a core
+        # the number of examples and of clients for each head of a core
         self._head_totals = {name: [0] * len(mean) for name, mean in self._means.items() if is_core(name)}
         self.clients_per_head = {name: [0] * len(totals) for name, totals in self._head_totals.items()}
 
@@ -93,8 +93,8 @@ class StateMean:
             self._lerp(means, tensors, update.num_examples / self._total)
 
     def _lerp(self, means: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor], share: float) -> None:
-        # An upload is many small tensors, on each of which torch works with one thread. One call for all of them instead
-        # of one each, and a thread for every part of them, takes about the time that it takes to read them from memory.
+        # An upload is many small tensors, and torch uses one thread for each of them. With one call for all tensors
+        # instead of one call each, split over several threads, this takes about as long as reading them from memory.
         @torch.no_grad()
         def lerp(part: slice) -> None:
             torch._foreach_lerp_(means[part], tensors[part], share)
@@ -135,7 +135,7 @@ def mean_state(
     Args:
         global_state (`Mapping[str, torch.Tensor]`): The state the clients started from.
         updates (`Iterable[ClientUpdate]`): What they uploaded.
-        leave_out (`tuple[str, ...]`, *optional*): Parts of names of tensors that keep their value.
+        leave_out (`tuple[str, ...]`, *optional*): Tensors whose name contains one of these parts keep their value.
 
     Returns:
         `dict[str, torch.Tensor]`: The mean state, see [`StateMean`].

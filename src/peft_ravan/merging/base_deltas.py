@@ -1,4 +1,4 @@
-"""What a merge hands back to be added to the weights of the base model, and the one place that adds it."""
+"""Updates of base weights that a merge returns, and the function that adds them to the base model."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from peft.utils.other import transpose
 from torch import nn
 
 
-# of the norm of an update, from where on its rounding is worth a warning
+# warn if rounding loses more than this share of an update's norm
 MAX_LOST_SHARE = 0.01
 
 
 @dataclass(frozen=True)
 class BaseDelta:
     """
-    The update of one base weight, as the product of two factors, or whole where that is smaller.
+    The update of one base weight, stored as two factors or as the whole matrix, whichever is smaller.
 
     Args:
         left (`torch.Tensor`): `[d_out, k]`, or the whole update `[d_out, d_in]`.
@@ -38,7 +38,7 @@ class BaseDelta:
             right (`torch.Tensor`): `[k, d_in]`.
 
         Returns:
-            [`BaseDelta`]: The product, in the smaller of both forms.
+            [`BaseDelta`]: The product, in the smaller of the two forms.
         """
         d_out, d_in = left.shape[0], right.shape[1]
         return cls(left @ right) if left.numel() + right.numel() >= d_out * d_in else cls(left, right)
@@ -46,8 +46,8 @@ class BaseDelta:
     def dense(self) -> torch.Tensor:
         """
         Returns:
-            `torch.Tensor`: `[d_out, d_in]`: y changes by this matrix times x, however the layer keeps its weight. The
-            kernel of a convolution is flattened to `[c_out, c_in * k * k]`.
+            `torch.Tensor`: `[d_out, d_in]`. The output y changes by this matrix times x, in whatever layout the layer
+            stores its weight. The kernel of a convolution is flattened to `[c_out, c_in * k * k]`.
         """
         return self.left if self.right is None else self.left @ self.right
 
@@ -58,32 +58,32 @@ def add_base_deltas(
     remainders: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
     """
-    Add what a merge hands back to the weights of the base model.
+    Add the base weight updates that a merge returns to the base model.
 
-    The layer says how it keeps its weight: `Linear` and `Conv2d` as `[d_out, ...]`, transformers' `Conv1D` and
-    `Embedding` transposed.
+    The layout of the weight depends on the layer: `Linear` and `Conv2d` store it as `[d_out, ...]`, transformers'
+    `Conv1D` and `Embedding` store it transposed.
 
-    In float32 the sum is as exact as one addition. A weight in half precision is rounded after it, to the nearest number of
-    its dtype, and of a small update that can lose most. What it has lost is the remainder, which is returned: give it to
-    the next call, so that it is added then. After any number of rounds every entry is within half a unit in the last place
-    of the exact sum, and the weight and its remainder together are that sum up to the rounding of float32.
+    In float32, the sum is as exact as a single addition. A weight in half precision is then rounded to its dtype,
+    which can lose most of a small update. The lost part is returned as the remainder. Pass it to the next call, which
+    adds it. After any number of rounds, every entry is within half a unit in the last place of the exact sum, and the
+    weight plus its remainder equals that sum up to float32 rounding.
 
     Args:
         model ([`~peft.PeftModel`]):
-            The model, whose base weights are changed in place.
+            The model. Its base weights are changed in place.
         base_deltas (`Mapping[str, BaseDelta]`):
             The updates by the names of adapted modules in `model`.
         remainders (`Mapping[str, torch.Tensor]`, *optional*):
-            What the last call returned, and an empty dict in the first round. Without it, what rounding loses is taken
-            for lost, and a warning tells if that is more than 1 % of an update.
+            What the last call returned, or an empty dict in the first round. Without it, whatever rounding loses is
+            gone, and there is a warning if that is more than 1 % of an update.
 
     Returns:
-        `dict[str, torch.Tensor]`: What is still to be added to each weight in half precision, by module: float32, with the
-        shape of the weight. It can be saved as safetensors.
+        `dict[str, torch.Tensor]`: The remainder of each weight in half precision, by module: float32, with the shape
+        of the weight. It can be saved as safetensors.
 
     Raises:
-        ValueError: if a module is not an adapted layer, if a shape does not fit, if the weight is quantized, or if
-            another module shares it, or if it would have NaN or infinite entries. No weight has changed then.
+        ValueError: if a module is not an adapted layer, a shape does not fit, a weight is quantized or shared with
+            another module, or a weight would get NaN or infinite entries. No weight is changed in that case.
     """
     addresses = Counter(
         parameter.data_ptr() for _, parameter in model.named_parameters(remove_duplicate=False) if parameter.numel()
@@ -109,7 +109,7 @@ def add_base_deltas(
 
 @dataclass(frozen=True)
 class _Sum:
-    """A base weight, the number of its dtype next to its sum with an update, and what this leaves out of the update."""
+    """A base weight, its sum with an update rounded to its dtype, and the part of the update lost by rounding."""
 
     weight: torch.Tensor
     rounded: torch.Tensor
@@ -134,7 +134,7 @@ class _Sum:
             )
         if weight.dtype.itemsize >= 4:
             return cls(weight, rounded, None, 0.0)
-        # the difference of two numbers in half precision is one of float32, so nothing is lost twice
+        # the difference of two half precision numbers is exact in float32, so nothing is lost twice
         left_out = change - (rounded.to(change) - weight.to(change))
         lost_share = (left_out.norm() / change.norm()).item() if change.any() else 0.0
         return cls(weight, rounded, left_out, lost_share)
@@ -175,7 +175,7 @@ def _base_weight(model: nn.Module, name: str) -> torch.Tensor:
             f"There is no adapted module {name!r} in the model. Give the PEFT model that the adapters were trained in."
         )
     weight = layer.get_base_layer().weight
-    # torchao's quantized tensors have a class of their own and pretend to be floating point, as sharded ones do
+    # torchao's quantized tensors, like sharded ones, have their own class but claim to be floating point
     plain = type(weight) in (torch.Tensor, nn.Parameter)
     if not plain or not weight.is_floating_point() or getattr(weight, "quant_state", None) is not None:
         kind = f"quantized ({weight.dtype})" if plain else f"quantized or sharded ({type(weight).__name__})"

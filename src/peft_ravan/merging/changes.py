@@ -1,4 +1,4 @@
-"""What a client has changed: the difference of its upload from the global state, its norm, and a smaller one of its direction."""
+"""A client's change: the difference between its upload and the global state, its norm, and how to scale it down."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def change_norm(update: ClientUpdate, global_state: Mapping[str, torch.Tensor]) 
         global_state (`Mapping[str, torch.Tensor]`): The state the client started from.
 
     Returns:
-        `float`: The L2 norm of what it has changed, over all tensors together. Heads that it has not trained are not changed.
-        LoRA matrices of another rank are filled up with zeros.
+        `float`: The L2 norm of the change, over all tensors together. Heads that the client did not train count as
+        unchanged. LoRA matrices of another rank are padded with zeros.
     """
     return math.hypot(*(torch.linalg.vector_norm(change).item() for _, change in _changes(update, global_state)))
 
@@ -28,22 +28,22 @@ def clip_change(
     update: ClientUpdate, global_state: Mapping[str, torch.Tensor], clip_norm: float
 ) -> tuple[dict[str, torch.Tensor], float]:
     """
-    What a client has changed, scaled down to a norm.
+    Scale a client's change down to a norm.
 
     Args:
-        update ([`ClientUpdate`]): What the client uploaded. A head that it has not trained is not changed.
+        update ([`ClientUpdate`]): What the client uploaded. A head that it did not train counts as unchanged.
         global_state (`Mapping[str, torch.Tensor]`): The state the client started from.
         clip_norm (`float`): The largest L2 norm, over all tensors together.
 
     Returns:
-        `tuple[dict[str, torch.Tensor], float]`: The difference to the global state, by the names of the upload, with all
-        heads and in at least float32; and the norm that it had before.
+        `tuple[dict[str, torch.Tensor], float]`: The clipped difference from the global state, by the names of the
+        upload, with all heads and in at least float32; and the norm before clipping.
     """
     norm = change_norm(update, global_state)
     scale = min(1.0, clip_norm / norm) if norm else 1.0
     clipped = {}
     for name, change in _changes(update, global_state):
-        # even float64 has no number for an infinite norm, so that nothing of the change can be kept
+        # the norm overflows even float64, so nothing of the change can be kept
         change = change.mul_(scale) if math.isfinite(norm) else torch.zeros_like(change)
         clipped[name] = change.to(working_dtype(global_state[name]))
     return clipped, norm
@@ -53,15 +53,15 @@ def with_smaller_change(
     update: ClientUpdate, global_state: Mapping[str, torch.Tensor], clip_norm: float
 ) -> ClientUpdate:
     """
-    The upload of a client that has gone less far in the same direction.
+    The upload of a client with its change scaled down, in the same direction.
 
     Args:
         update ([`ClientUpdate`]): What the client uploaded, with the shapes of the global state.
         global_state (`Mapping[str, torch.Tensor]`): The state the client started from.
-        clip_norm (`float`): The L2 norm of what it may change.
+        clip_norm (`float`): The largest L2 norm of the change.
 
     Returns:
-        [`ClientUpdate`]: The same heads and dtypes, with a change of that norm at most, up to rounding.
+        [`ClientUpdate`]: The same heads and dtypes, with a change of at most that norm, up to rounding.
     """
     clipped, _ = clip_change(update, global_state, clip_norm)
     state = {}
@@ -78,13 +78,13 @@ def working_dtype(tensor: torch.Tensor) -> torch.dtype:
         tensor (`torch.Tensor`): A tensor of a state.
 
     Returns:
-        `torch.dtype`: The dtype that a merge computes in: that of the tensor, and at least float32.
+        `torch.dtype`: The dtype that a merge computes in: the dtype of the tensor, but at least float32.
     """
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def _changes(update: ClientUpdate, global_state: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The differences in float64, in which finite float32 uploads have a finite norm, one tensor after the other."""
+    """The differences, one tensor at a time, in float64, so that finite float32 uploads have a finite norm."""
     for name, tensor in update.state.items():
         start = global_state[name]
         mask = (update.trained_heads or {}).get(name)

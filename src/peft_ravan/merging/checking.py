@@ -1,4 +1,4 @@
-"""The checks that stand between what clients upload and the merge."""
+"""The checks that an upload has to pass before it is merged."""
 
 from __future__ import annotations
 
@@ -21,24 +21,25 @@ from .updates import ClientUpdate, UpdateError
 
 class UpdateChecker:
     """
-    Lets those updates pass that fit the global state, each as a plain one that was read once.
+    Passes on the updates that fit the global state. Each is read once and passed on as a plain update.
 
     Args:
         global_state (`Mapping[str, torch.Tensor]`): The state the clients started from.
         method ([`MergeMethod`]): The merge method, which says what may differ from client to client.
         on_bad_update (`str`, *optional*, defaults to `"raise"`): `"raise"`, or `"drop"` to go on without the client.
         config ([`~peft.PeftConfig`], *optional*): The configuration of the global adapter.
-        limits ([`UpdateLimits`], *optional*): What one client can do at most.
-        may_be_empty (`bool`, *optional*, defaults to `False`): Whether there may be no update, or none that fits.
-        round_number (`int`, *optional*, defaults to 1): The round, which says what is frozen.
+        limits ([`UpdateLimits`], *optional*): Limits to the influence of one client.
+        may_be_empty (`bool`, *optional*, defaults to `False`): Whether there may be no update that fits.
+        round_number (`int`, *optional*, defaults to 1): The round. It determines what is frozen.
 
     **Attributes**:
         - **dropped** (`list[dict[str, str]]`) -- `client` and `reason` of the updates that were dropped.
         - **clipped** (`list[dict[str, Any]]`) -- `client` and `norm` of the updates that were scaled down to the limit.
-        - **accepted** (`list[tuple[str, int]]`) -- The clients that have passed, and how many examples they count with.
+        - **accepted** (`list[tuple[str, int]]`) -- The clients that passed, with the number of examples counted for
+        each.
 
     Raises:
-        ValueError: if `on_bad_update` is neither.
+        ValueError: if `on_bad_update` is neither of these.
     """
 
     def __init__(
@@ -73,10 +74,10 @@ class UpdateChecker:
             updates (`Iterable[ClientUpdate]`): What the clients uploaded.
 
         Yields:
-            [`ClientUpdate`]: The updates that fit, read once and within the limits.
+            [`ClientUpdate`]: The updates that fit and are within the limits, each read once.
 
         Raises:
-            UpdateError: at an update that does not fit, or if none is left at the end.
+            UpdateError: if an update does not fit, or if none is left at the end.
         """
         checked = self._fitting(updates)
         if self.limits.needs_all_updates:
@@ -88,10 +89,10 @@ class UpdateChecker:
 
     def without_the_largest(self, updates: Sequence[ClientUpdate]) -> list[ClientUpdate]:
         """
-        Refuse the one of the updates that have passed which goes furthest: the merge with it is not finite.
+        Refuse the accepted update with the largest change, because the merge with it is not finite.
 
         Args:
-            updates (`Sequence[ClientUpdate]`): Updates that have passed.
+            updates (`Sequence[ClientUpdate]`): Updates that passed.
 
         Returns:
             `list[ClientUpdate]`: The others.
@@ -162,7 +163,7 @@ class UpdateChecker:
             raise UpdateError(f"A merge needs at least one client update, got none.{reasons}")
 
     def _check(self, update: ClientUpdate, client: str) -> None:
-        # most updates have the form of the global state, which is seen at a glance
+        # most updates have the form of the global state, and comparing the form is cheap
         special = update.trained_heads or update.config or self._frozen or self.method.personal_parts
         if special or _form(update.state) != self._form:
             self._check_names(update, client)
@@ -235,8 +236,8 @@ class UpdateChecker:
             return shape
         if mask.dtype != torch.bool or mask.shape != (shape[0],):
             raise UpdateError(
-                f"{client}, tensor {name!r}: trained_heads must be a bool tensor of shape ({shape[0]},), one entry a head, "
-                f"got {mask.dtype} of shape {tuple(mask.shape)}."
+                f"{client}, tensor {name!r}: trained_heads must be a bool tensor of shape ({shape[0]},), "
+                f"one entry per head, got {mask.dtype} of shape {tuple(mask.shape)}."
             )
         if not self.method.different_heads and not mask.all():
             raise UpdateError(
@@ -281,7 +282,7 @@ class UpdateChecker:
             ):
                 continue
             global_rank = self.global_state[target.B_name].shape[1]
-            # without different ranks an upload has the global one, also where B is frozen and left out
+            # where ranks may not differ, an upload has the global rank, even if B is frozen and left out
             rank = update.state[target.B_name].shape[1] if target.B_name in update.state else global_rank
             scaling = lora_scaling(own_config, target.module, rank)
             expected = lora_scaling(self.config, target.module, global_rank)
@@ -296,19 +297,19 @@ class UpdateChecker:
 def _client_name(update: ClientUpdate) -> str:
     try:
         name = update.client_id
-    except Exception:  # what is no update may raise anything
+    except Exception:  # an object that is not an update may raise anything
         return ""
     return str(name)[:MAX_NAME_LENGTH] if isinstance(name, str) else ""
 
 
 def _label(update: ClientUpdate, index: int) -> str:
-    """Who it is from, for messages."""
+    """The client's name for messages."""
     name = _client_name(update)
     return f"client {name!r}" if name else f"client number {index} (without a name)"
 
 
 def _name(update: ClientUpdate, index: int) -> str:
-    """Who it is from, for diagnostics."""
+    """The client's name for diagnostics."""
     return _client_name(update) or str(index)
 
 

@@ -1,4 +1,4 @@
-"""Robust rules that look at every entry of the weight update on its own."""
+"""Robust rules that treat every entry of the weight update on its own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .truncation import truncated_factors
 from .updates import ClientUpdate, MergeResult
 
 
-# the products of all clients are formed some rows at a time: this many entries of them
+# the products of all clients are formed a few rows at a time, with at most this many entries
 MAX_BLOCK_ENTRIES = 2**23
 
 
@@ -21,7 +21,7 @@ def trimmed_mean_of_entries(values: torch.Tensor, num_trimmed: int) -> torch.Ten
     """
     Args:
         values (`torch.Tensor`): `[..., C]`.
-        num_trimmed (`int`): How many of the smallest and of the largest values are left out, less than C / 2.
+        num_trimmed (`int`): How many of the smallest and of the largest values to leave out, less than C / 2.
 
     Returns:
         `torch.Tensor`: The mean of the others, `[...]`.
@@ -37,21 +37,21 @@ def merge_coordinatewise(
     config: LoraConfig | None = None,
 ) -> MergeResult:
     """
-    Merge every entry of the weight update on its own, and all other tensors likewise.
+    Merge every entry of the weight update on its own, and every entry of all other tensors, too.
 
-    For LoRA the entries are those of the products B A: A and B have no meaning of their own, and a client that uploads A R
-    and R^-1 B uploads the same update. What comes out is cut to the global rank. Numbers of examples are not used, since
-    a client could claim any.
+    For LoRA, these are the entries of the products B A: A and B have no meaning of their own, and a client that
+    uploads A R and R^-1 B uploads the same update. The result is truncated to the global rank. The numbers of examples
+    are not used, since a client could claim any number.
 
     Args:
         global_state (`Mapping[str, torch.Tensor]`): The state the clients started from.
         updates (`Sequence[ClientUpdate]`): What the clients uploaded.
-        combine (`Callable`): Makes of values `[n, C]` the merged values `[n]`.
+        combine (`Callable`): Maps values `[n, C]` to the merged values `[n]`.
         config ([`~peft.LoraConfig`], *optional*): The configuration of the global adapter.
 
     Returns:
-        [`MergeResult`]: The new state. For LoRA the diagnostics have, for each module, the share of the squared norm that
-        the cut to the global rank has kept (`kept_energy`).
+        [`MergeResult`]: The new state. For LoRA, the diagnostics contain `kept_energy`: for each module, the share of
+        the squared norm that is left after truncation to the global rank.
     """
     targets = product_targets(global_state, config)
     others = {name: tensor for name, tensor in global_state.items() if not is_lora_matrix(name)}

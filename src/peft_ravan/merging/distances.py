@@ -1,4 +1,4 @@
-"""Distances between what clients uploaded, in the weights they would change."""
+"""Distances between the clients' uploads, measured in the weights that they change."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def squared_distances(
     global_state: Mapping[str, torch.Tensor], updates: Sequence[ClientUpdate], config: LoraConfig | None = None
 ) -> torch.Tensor:
     """
-    The squared Euclidean distances between the clients' updates: of the products s*H, of LoRA's products B A and of all
-    other tensors, each as precise as the difference of two updates is in float64.
+    The squared Euclidean distances between the clients' updates, over the products s*H, LoRA's products B A and all
+    other tensors. Each is as precise as the difference of two updates in float64.
 
     Args:
         global_state (`Mapping[str, torch.Tensor]`):
@@ -25,13 +25,13 @@ def squared_distances(
         updates (`Sequence[ClientUpdate]`):
             What C clients uploaded, with all heads.
         config ([`~peft.LoraConfig`], *optional*):
-            The configuration of the global adapter, whose alpha / r then multiplies the products.
+            The configuration of the global adapter. If given, the products are multiplied by its alpha / r.
 
     Returns:
         `torch.Tensor`: `[C, C]` in float64.
     """
     num_clients = len(updates)
-    distances = torch.zeros(num_clients * (num_clients - 1) // 2, dtype=torch.float64)  # of each pair once
+    distances = torch.zeros(num_clients * (num_clients - 1) // 2, dtype=torch.float64)  # each pair once
     for target in product_targets(global_state, config):
         scaling = 1.0 if config is None else lora_scaling(config, target.module, target.rank(global_state))
         for rows in _products(target, global_state, updates, config):
@@ -46,8 +46,8 @@ def squared_distances(
 
 
 def _squared_distances_of_rows(tensors: torch.Tensor) -> torch.Tensor:
-    # Differences are taken before anything is squared. Inner products would be cheaper, but lose what clients differ by
-    # where all of them, or one bad client, are far from zero.
+    # Differences are taken before anything is squared. Inner products would be cheaper, but they lose small
+    # differences between clients if all of them, or one bad client, are far from zero.
     return torch.nn.functional.pdist(tensors.flatten(1)).square().cpu()
 
 
@@ -58,9 +58,9 @@ def _products(
     config: LoraConfig | None,
 ) -> Iterator[torch.Tensor]:
     """
-    The clients' products B A some rows at a time, `[C, rows, columns]`, in orthonormal bases of what all B and all A
-    together span: distances in these are the same, and R x R matrices with R the sum of the ranks are smaller than the
-    products where clients are few.
+    The clients' products B A, a few rows at a time, `[C, rows, columns]`, in orthonormal bases of the joint span of
+    all B and of all A. Distances stay the same in these bases, and with few clients the R x R matrices, R being the
+    sum of the ranks, are smaller than the products.
     """
     factors = [client_factors(target, update, global_state, config) for update in updates]
     ranks = [len(A) for _, A in factors]

@@ -1,4 +1,4 @@
-"""Whether the entries of states are numbers that a merge can compute with."""
+"""Checks whether the entries of a state are numbers that a merge can compute with."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .changes import working_dtype
 from .updates import UpdateError
 
 
-# below this number of tensors starting threads costs more than it gains
+# with fewer tensors, starting threads costs more than it saves
 MIN_TENSORS_FOR_THREADS = 32
 
 
@@ -20,7 +20,7 @@ def check_entries(state: Mapping[str, torch.Tensor], client: str) -> None:
     """
     Args:
         state (`Mapping[str, torch.Tensor]`): What a client uploaded.
-        client (`str`): Who it is, for the message.
+        client (`str`): The client's name, for the message.
 
     Raises:
         UpdateError: if an entry is NaN, infinite, or so large that products of such entries overflow.
@@ -29,7 +29,7 @@ def check_entries(state: Mapping[str, torch.Tensor], client: str) -> None:
     if num_threads == 1:
         moderate = [_is_moderate(state[name]) for name in state]
     else:
-        # on small tensors torch works with one thread
+        # torch uses one thread for small tensors
         with ThreadPoolExecutor(num_threads) as threads:
             moderate = list(threads.map(lambda name: _is_moderate(state[name]), state))
     for name, is_moderate in zip(state, moderate, strict=True):
@@ -49,7 +49,7 @@ def check_entries(state: Mapping[str, torch.Tensor], client: str) -> None:
 
 
 def _largest_entry(tensor: torch.Tensor) -> float:
-    # methods multiply two entries, and add up many such products
+    # methods multiply two entries and sum many such products
     return torch.finfo(working_dtype(tensor)).max ** 0.5 / 1e3
 
 
@@ -58,7 +58,7 @@ def _is_moderate(tensor: torch.Tensor) -> bool:
         return True
     smallest, largest = torch.aminmax(tensor.detach())
     limit = _largest_entry(tensor)
-    return bool(smallest >= -limit) and bool(largest <= limit)  # of NaN, neither is true
+    return bool(smallest >= -limit) and bool(largest <= limit)  # both are false for NaN
 
 
 def check_global(state: Mapping[str, torch.Tensor]) -> None:
@@ -83,7 +83,7 @@ def check_merged(state: Mapping[str, torch.Tensor]) -> None:
         state (`Mapping[str, torch.Tensor]`): A new state.
 
     Raises:
-        ValueError: if an entry is NaN or infinite, as finite uploads can make it where numbers overflow.
+        ValueError: if an entry is NaN or infinite, which can happen with finite uploads if numbers overflow.
     """
     for name, tensor in state.items():
         if not is_finite(tensor):
@@ -113,5 +113,5 @@ def is_finite(tensor: torch.Tensor) -> bool:
     Returns:
         `bool`: Whether no entry is NaN or infinite.
     """
-    # one sum is several times cheaper than a look at every entry, and NaN and infinity do not get lost in it
+    # one sum is several times cheaper than checking every entry, and NaN and infinity carry over to the sum
     return math.isfinite(tensor.sum()) or bool(torch.isfinite(tensor).all())

@@ -1,4 +1,4 @@
-"""Limits to what one client can do to a mean: how far its update may go, and how many examples it may claim."""
+"""Limits to the influence of one client on a mean: how large its change may be, and how many examples it may claim."""
 
 from __future__ import annotations
 
@@ -22,18 +22,19 @@ _TIMES_MEDIAN = re.compile(r"(?P<factor>\d+(\.\d*)?|\.\d+) *\* *median")
 @dataclass(frozen=True)
 class UpdateLimits:
     """
-    What one client can do to a merge at most, whatever it uploads.
+    Limits to the influence of one client on a merge, whatever it uploads.
 
     Args:
         max_update_norm (`float` or `str`, *optional*):
-            The largest L2 norm of what a client changes, over all tensors together: a number, or a multiple of the median
-            over the clients, such as `"3*median"`, for which a merge has to wait for all updates. By default any.
+            The largest L2 norm of a client's change, over all tensors together: a number, or a multiple of the median
+            over the clients, such as `"3*median"`. For a multiple of the median, a merge has to wait for all updates.
+            By default there is no limit.
         large_updates (`str`, *optional*, defaults to `"clip"`):
-            What happens to an update that goes further: `"clip"` scales its change down to the limit, `"refuse"` treats it
-            as one that does not fit. An update with another LoRA rank than the global adapter cannot be scaled down, and is
-            refused.
+            What happens to an update with a larger change: `"clip"` scales the change down to the limit, `"refuse"`
+            treats the update as one that does not fit. An update whose LoRA rank differs from the global adapter's
+            cannot be scaled down and is refused.
         max_examples (`int`, *optional*):
-            The largest number of examples that a client counts with. By default what it claims.
+            The largest number of examples that a client counts with. By default the number it claims.
 
     Raises:
         ValueError: if one of them is out of range.
@@ -59,7 +60,7 @@ class UpdateLimits:
             raise ValueError(f"`max_examples` must be an integer of 1 or more, got {self.max_examples!r}.")
 
     def _factor(self) -> float | None:
-        """The number, or that before the median; `None` if it is neither."""
+        """The number, or the factor of the median. `None` if the value is neither."""
         given = self.max_update_norm
         if isinstance(given, str):
             found = _TIMES_MEDIAN.fullmatch(given.strip())
@@ -68,7 +69,7 @@ class UpdateLimits:
 
     @property
     def is_set(self) -> bool:
-        """Whether there is any limit."""
+        """Whether any limit is set."""
         return self.max_update_norm is not None or self.max_examples is not None
 
     @property
@@ -79,17 +80,17 @@ class UpdateLimits:
     def counted(self, num_examples: int) -> int:
         """
         Args:
-            num_examples (`int`): What a client claims.
+            num_examples (`int`): The number of examples a client claims.
 
         Returns:
-            `int`: What it counts with.
+            `int`: The number it counts with.
         """
         return num_examples if self.max_examples is None else min(num_examples, int(self.max_examples))
 
     def largest_norm(self, norms: Iterable[float] = ()) -> float:
         """
         Args:
-            norms (`Iterable[float]`, *optional*): Those of the updates of all clients, where the limit depends on them.
+            norms (`Iterable[float]`, *optional*): The norms of all clients' changes, if the limit depends on them.
 
         Returns:
             `float`: The largest norm that an update may have.
@@ -97,7 +98,7 @@ class UpdateLimits:
         if self.max_update_norm is None:
             return math.inf
         norms = list(norms)
-        # the lower of two in the middle: half of the clients being bad must not raise it
+        # the lower one of the two middle values: bad clients must not be able to raise it if they are half of all
         return self._factor() * (median_low(norms) if self.needs_all_updates and norms else 1.0)
 
     def applied(
@@ -106,16 +107,16 @@ class UpdateLimits:
         """
         Args:
             update ([`ClientUpdate`]): What the client uploaded.
-            norm (`float`): The norm of what it has changed.
+            norm (`float`): The norm of its change.
             largest (`float`): The largest norm that an update may have.
             global_state (`Mapping[str, torch.Tensor]`): The state the client started from.
-            client (`str`): Who it is, for the message.
+            client (`str`): The client's name, for the message.
 
         Returns:
-            [`ClientUpdate`]: The update itself, or one that goes less far.
+            [`ClientUpdate`]: The update itself, or one with a smaller change.
 
         Raises:
-            UpdateError: if it goes too far and is not to be, or cannot be, clipped.
+            UpdateError: if the change is too large, and is not to be clipped or cannot be.
         """
         if norm <= largest:
             return update
@@ -131,7 +132,7 @@ class UpdateLimits:
 
 
 def _as_number(given: float | str | None) -> float | str | None:
-    """A number as a command line gives it."""
+    """A number, also if the command line gives it as a string."""
     try:
         return float(given) if isinstance(given, str) else given
     except ValueError:

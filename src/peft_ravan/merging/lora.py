@@ -1,5 +1,5 @@
 """
-LoRA adapters by the names of their checkpoint: which A belongs to which B, and what their product is in the weight.
+LoRA adapters by the names in their checkpoint: which A belongs to which B, and how their product enters the weight.
 
 The update of a weight is `scaling * B @ A` with scaling = alpha / r (or alpha / sqrt(r) with rsLoRA). A and B have no
 meaning of their own: A R and R^-1 B are the same update for every invertible R.
@@ -22,11 +22,11 @@ from .updates import ClientUpdate
 
 A_PARTS = (".lora_A.", ".lora_embedding_A")
 B_PARTS = (".lora_B.", ".lora_embedding_B")
-# LoRA starts one of A and B with zeros and draws the other one, the frame: A, or on an embedding B
+# LoRA initialises one of A and B with zeros and the other one, called the frame, randomly: A, or B for an embedding
 ZERO_PARTS = (".lora_B.", ".lora_embedding_A")
 FRAME_PARTS = (".lora_A.", ".lora_embedding_B")
 _A_NAME = re.compile(r"(?P<module>.+)\.lora_(A\.weight|embedding_A)")
-# with these the update of the weight is not scaling * B A: DoRA, AdaLoRA
+# with these (DoRA, AdaLoRA), the update of the weight is not scaling * B A
 _OTHER_PARTS = (".lora_magnitude_vector", ".lora_E")
 
 
@@ -37,7 +37,7 @@ class LoraTarget:
 
     Args:
         module (`str`): The name of the module in the PEFT model.
-        A_name (`str`): The checkpoint name of A: `[r, d_in]`, or `[r, c_in, k, k]` of a convolution.
+        A_name (`str`): The checkpoint name of A: `[r, d_in]`, or `[r, c_in, k, k]` for a convolution.
         B_name (`str`): The checkpoint name of B: `[d_out, r]`, or `[c_out, r, 1, 1]`.
     """
 
@@ -47,25 +47,27 @@ class LoraTarget:
 
     @property
     def bias_name(self) -> str:
-        """The checkpoint name of the bias that B has with `lora_bias=True`. In the layer it is scaled like B A."""
+        """The checkpoint name of the bias that B has with `lora_bias=True`. The layer scales it like B A."""
         return f"{self.module}.lora_B.bias"
 
     @property
     def is_embedding(self) -> bool:
-        """Whether the module is an embedding, where LoRA starts with A = 0 and a random B, and not the other way round."""
+        """
+        Whether the module is an embedding. There, LoRA starts with A = 0 and a random B, not the other way round.
+        """
         return self.A_name.endswith(".lora_embedding_A")
 
     def swapped(self, first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        From B and A to the factor that LoRA starts with zeros and the frame, and back: they are B and A themselves, or on
-        an embedding A^T and B^T.
+        Convert between B and A on the one hand and the factor that starts at zero and the frame on the other, in both
+        directions. The latter are B and A themselves, or A^T and B^T for an embedding.
 
         Args:
             first (`torch.Tensor`): B `[d_out, r]`, or the factor that starts with zeros, `[d, r]`.
             second (`torch.Tensor`): A `[r, d_in]`, or the frame, `[r, d']`.
 
         Returns:
-            `tuple[torch.Tensor, torch.Tensor]`: The others.
+            `tuple[torch.Tensor, torch.Tensor]`: The other pair.
         """
         return (second.T, first.T) if self.is_embedding else (first, second)
 
@@ -128,11 +130,11 @@ def require_lora(state: Mapping[str, torch.Tensor], parts: tuple[str, ...], meth
     """
     Args:
         state (`Mapping[str, torch.Tensor]`): Checkpoint names to tensors.
-        parts (`tuple[str, ...]`): Parts of names, `A_PARTS` or `B_PARTS`.
-        method (`str`): The name of the method for people.
+        parts (`tuple[str, ...]`): Parts of tensor names, `A_PARTS` or `B_PARTS`.
+        method (`str`): The display name of the method.
 
     Raises:
-        ValueError: if there are no such tensors, or they are those of DoRA or AdaLoRA.
+        ValueError: if there are no such tensors, or they belong to DoRA or AdaLoRA.
     """
     _check_plain(state)
     if not any(part in name for name in state for part in parts):
@@ -159,15 +161,15 @@ def product_targets(
     Args:
         state (`Mapping[str, torch.Tensor]`): Checkpoint names to tensors.
         config ([`~peft.LoraConfig`], *optional*): The configuration of the adapter.
-        required (`str`, *optional*): The name of a method that has nothing to do without such pairs.
+        required (`str`, *optional*): The name of a method that needs such pairs.
 
     Returns:
         `list[LoraTarget]`: One for each adapted module.
 
     Raises:
-        ValueError: if the products of A and B are not what the adapter adds to the weights (DoRA, AdaLoRA, grouped
-            convolutions, adapted parameters), or there are none although a method requires them, or `config` is not a
-            configuration of LoRA.
+        ValueError: if the adapter adds something other than the products of A and B to the weights (DoRA, AdaLoRA,
+            grouped convolutions, adapted parameters), if there are no pairs although a method requires them, or if
+            `config` is not a LoRA configuration.
     """
     _check_plain(state)
     targets = lora_targets(state)
@@ -195,7 +197,7 @@ def product_targets(
 
 def lora_scaling(config: LoraConfig, module: str, rank: int) -> float:
     """
-    The factor of B A in the weight.
+    The factor of B A in the update of the weight.
 
     Args:
         config ([`~peft.LoraConfig`]): The configuration of the adapter.
@@ -217,7 +219,8 @@ def client_factors(
     config: LoraConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    What a client uploaded for a module, in the scaling of the global adapter: the client may have another alpha or rank.
+    What a client uploaded for a module, converted to the scaling of the global adapter. The client may have a
+    different alpha or rank.
 
     Args:
         target ([`LoraTarget`]): The module.
@@ -229,7 +232,7 @@ def client_factors(
         `tuple[torch.Tensor, torch.Tensor]`: B `[d_out, r_c]` and A `[r_c, d_in]`.
 
     Raises:
-        ValueError: if the scaling of the client is not known.
+        ValueError: if the client's scaling is not known.
     """
     B, A = target.factors(update.state)
     rank = target.rank(global_state)
@@ -248,8 +251,8 @@ def keep_trainable(
     B: torch.Tensor, A: torch.Tensor, global_B: torch.Tensor, global_A: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    A direction that is zero in both B and A would never get a gradient again. It gets the global row of A or, where that
-    is zero (embeddings start so), the global column of B. The product stays as it is.
+    A direction that is zero in both B and A would never get a gradient again. It gets the global row of A or, if that
+    is zero (as at the start of an embedding), the global column of B. The product does not change.
 
     Args:
         B (`torch.Tensor`): `[d_out, r]`.
@@ -281,7 +284,7 @@ def stacked_factors(
     Args:
         target ([`LoraTarget`]): The module.
         updates (`Sequence[ClientUpdate]`): What C clients uploaded.
-        weights (`torch.Tensor`): Their weights, `[C]`.
+        weights (`torch.Tensor`): The clients' weights, `[C]`.
         global_state (`Mapping[str, torch.Tensor]`): The state the clients started from.
         config ([`~peft.LoraConfig`], *optional*): The configuration of the global adapter.
 
@@ -296,12 +299,12 @@ def stacked_factors(
 
 def config_with_ranks(config: LoraConfig, old_ranks: Mapping[str, int], new_ranks: Mapping[str, int]) -> LoraConfig:
     """
-    Change the ranks of a configuration, and alpha so that the scaling of every module stays.
+    Change the ranks of a configuration, and alpha such that the scaling of every module stays the same.
 
     Args:
         config ([`~peft.LoraConfig`]): The configuration.
         old_ranks (`Mapping[str, int]`): The rank of each adapted module, by its name in the PEFT model.
-        new_ranks (`Mapping[str, int]`): The rank that each gets.
+        new_ranks (`Mapping[str, int]`): The new rank of each.
 
     Returns:
         [`~peft.LoraConfig`]: A changed copy.
@@ -311,7 +314,7 @@ def config_with_ranks(config: LoraConfig, old_ranks: Mapping[str, int], new_rank
         scaling = lora_scaling(config, module, old_ranks[module])
         alpha = scaling * (math.sqrt(rank) if config.use_rslora else rank)
         alphas[module] = round(alpha) if math.isclose(alpha, round(alpha)) else alpha
-    # one name can be the end of another, and the first pattern that matches wins
+    # one name can be the suffix of another, and the first pattern that matches wins
     modules = sorted(new_ranks, key=len, reverse=True)
     first = modules[0]
     return replace(
@@ -333,21 +336,22 @@ def lora_state_for_client(
     state: Mapping[str, torch.Tensor], config: LoraConfig, client_config: LoraConfig
 ) -> dict[str, torch.Tensor]:
     """
-    What a client of lower rank gets of a global LoRA adapter: the first rows of A and columns of B, in the client's own
-    scaling. After `"flexlora"`, which sorts them by singular value, this is the best approximation of the client's rank;
-    after `"hetlora"` it is what the paper sends.
+    The part of a global LoRA adapter that a client of lower rank gets: the first rows of A and columns of B, in the
+    client's own scaling. After `"flexlora"`, which sorts them by singular value, this is the best approximation of
+    that rank. After `"hetlora"`, it is what the paper sends.
 
     Args:
         state (`Mapping[str, torch.Tensor]`): The global state.
         config ([`~peft.LoraConfig`]): The configuration of the global adapter.
-        client_config ([`~peft.LoraConfig`]): That of the client.
+        client_config ([`~peft.LoraConfig`]): The configuration of the client.
 
     Returns:
-        `dict[str, torch.Tensor]`: The state of the client's adapter. Tensors that are not LoRA matrices are those of
-        `state`, not copies.
+        `dict[str, torch.Tensor]`: The state of the client's adapter. Tensors that are not LoRA matrices are taken from
+        `state` without a copy.
 
     Raises:
-        ValueError: if the rank of the client is above that of the global adapter, or with `lora_bias` the scaling differs.
+        ValueError: if the client's rank is above the rank of the global adapter, or if the scaling differs with
+            `lora_bias`.
     """
     client_state = dict(state)
     for target in product_targets(state, config):

@@ -1,7 +1,7 @@
 """
-What clients uploaded, matrix by matrix: a tensor, or one head of a core with the clients that trained it.
+The clients' uploads, matrix by matrix. A matrix is a tensor, or one head of a core with the clients that trained it.
 
-Methods that look at all clients at once work on one matrix after the other, so that their memory is that of one layer.
+Methods that need all clients at once work on one matrix after another, so they need the memory of one layer only.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Matrix:
     What C clients uploaded for one matrix.
 
     Args:
-        name (`str`): The name for diagnostics: that of the tensor, with `[head]` for a head of a core.
+        name (`str`): The name for diagnostics: the name of the tensor, followed by `[head]` for a head of a core.
         start (`torch.Tensor`): The global matrix.
         updates (`Sequence[ClientUpdate]`): The updates of the clients that trained it.
         read (`Callable[[ClientUpdate], torch.Tensor]`): Reads the matrix of one client.
@@ -45,17 +45,19 @@ class Matrix:
         return weighted_mean(map(self.read, self.updates), num_examples, like=self.start)
 
     def columns(self) -> torch.Tensor:
-        """The vectorised differences from the global matrix in at least float32, `[n, C]`."""
+        """The vectorised differences from the global matrix, in at least float32, `[n, C]`."""
         start = self.start.to(torch.promote_types(self.start.dtype, torch.float32))
         return torch.stack([(self.read(update).to(start) - start).flatten() for update in self.updates], dim=1)
 
     def moved(self, delta: torch.Tensor) -> torch.Tensor:
-        """The global matrix plus a delta `[n]`, in its own dtype."""
+        """The global matrix plus a delta `[n]`, in the dtype of the global matrix."""
         return (self.start.to(delta) + delta.reshape(self.start.shape)).to(self.start.dtype)
 
 
 def is_adapter_matrix(name: str) -> bool:
-    """Whether a tensor is one of the adapter's matrices: Ravan's cores, LoRA's A and B. The task head and biases are not."""
+    """
+    Whether a tensor is one of the adapter's matrices (Ravan's cores, LoRA's A and B), not of a task head or a bias.
+    """
     return is_core(name) or (".lora_" in name and not name.endswith(".bias"))
 
 
@@ -67,7 +69,7 @@ def split(name: str, tensor: torch.Tensor, updates: Sequence[ClientUpdate]) -> l
         updates (`Sequence[ClientUpdate]`): What the clients uploaded.
 
     Returns:
-        `list[Matrix]`: One matrix for each head of a core, else one for the tensor.
+        `list[Matrix]`: One matrix for each head of a core, otherwise one for the tensor.
     """
     if not is_core(name):
         return [Matrix(name, tensor, updates, lambda update: update.state[name])]
@@ -84,7 +86,7 @@ def split(name: str, tensor: torch.Tensor, updates: Sequence[ClientUpdate]) -> l
 
 
 def _read_head(name: str, head: int, update: ClientUpdate) -> torch.Tensor:
-    # the upload has only the trained heads, in order: the position is the number of trained heads before this
+    # the upload has only the trained heads, in order: the position is the number of trained heads before this one
     mask = (update.trained_heads or {}).get(name)
     return update.state[name][head if mask is None else int(mask[:head].sum())]
 
@@ -118,9 +120,10 @@ def merge_matrices(
         updates (`Sequence[ClientUpdate]`):
             What the clients uploaded.
         combine (`Callable`):
-            Makes of the clients' vectorised differences `[n, C]` and their weights `[C]` the merged difference `[n]`.
+            Maps the clients' vectorised differences `[n, C]` and their weights `[C]` to the merged difference `[n]`.
         select (`Callable`, *optional*):
-            Which tensors are merged so. All others are averaged, by default the task head and biases.
+            Which tensors to merge this way. All others are averaged. By default, these are the task head and the
+            biases.
 
     Returns:
         `dict[str, torch.Tensor]`: The new state. A head that nobody trained keeps its value.

@@ -37,41 +37,43 @@ def merge(
     Args:
         global_state (`Mapping[str, torch.Tensor]`):
             The state the clients started from: checkpoint names of the adapter to tensors. Names that end in `ravan_H`
-            hold the products s*H of all heads, `[h, r, r]`. A whole Ravan checkpoint, with scalings and bases, can be
-            given too: its products are formed, its bases kept, and its scalings returned as 1.
+            hold the products s*H of all heads, `[h, r, r]`. A whole Ravan checkpoint, with scalings and bases, is
+            accepted, too: the products are formed, the bases are kept, and the scalings are returned as 1.
         updates (`Iterable[ClientUpdate]`):
-            What the clients uploaded. Methods that stream take one update after the other from an iterator and keep none.
+            What the clients uploaded. Streaming methods take one update after another from an iterator and keep none
+            of them.
         method (`str`, *optional*, defaults to `"ravan"`):
             The name of a merge method, one of `MERGE_METHODS`.
         config ([`~peft.PeftConfig`], *optional*):
-            The configuration of the adapter. Some LoRA methods need it for alpha / r.
+            The configuration of the adapter. Some LoRA methods need its alpha / r.
         on_bad_update (`str`, *optional*, defaults to `"raise"`):
-            What happens to an update that does not fit: `"raise"`, or `"drop"` to merge the others and say so in the
-            diagnostics.
+            What happens to an update that does not fit: `"raise"`, or `"drop"` to merge the others and report it in
+            the diagnostics.
         limits ([`UpdateLimits`], *optional*):
-            What one client can do at most: the norm of its change, and the examples that it counts with. By default
-            anything finite.
+            Limits to the influence of one client: the norm of its change, and the number of examples that it counts
+            with. By default anything finite is accepted.
         server_step ([`ServerStep`], *optional*):
-            What the server does besides: the optimizer that takes a step towards the merged state, and what it, or the
-            method, remembers of the last round. By default nothing.
+            What the server does in addition: the optimizer that takes a step towards the merged state, and what the
+            optimizer or the method remembers from the last round. By default nothing.
         mechanism ([`GaussianMechanism`], *optional*):
-            Clips what each client has changed and adds noise to the mean, which has uniform weights then. What comes after,
-            such as a server optimizer, sees only that mean. There may be no updates left: the noise is added all the same.
+            Clips the change of each client and adds noise to the mean, which is then unweighted. Later steps, such as
+            a server optimizer, see only that mean. The noise is added even if there are no updates.
         **options:
             The options of the method.
 
     Returns:
         [`MergeResult`]: The new state, with the names and shapes of `global_state`, and the diagnostics of the method:
-        plain numbers and strings, among them `dropped`, the `client` and `reason` of the updates left out. Neither
-        `global_state` nor the updates are changed.
+        plain numbers and strings, including `dropped` with the `client` and `reason` of each update that was left out.
+        Neither `global_state` nor the updates are changed.
 
     Raises:
-        UpdateError: if an update does not fit the global state: tensors that are missing, not expected or not dense, other
-            shapes or dtypes, entries that are NaN, infinite or so large that products overflow, heads that the method
-            cannot leave out, no examples, a client that is there twice; or if no update is left. Nothing is merged then.
+        UpdateError: if an update does not fit the global state: tensors that are missing, unexpected or not dense,
+            wrong shapes or dtypes, entries that are NaN, infinite or so large that products overflow, missing heads
+            that the method needs, no examples, or a client that appears twice; or if no update is left. Nothing is
+            merged in that case.
         TypeError: if the method does not have one of the options.
-        ValueError: if the method does not exist, does not suit the adapter or the mechanism, or an option is out of range;
-            or if the global state has NaN or infinite entries, or the new one would have them.
+        ValueError: if the method does not exist or does not suit the adapter or the mechanism, if an option is out of
+            range, or if the global state has NaN or infinite entries or the new state would have them.
 
     Example:
 

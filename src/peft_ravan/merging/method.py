@@ -1,4 +1,4 @@
-"""What a merge method is: a pure function, and what documentation, command line help and model cards say of it."""
+"""A merge method: a pure function, and its description for the documentation, command line help and model cards."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 
-# what `merge` itself hands to a function that has such a parameter; all others are the user's options
+# `merge` itself passes these to a function that has such a parameter; all others are the user's options
 CONTEXT = ("global_state", "updates", "merged_state", "config", "server_state", "round_number")
 
 
 @dataclass(frozen=True)
 class Described:
     """
-    A function that is chosen by name.
+    A function that is selected by name.
 
     Args:
-        name (`str`): The name it is chosen by.
-        pretty_name (`str`): The name for people.
-        summary (`str`): What it does, in one sentence.
-        reference (`str`): The address of the paper.
+        name (`str`): The name it is selected by.
+        pretty_name (`str`): The display name.
+        summary (`str`): A description in one sentence.
+        reference (`str`): The URL of the paper.
         function (`Callable`): The pure function.
     """
 
@@ -39,7 +39,7 @@ class Described:
 
     @property
     def options_help(self) -> dict[str, str]:
-        """What the docstring says of each option, in one line."""
+        """The description of each option from the docstring, in one line."""
         arguments = inspect.getdoc(self.function).split("Args:\n")[1].split("\nReturns:")[0]
         entries = re.findall(r"^    (\w+) \(.*?\):\s*(.*?)(?=^    \w|\Z)", arguments, flags=re.MULTILINE | re.DOTALL)
         return {name: " ".join(text.split()) for name, text in entries if name in self.options}
@@ -50,7 +50,7 @@ class Described:
             parameter (`str`): The name of a parameter, such as `"config"`.
 
         Returns:
-            `bool`: Whether the function has it.
+            `bool`: Whether the function has this parameter.
         """
         return parameter in inspect.signature(self.function).parameters
 
@@ -60,7 +60,7 @@ class Described:
             options (`dict[str, object]`): Options by name.
 
         Raises:
-            TypeError: if the function does not have one of them.
+            TypeError: if the function does not have one of these options.
         """
         unknown = sorted(set(options) - set(self.options))
         if unknown:
@@ -71,31 +71,32 @@ class Described:
 @dataclass(frozen=True)
 class MergeMethod(Described):
     """
-    A merge method: a pure function `(global_state, updates, **options) -> MergeResult`. Where it has a parameter `config`
-    it gets the configuration of the adapter, where it has `server_state`, what it returned as such in the last round, and
-    where it has `round_number`, the number of the round.
+    A merge method: a pure function `(global_state, updates, **options) -> MergeResult`. If it has a parameter
+    `config`, it gets the configuration of the adapter. If it has `server_state`, it gets the server state that it
+    returned in the last round. If it has `round_number`, it gets the number of the round.
 
     Args:
         averages (`str`): What is averaged, for the table of methods.
         exact (`str`): Whether the merged weight is the mean of the clients' weights, for the table of methods.
         cost (`str`): What a merge costs, for the table of methods.
-        secure_aggregation (`bool`): Whether the server needs no more than sums over clients.
-        plain_mean (`bool`): Whether the new state is the weighted mean of the uploads and nothing else, tensor by tensor, so
-            that noise on it gives differential privacy.
+        secure_aggregation (`bool`): Whether sums over clients are all the server needs.
+        plain_mean (`bool`): Whether the new state is just the weighted mean of the uploads, tensor by tensor, so that
+            adding noise to it gives differential privacy.
         different_ranks (`bool`): Whether the LoRA ranks of clients may differ.
-        ranks_up_to_global (`bool`): Whether, where LoRA ranks may differ, none may be above the global one.
+        ranks_up_to_global (`bool`): Whether no LoRA rank may be above the global one, if ranks may differ.
         different_heads (`bool`): Whether clients may have trained different heads.
-        streaming (`bool`): Whether the function takes an iterator and keeps no update.
-        changes_model (`bool`): Whether the result is more than a new state: base weights to change, or another rank.
+        streaming (`bool`): Whether the function accepts an iterator and keeps no update.
+        changes_model (`bool`): Whether the result is more than a new state: changes of base weights, or another rank.
         decomposes (`bool` or `dict[str, str]`):
-            Whether LoRA's A and B are chosen anew from their product, or with which option they are.
+            Whether LoRA's A and B are recomputed from their product, or the option with which they are.
         from_start (`bool`):
-            Whether the result depends on where the adapter's matrices have started from, and not only where they are.
+            Whether the result depends on the values that the adapter's matrices started from, not just on the uploaded
+            values.
         frozen_parts (`tuple[str, ...]`):
-            Parts of names of tensors that nobody ever changes, and that clients may leave out.
+            Parts of names of tensors that never change. Clients may leave them out.
         frozen_cycle (`tuple[tuple[str, ...], ...]`):
-            Parts of names of tensors that clients must not change in a round and may leave out then: round n has the entry
-            `(n - 1) % len(frozen_cycle)`. The server, or other rounds, may change them.
+            Parts of names of tensors that clients must not change in a round and may then leave out. Round n uses the
+            entry `(n - 1) % len(frozen_cycle)`. The server may change them, and so may clients in other rounds.
         personal_parts (`tuple[str, ...]`): Parts of names of tensors that clients must not upload.
     """
 
@@ -121,7 +122,8 @@ class MergeMethod(Described):
             round_number (`int`): The number of a round, from 1.
 
         Returns:
-            `tuple[str, ...]`: Parts of names of tensors that clients must not change in that round and may leave out.
+            `tuple[str, ...]`: Parts of names of tensors that clients must not change in that round and may leave out
+            of their upload.
         """
         if not self.frozen_cycle:
             return self.frozen_parts
@@ -133,7 +135,7 @@ class MergeMethod(Described):
             options (`Mapping[str, object]`): The options of a merge.
 
         Returns:
-            `bool`: Whether LoRA's A and B are chosen anew from their product.
+            `bool`: Whether LoRA's A and B are recomputed from their product.
         """
         if isinstance(self.decomposes, bool):
             return self.decomposes

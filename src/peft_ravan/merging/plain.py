@@ -1,4 +1,4 @@
-"""What arrives from a client, made into what merge methods may rely on: plain dense tensors, read once."""
+"""Converts what a client sends into what merge methods can rely on: plain dense tensors, read once."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from .updates import ClientUpdate, UpdateError
 
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# above it float64, in which weights are computed, does not have every integer
+# float64, in which weights are computed, cannot represent every integer above this
 MAX_NUM_EXAMPLES = 2**53
-# names of tensors and clients go into messages and records
+# names of tensors and clients appear in messages and records
 MAX_NAME_LENGTH = 1000
 
 
 def plain_update(update: Any, client: str = "") -> ClientUpdate:
     """
-    Read an upload once, and make a plain one of it: a dict of dense tensors, whatever it was before. What can be read and
-    has no such form is refused, whatever it raises. That it fits an adapter is not looked at.
+    Read an upload once and convert it to a plain one: a dict of dense tensors. Anything that cannot be converted is
+    refused, whatever error it raises. Whether the upload fits an adapter is not checked.
 
     Args:
-        update (`Any`): What has arrived, which ought to be a [`ClientUpdate`].
-        client (`str`, *optional*): Who has sent it, for messages. By default as the update says.
+        update (`Any`): What was received. It should be a [`ClientUpdate`].
+        client (`str`, *optional*): The name of the sender, for messages. By default the name in the update.
 
     Returns:
-        [`ClientUpdate`]: A new update. Its tensors share their memory with those that arrived, and have no gradients. A
+        [`ClientUpdate`]: A new update. Its tensors share memory with the received ones and have no gradients. A
         [`SafetensorsState`] stays in its file.
 
     Raises:
-        UpdateError: if it is not a [`ClientUpdate`], or one of its fields is not what it has to be.
+        UpdateError: if it is not a [`ClientUpdate`], or one of its fields is invalid.
     """
     try:
         if not isinstance(update, ClientUpdate):
@@ -54,7 +54,7 @@ def plain_update(update: Any, client: str = "") -> ClientUpdate:
         )
     except UpdateError:
         raise
-    except Exception as error:  # objects that pretend to be a mapping, a tensor or a number can raise anything
+    except Exception as error:  # objects that claim to be a mapping, a tensor or a number can raise anything
         reason = f"{type(error).__name__}: {error}"[:MAX_NAME_LENGTH]
         raise UpdateError(f"{client or 'a client'}: its update cannot be read ({reason}).") from error
 
@@ -63,7 +63,7 @@ def _plain_state(state: Any, client: str) -> Mapping[str, torch.Tensor]:
     if isinstance(state, SafetensorsState):
         for name in state:
             _check_name(name, "the names in state", client)
-        return state  # whose tensors are what they are, whenever they are read
+        return state  # its tensors are the same whenever they are read
     tensors = _items(state, "state", client)
     plain = {name: _plain_tensor(tensor, f"{client}, tensor {name!r}:") for name, tensor in tensors.items()}
     for name, tensor in plain.items():
@@ -83,7 +83,7 @@ def _items(mapping: Any, field: str, client: str) -> dict[str, Any]:
 
 
 def _check_name(name: Any, what: str, client: str) -> None:
-    # not a subclass, which could compare and hash as it likes
+    # a subclass could define comparison and hashing as it likes
     if type(name) is not str or len(name) > MAX_NAME_LENGTH:
         found = f"one of {len(name):,}" if type(name) is str else type(name).__name__
         raise UpdateError(f"{client}: {what} must be strings of at most {MAX_NAME_LENGTH:,} characters, got {found}.")
@@ -103,7 +103,7 @@ def _plain_tensor(tensor: Any, where: str, kind: str = "a floating point tensor"
 
 
 def _why_not_plain(tensor: torch.Tensor) -> str | None:
-    # classes of their own, such as those of quantized tensors, answer for themselves and not for their memory
+    # other classes, such as those of quantized tensors, say nothing reliable about their memory
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
         return f"a {type(tensor).__name__}"
     if tensor.is_nested:
@@ -122,7 +122,7 @@ def _why_not_plain(tensor: torch.Tensor) -> str | None:
 
 
 def _plain_num_examples(num_examples: Any, client: str) -> int:
-    # integers of numpy are integers, too; bool is one of Python's by inheritance only
+    # NumPy integers are accepted, too; bool is an integer by inheritance only
     is_integer = hasattr(type(num_examples), "__index__") and not isinstance(num_examples, (bool, torch.Tensor))
     count = operator.index(num_examples) if is_integer else 0
     if not is_integer or not 1 <= count <= MAX_NUM_EXAMPLES:
@@ -169,4 +169,4 @@ def _check_pattern(pattern: Any, where: str) -> None:
     try:
         re.compile(pattern)
     except (re.error, TypeError) as error:
-        raise UpdateError(f"{where} has {pattern!r}, which is no regular expression ({error}).") from error
+        raise UpdateError(f"{where} has {pattern!r}, which is not a regular expression ({error}).") from error

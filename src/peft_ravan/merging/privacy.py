@@ -1,8 +1,8 @@
 """
-Client-level differential privacy: what one client can change in a mean is bounded, and Gaussian noise hides it.
+Client-level differential privacy: the influence of one client on a mean is bounded, and Gaussian noise hides it.
 
 McMahan et al., Learning Differentially Private Recurrent Language Models, ICLR 2018, with uniform weights and a fixed number
-of clients. What a client uploads is clipped as a whole: one norm over all tensors.
+of clients. An upload is clipped as a whole, with one norm over all tensors.
 """
 
 from __future__ import annotations
@@ -25,21 +25,24 @@ from .updates import ClientUpdate, MergeResult
 @dataclass(frozen=True)
 class GaussianMechanism:
     """
-    How a merge bounds and hides what a client has changed: the mean of the clipped changes, with Gaussian noise.
+    Bounds and hides the influence of a client on a merge: the result is the mean of the clipped changes plus Gaussian
+    noise.
 
-    If the upload of one client is another, the mean moves by at most `2 * clip_norm / num_clients`; if it is missing, by at
-    most `clip_norm / num_clients`. The noise on each entry has the standard deviation `noise_std`.
+    If the upload of one client is replaced, the mean moves by at most `2 * clip_norm / num_clients`. If it is missing,
+    the mean moves by at most `clip_norm / num_clients`. The noise on each entry has the standard deviation
+    `noise_std`.
 
     Args:
         clip_norm (`float`):
-            The largest L2 norm of what a client changes, over all tensors together.
+            The largest L2 norm of a client's change, over all tensors together.
         noise_multiplier (`float`):
             The standard deviation of the noise on the sum of the changes, divided by `clip_norm`.
         num_clients (`int`):
-            The number of clients that were asked. Who fails or uploads what does not fit counts as one that has changed
-            nothing, since a divisor that depends on the clients would tell of them.
+            The number of clients that were asked. A client that fails, or whose upload does not fit, counts as one
+            that changed nothing, since a divisor that depends on the clients would reveal something about them.
         seed (`int` or `Sequence[int]`, *optional*):
-            The seed of the noise. Who knows it can take the noise away. By default it comes from the operating system.
+            The seed of the noise. Anyone who knows it can remove the noise. By default it comes from the operating
+            system.
 
     Raises:
         ValueError: if a number is out of range, or the noise would have to hide changes of any size.
@@ -64,11 +67,11 @@ class GaussianMechanism:
 def check_clipping(clip_norm: float, noise_multiplier: float) -> None:
     """
     Args:
-        clip_norm (`float`): Must be above 0, and finite where there is noise.
+        clip_norm (`float`): Must be above 0, and finite if there is noise.
         noise_multiplier (`float`): Must be finite, and 0 or more.
 
     Raises:
-        ValueError: if one of them is not.
+        ValueError: if one of these conditions is violated.
     """
     if not clip_norm > 0:
         raise ValueError(f"`clip_norm` must be above 0, got {clip_norm!r}.")
@@ -86,14 +89,14 @@ def gaussian_noise(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """
     Args:
-        shapes (`Mapping[str, torch.Size]`): Names to shapes. Their order makes no difference.
+        shapes (`Mapping[str, torch.Size]`): Names to shapes, in any order.
         std (`float`): The standard deviation.
         seed (`int` or `Sequence[int]`, *optional*): The seed, by default from the operating system.
 
     Yields:
-        `tuple[str, torch.Tensor]`: A name, and independent Gaussian noise in float64.
+        `tuple[str, torch.Tensor]`: A name and independent Gaussian noise in float64.
     """
-    # not torch's generator, which on a CPU takes 32 bits of a seed: so few can be tried out
+    # not torch's generator, which uses only 32 bits of a seed on a CPU: few enough to try them all
     generator = np.random.Generator(np.random.Philox(np.random.SeedSequence(seed)))
     for name in sorted(shapes):
         yield name, torch.from_numpy(np.asarray(generator.standard_normal(tuple(shapes[name])))).mul_(std)
@@ -108,25 +111,26 @@ def merge_privately(
     frozen: tuple[str, ...] = (),
 ) -> MergeResult:
     """
-    Merge the clipped changes with uniform weights, and add noise to their mean.
+    Merge the clipped changes with uniform weights and add noise to their mean.
 
     Args:
         method ([`MergeMethod`]): A method that is a plain mean.
         global_state (`Mapping[str, torch.Tensor]`): The state the clients started from.
         updates (`Iterable[ClientUpdate]`): What clients uploaded, checked. None of them is kept.
-        mechanism ([`GaussianMechanism`]): How changes are bounded and hidden.
+        mechanism ([`GaussianMechanism`]): How to bound and hide the changes.
         options (`Mapping[str, Any]`): The options of the method.
-        frozen (`tuple[str, ...]`, *optional*): Parts of names of tensors that are frozen in this round, and get no noise.
+        frozen (`tuple[str, ...]`, *optional*): Parts of names of tensors that are frozen in this round and get no
+            noise.
 
     Returns:
-        [`MergeResult`]: The new state. The diagnostics have, under `privacy`, the figures of the mechanism and how many
-        uploads were clipped (`clipped`), which is not protected.
+        [`MergeResult`]: The new state. Under `privacy`, the diagnostics contain the figures of the mechanism and the
+        number of uploads that were clipped (`clipped`). That number is not protected.
 
     Raises:
-        ValueError: if the method is not a plain mean, or there are more updates than clients were asked.
+        ValueError: if the method is not a plain mean, or there are more updates than clients that were asked.
     """
     check_plain_mean(method)
-    # a mean of changes: rounding is relative to the change then, and not to a weight that may be much larger
+    # average changes, so that rounding is relative to the change and not to a weight that may be much larger
     nothing = {
         name: torch.zeros(tensor.shape, dtype=working_dtype(tensor), device=tensor.device)
         for name, tensor in global_state.items()
@@ -170,7 +174,7 @@ def _uniform(
     mechanism: GaussianMechanism,
     norms: list[float],
 ) -> Iterator[ClientUpdate]:
-    """As many updates as clients were asked, of equal weight: what each has changed, and nothing for those who failed."""
+    """One update with equal weight for every client that was asked: its change, or zero if it failed."""
     for update in updates:
         if len(norms) == mechanism.num_clients:
             raise ValueError(

@@ -31,7 +31,7 @@ def _check(M: torch.Tensor, options: dict[str, float | None]) -> None:
 
 @contextmanager
 def _full_precision(device: torch.device) -> Iterator[None]:
-    # TF32 or autocast, which training may have set, would round the products of an iteration far above the tolerance
+    # with TF32 or autocast, which training may have enabled, rounding errors would be far above the tolerance
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -51,23 +51,25 @@ def robust_pca(
     """
     Split matrices into a low-rank and a sparse part.
 
-    L and S add up to `M`, and how far their objective is from the optimum at most is certified by a duality gap. Beside `M`,
-    L and S a matrix needs memory for a few blocks. The work is done in float32, or in float64 for a float64 `M` and where
-    rounding hides what is left to do; the latter takes six times the memory of a float32 `M` for a time.
+    L and S add up to `M`, and a duality gap certifies how far their objective is from the optimum at most. In addition
+    to `M`, L and S, a matrix needs memory for a few blocks. The computation runs in float32, or in float64 if `M` is
+    float64 or rounding prevents further progress. The latter temporarily takes six times the memory of a float32 `M`.
 
     Args:
         M (`torch.Tensor`):
             A matrix, `[n, C]`, or a batch of them, `[..., n, C]`. Tall matrices are cheap: an iteration costs two
-            products with a `C x C` matrix, and an `n x n` matrix is never made.
+            products with a `C x C` matrix, and no `n x n` matrix is ever formed.
         lambda_ (`float`, *optional*):
-            The weight of the sparse part. By default `1 / sqrt(max(n, C))`, as Candes et al. prove for exact recovery.
+            The weight of the sparse part. By default `1 / sqrt(max(n, C))`, for which Candes et al. prove exact
+            recovery.
         tol (`float`, *optional*, defaults to 1e-6):
             Stop when the objective is certified to be at most this share above the optimum.
         max_iter (`int`, *optional*, defaults to 2000):
-            The largest number of iterations. Most matrices take some 100.
+            The largest number of iterations. Most matrices take about 100.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor, RobustPCAInfo]`: L and S with the shape and dtype of `M`, and how it went.
+        `tuple[torch.Tensor, torch.Tensor, RobustPCAInfo]`: L and S with the shape and dtype of `M`, and the figures of
+        the decomposition.
 
     Raises:
         ValueError: if `M` is not a finite floating point matrix, or if an option is not positive.

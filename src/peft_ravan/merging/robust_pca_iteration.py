@@ -5,17 +5,17 @@ The iteration of robust PCA, for a batch of matrices: Douglas-Rachford splitting
 
 (Eckstein and Bertsekas, On the Douglas-Rachford Splitting Method and the Proximal Point Algorithm for Maximal Monotone
 Operators, Mathematical Programming 1992), which is the alternating direction method of multipliers with over-relaxation.
-Its state Z tends to L + t Y, with Y the dual variable and 1/t the penalty. The penalty is constant: one that grows freezes
-the iteration before it is optimal. With a between 1 and 2, an iteration is
+Its state Z tends to L + t Y, with Y the dual variable and 1/t the penalty. The penalty is constant: a growing one
+would freeze the iteration before it reaches the optimum. With a between 1 and 2, an iteration is
 
     L = Z with its singular values lowered by t,   W = M - (2L - Z),   Z <- Z + a (L - Z + W clipped to [-lambda t, lambda t])
 
-All is in units of lambda t here: W is clipped to [-1, 1], and singular values are lowered by 1 / lambda.
+Here, everything is in units of lambda t: W is clipped to [-1, 1], and singular values are lowered by 1 / lambda.
 
-Matrices are `[batch, C, n]`: with few clients C and many entries n, products are up to five times as fast as with n first.
-L is P Z, where the C x C matrix P follows from the Gram matrix Z Z^T. Only this needs all columns at once, so one sweep
-over blocks that fit in the processor's cache makes the next Z, and adds up how the Gram matrix changes. Memory holds M, Z,
-M in these units, and a few blocks.
+Matrices are `[batch, C, n]`: with few clients C and many entries n, products are up to five times faster than with n
+first. L is P Z, where the C x C matrix P is computed from the Gram matrix Z Z^T. Only the Gram matrix needs all
+columns at once. So one sweep over blocks that fit in the processor's cache computes the next Z and accumulates the
+change of the Gram matrix. The memory needed is M, Z, M in these units, and a few blocks.
 """
 
 from __future__ import annotations
@@ -26,27 +26,28 @@ import torch
 
 
 RELAXATION = 1.8
-# lambda t by the mean of |M|. From 0.2 to 0.4, the iterations that it takes stay within a tenth of the fewest, over
+# lambda t relative to the mean of |M|. From 0.2 to 0.4, the number of iterations is within a tenth of the minimum, for
 # Gaussian, planted, common and heavy-tailed matrices of 64 x 4 to 12,288 x 50.
 FIRST_UNIT = 0.3
-# Where entries differ by orders of magnitude, t must change: when the movements of L and of t Y differ by a factor of so
-# much, by its root, and at most so much at once. The limit rises, by itself once in so many iterations, so that the changes
-# come to an end: with changes that do not, the iteration need not converge.
+# Where entries differ by orders of magnitude, t must change. If the movements of L and of t Y differ by more than the
+# factor IMBALANCE, t changes by the root of their ratio, but at most by MAX_UNIT_CHANGE at once. The limit rises by
+# its initial value every IMBALANCE_ITERATIONS iterations, so that the changes come to an end. Otherwise the iteration
+# might not converge.
 IMBALANCE = 5.0
 IMBALANCE_ITERATIONS = 100
 MAX_UNIT_CHANGE = 16.0
-# The columns that move most, one in so many, make so many steps at once.
+# Of all columns, one in SLOW_SHARE, those that move most, make SLOW_STEPS steps at once.
 SLOW_SHARE = 16
 SLOW_STEPS = 10
-# the parts of Z and M and two temporaries stay in a core's cache
+# blocks of Z and M and two temporaries fit in a core's cache
 CPU_BLOCK_ENTRIES = 2**16
-# launching kernels must cost little against running them
+# launching kernels must be cheap compared to running them
 CUDA_BLOCK_ENTRIES = 2**23
 TINY = torch.finfo(torch.float64).tiny
 
 
 def block_entries(device: torch.device) -> int:
-    """How many entries are worked on at once."""
+    """The number of entries to work on at once."""
     return CPU_BLOCK_ENTRIES * torch.get_num_threads() if device.type == "cpu" else CUDA_BLOCK_ENTRIES
 
 
@@ -65,12 +66,12 @@ def _function_of(vectors: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
 
 class Iteration:
     """
-    The state for a batch of matrices, and what is done with it.
+    The state of the iteration for a batch of matrices, and the operations on it.
 
     Args:
-        M (`torch.Tensor`): The matrices, `[batch, C, n]`. They are not changed, and need not be contiguous.
-        Z (`torch.Tensor`): Memory for the state, of the shape of `M`.
-        X (`torch.Tensor`): Memory for `M` in units, of the shape of `M`.
+        M (`torch.Tensor`): The matrices, `[batch, C, n]`. They are not changed and need not be contiguous.
+        Z (`torch.Tensor`): Memory for the state, with the shape of `M`.
+        X (`torch.Tensor`): Memory for `M` in units, with the shape of `M`.
         lambda_ (`float`): The weight of the sparse part.
     """
 
@@ -86,7 +87,7 @@ class Iteration:
 
     def _make_temporaries(self) -> None:
         batch, C, n = self.M.shape
-        # several small matrices make one block by themselves
+        # a batch of several small matrices is one block
         self.length = n if batch > 1 else max(1, min(n, block_entries(self.M.device) // C))
         self.temporaries = self.Z.new_empty(2, batch, C, self.length)
 
@@ -103,12 +104,12 @@ class Iteration:
     # ------------------------------------------------------------ P
 
     def measure(self) -> None:
-        """Make the Gram matrix of Z, in float64 because it squares the condition number, and P."""
+        """Compute P and the Gram matrix of Z. The latter is in float64 because it squares the condition number."""
         self.gram = sum(_gram(self.Z[..., block]) for block, *_ in self._blocks())
         self.decompose()
 
     def decompose(self) -> None:
-        """Make P of the Gram matrix."""
+        """Compute P from the Gram matrix."""
         eigenvalues, self.vectors = torch.linalg.eigh(self.gram)
         singular_values = eigenvalues.clamp_(min=TINY).sqrt_()
         self.lowered = (singular_values - 1 / self.lambda_).clamp_(min=0)  # the singular values of L, ascending
@@ -116,9 +117,9 @@ class Iteration:
 
     def approximate(self) -> None:
         """
-        Make P of a Gram matrix that has changed little since it was decomposed, in a third of the time. P is a function f of
-        it. In a basis where it is almost diagonal, f multiplies its entries by the slopes of f between the two diagonal
-        entries, up to terms of second order (Daleckii and Krein).
+        Compute P in a third of the time if the Gram matrix has changed little since it was decomposed. P is a function
+        f of it. In a basis where it is almost diagonal, f multiplies its entries by the slopes of f between the two
+        diagonal entries, up to second-order terms (Daleckii and Krein).
         """
         G = self.vectors.mT @ self.gram @ self.vectors
         diagonal = G.diagonal(dim1=-2, dim2=-1).clamp(min=TINY)
@@ -126,7 +127,7 @@ class Iteration:
         roots = diagonal.sqrt().clamp_(min=limit)
         first, second = roots[:, :, None], roots[:, None, :]
         slopes = limit / (first * second * (first + second))
-        # between one diagonal entry above and one below, f rises on a part of the way only
+        # between a diagonal entry above the limit and one below, f rises only on part of the way
         way = (diagonal[:, :, None] - diagonal[:, None, :]).abs_().clamp_(min=TINY)
         part = (first.square() - second.square()).abs_() / way
         G *= torch.where((first > limit) & (second > limit), slopes, slopes * part)
@@ -145,7 +146,7 @@ class Iteration:
         One iteration.
 
         Args:
-            hurry (`bool`): Whether to move the slowest columns on.
+            hurry (`bool`): Whether to move the slowest columns ahead.
         """
         change, sizes = 0, self.Z.new_empty(len(self.Z), self.Z.shape[-1])
         for block, W, move in self._blocks():
@@ -154,7 +155,7 @@ class Iteration:
             if hurry:
                 torch.sum(torch.mul(move, move, out=W), dim=1, out=sizes[:, block])
             Z.add_(move, alpha=RELAXATION / 2)
-            # Z Z^T changes by the symmetric part of twice (the new Z + the old Z) / 2 times the change of Z
+            # Z Z^T changes by twice the symmetric part of (new Z + old Z) / 2 times the transposed change of Z
             middle = torch.sub(Z, move, alpha=RELAXATION / 4, out=W)
             change = change + (middle @ move.mT).double()
         self.gram += (RELAXATION / 2) * (change + change.mT)
@@ -169,9 +170,9 @@ class Iteration:
 
     def _hurry(self, sizes: torch.Tensor) -> None:
         """
-        Move the columns on whose moves have the largest squared sizes, `[batch, n]`. While the others are almost right, some
-        columns move straight on at a small, constant speed for hundreds of iterations: this takes a fifth off all
-        iterations, and from heavy-tailed matrices up to a half.
+        Move those columns ahead whose moves have the largest squared sizes, `[batch, n]`. While the others are almost
+        right, some columns keep moving straight at a small, constant speed for hundreds of iterations. Moving them
+        ahead saves a fifth of all iterations, and up to half for heavy-tailed matrices.
         """
         num_slow = sizes.shape[-1] // SLOW_SHARE
         if not num_slow:
@@ -187,7 +188,7 @@ class Iteration:
         self.Z.scatter_(-1, columns, Z)
 
     def balance(self, is_far: torch.Tensor, iteration: int) -> None:
-        """Change the penalty of some matrices, `[batch]`, if it moves L much more than t Y or much less."""
+        """Change the penalty of those matrices, `[batch]`, whose L moves much more or much less than t Y."""
         limit = IMBALANCE * (1 + iteration / IMBALANCE_ITERATIONS)
         inside, outside = torch.zeros_like(self.unit), torch.zeros_like(self.unit)
         for block, W, move in self._blocks():
@@ -200,7 +201,7 @@ class Iteration:
         if not is_far.any():
             return
         factor = torch.where(is_far, ratio.sqrt().clamp(1 / MAX_UNIT_CHANGE, MAX_UNIT_CHANGE), 1.0)
-        # in units, L becomes L / factor, and t Y remains
+        # in the new units, L becomes L / factor, and t Y stays the same
         for block, L, _ in self._blocks():
             Z = self.Z[..., block]
             Z.addcmul_(torch.bmm(self.P, Z, out=L), _per_matrix(1 / factor - 1, Z))
@@ -212,11 +213,12 @@ class Iteration:
 
     def certify(self) -> torch.Tensor:
         """
-        Make the objective of L and M - L, and a lower bound of the optimum: <Y, M> for any Y with entries in [-lambda, lambda]
-        and a spectral norm of at most 1, such as (Z - L) / t, clipped and divided by its norm. P must be that of Z.
+        Compute the objective of L and M - L, and a lower bound of the optimum: <Y, M> for any Y with entries in
+        [-lambda, lambda] and a spectral norm of at most 1, such as (Z - L) / t, clipped and divided by its norm. P
+        must belong to the current Z.
 
         Returns:
-            `torch.Tensor`: The duality gap by the objective, `[batch]`.
+            `torch.Tensor`: The duality gap relative to the objective, `[batch]`.
         """
         product, norm_S, gram = torch.zeros_like(self.unit), torch.zeros_like(self.unit), 0
         for block, L, Y in self._blocks():
@@ -236,7 +238,7 @@ class Iteration:
         return (self.lowered > 1e-6 * self.lowered[:, -1:]).sum(dim=-1)
 
     def sparsity(self) -> torch.Tensor:
-        """The share of the entries that are clipped: those that are not 0 in S."""
+        """The share of the entries that are clipped, which are those that are not 0 in S."""
         counts = 0
         for block, W, _ in self._blocks():
             torch.baddbmm(self.X[..., block], self.reflection, self.Z[..., block], out=W)
@@ -244,7 +246,7 @@ class Iteration:
         return counts / self.M[0].numel()
 
     def finish(self, index: int) -> None:
-        """Put L of one matrix in place of Z, and S in place of X."""
+        """Overwrite Z of one matrix with L, and X with S."""
         P, unit = self.P[index], self.unit[index].to(self.Z)
         for block, L, _ in self._blocks():
             torch.mm(P, self.Z[index, :, block], out=L[index])
@@ -252,7 +254,7 @@ class Iteration:
             torch.sub(self.M[index, :, block], L, out=self.X[index, :, block])
 
     def keep(self, is_kept: torch.Tensor, dtype: torch.dtype) -> None:
-        """Go on with these matrices only, on copies, in this dtype."""
+        """Continue with only these matrices, as copies in this dtype."""
         for name, value in vars(self).items():
             if isinstance(value, torch.Tensor) and name != "temporaries":
                 setattr(self, name, value[is_kept])

@@ -1,5 +1,6 @@
 """
-Robust PCA of batches of matrices: who is done, and when to look. The iteration is in `robust_pca_iteration.py`.
+Robust PCA of batches of matrices: when to check for convergence, and which matrices are done. The iteration is in
+`robust_pca_iteration.py`.
 """
 
 from __future__ import annotations
@@ -11,39 +12,40 @@ import torch
 from .robust_pca_iteration import Iteration, block_entries
 
 
-# A look costs about as much as two iterations. It makes exact what is approximated in between.
+# A look costs about as much as two iterations. It recomputes exactly what is approximated in between.
 ITERATIONS_PER_LOOK = 10
 FIRST_HURRY = 20
 HURRY_REST = 200
-# in the first iterations, the penalty is changed only where the gap is still so many times the tolerance
+# in the first PATIENT_ITERATIONS, the penalty changes only if the gap is above FAR_FROM_TOLERANCE times the tolerance
 PATIENT_ITERATIONS = 200
 FAR_FROM_TOLERANCE = 20
-# what has no smaller gap after so many iterations than this share of what it had goes on in float64
+# matrices continue in float64 if a gap does not shrink to the share PROGRESS within ITERATIONS_PER_PROGRESS iterations
 ITERATIONS_PER_PROGRESS = 50
 PROGRESS = 0.7
-# the Gram matrix of many columns is decomposed in all early iterations, and then in one of so many; that of few always,
-# because it takes no longer than to approximate its decomposition
+# The Gram matrix of many columns is decomposed in all early iterations, and later only once every
+# ITERATIONS_PER_DECOMPOSITION iterations. For few columns it is always decomposed, because approximating the
+# decomposition would take as long.
 FEW_COLUMNS = 32
 EARLY_ITERATIONS = 20
 ITERATIONS_PER_DECOMPOSITION = 5
-# small matrices are solved together up to so many blocks
+# small matrices are solved together up to this many blocks
 PART_BLOCKS = 2
 
 
 @dataclass(frozen=True)
 class RobustPCAInfo:
     """
-    How a decomposition went. For a batch of matrices every field has one entry a matrix.
+    The figures of a decomposition. For a batch of matrices, every field has one entry per matrix.
 
     Args:
         iterations (`torch.Tensor`): The number of iterations, int64.
         gap (`torch.Tensor`):
-            The duality gap by the objective, float64: the objective of L and S is at most this share of it above the
-            optimum.
-        converged (`torch.Tensor`): Whether the gap came down to the tolerance, bool.
+            The duality gap relative to the objective, float64. The objective of L and S exceeds the optimum by at most
+            this share of the objective.
+        converged (`torch.Tensor`): Whether the gap reached the tolerance, bool.
         rank (`torch.Tensor`): The number of singular values of L above 1e-6 of the largest, int64.
         sparsity (`torch.Tensor`):
-            The share of the entries that S stands for, float64. The others are 0 up to the accuracy of the iteration.
+            The share of nonzero entries in S, float64. The other entries are 0 up to the accuracy of the iteration.
     """
 
     iterations: torch.Tensor
@@ -69,7 +71,7 @@ class _Batch:
         self.state = Iteration(M, L, S, lambda_)
         dtypes = (torch.int64, torch.float64, torch.bool, torch.int64, torch.float64)
         self.info = RobustPCAInfo(*(torch.zeros(len(M), dtype=dtype, device=M.device) for dtype in dtypes))
-        self.active = torch.arange(len(M), device=M.device)  # the matrices that are in the state
+        self.active = torch.arange(len(M), device=M.device)  # the matrices that are still in the state
         self.last_gap = torch.full_like(self.info.gap, torch.inf)
 
     def solve(self) -> RobustPCAInfo:
@@ -91,7 +93,7 @@ class _Batch:
         return self.info
 
     def _look(self, iteration: int) -> None:
-        """See which matrices are done, and how to go on with the others."""
+        """Check which matrices are done, and how to continue with the others."""
         state = self.state
         state.measure()
         gap = state.certify()
@@ -127,7 +129,7 @@ class _Batch:
 def solve_in_parts(
     M: torch.Tensor, lambda_: float, tol: float, max_iter: int
 ) -> tuple[torch.Tensor, torch.Tensor, RobustPCAInfo]:
-    """Solve `[batch, C, n]`, some matrices at once."""
+    """Solve `[batch, C, n]`, a few matrices at a time."""
     # L and S serve as memory for the iteration until they are written
     L, S = (torch.empty(M.shape, dtype=M.dtype, device=M.device) for _ in range(2))
     size = max(1, PART_BLOCKS * block_entries(M.device) // max(1, M[0].numel()))

@@ -11,15 +11,15 @@ from safetensors import safe_open
 
 class SafetensorsState(Mapping):
     """
-    The tensors of a safetensors file by name, each read when it is asked for and not kept. With it a merge that works
-    layer by layer needs the memory of one layer.
+    The tensors of a safetensors file by name. Each is read when it is requested, and not kept. A merge that works
+    layer by layer then needs the memory of one layer only.
 
     Args:
         path (`str` or `os.PathLike`): The file.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        safetensors.SafetensorError: if it is not a safetensors file, or is cut off.
+        safetensors.SafetensorError: if it is not a safetensors file, or is truncated.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -32,7 +32,7 @@ class SafetensorsState(Mapping):
         return self._file.get_tensor(name)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._names  # that of Mapping would read the tensor
+        return name in self._names  # the method of Mapping would read the tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

@@ -1,7 +1,7 @@
 """
-Server optimizers: the difference between the merged and the global state is taken as a gradient.
+Server optimizers: they treat the difference between the merged and the global state as a gradient.
 
-What they remember is a dict of tensors, which can be saved as safetensors and given to the next merge.
+Their state is a dict of tensors, which can be saved as safetensors and passed to the next merge.
 """
 
 from __future__ import annotations
@@ -32,21 +32,20 @@ def step_by_tensor(
         global_state (`Mapping[str, torch.Tensor]`):
             The state the clients started from.
         merged_state (`Mapping[str, torch.Tensor]`):
-            What a merge method made of their updates. A tensor that is not in it rests: it and its moments stay as they
-            are.
+            The state merged from their updates. A tensor that is missing here stays unchanged, and so do its moments.
         server_state (`Mapping[str, torch.Tensor]`):
             What the last step returned, or nothing in the first round.
         moments (`Mapping[str, float]`):
-            The names of the moments and the values they start with.
+            The names of the moments and their initial values.
         step (`Callable`):
-            Makes of the difference and the moments of a tensor the step and the new moments.
+            Maps the difference and the moments of a tensor to the step and the new moments.
 
     Returns:
         `tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]`: The new state and the new server state, in at least
         float32.
 
     Raises:
-        ValueError: if the merge has changed shapes, or the server state belongs to another adapter.
+        ValueError: if the merge changed shapes, or the server state belongs to another adapter.
     """
     new_state, new_server_state = {}, {}
     for name, start in global_state.items():
@@ -84,23 +83,23 @@ def step_between_products(
     step: Callable[[State, State], tuple[State, State]],
 ) -> tuple[State, State]:
     """
-    Take a step after a merge that has chosen LoRA's A and B anew from their product.
+    Take a step after a merge that recomputed LoRA's A and B from their product.
 
-    A step follows differences of A and B, but only the product has a meaning. So both states are written in factors of one
-    kind before, which are turned towards each other, and the new state afterwards: one of the factors has orthonormal
-    directions. Then a product that has not changed makes no difference, and the norms of A and B do not drift.
+    A step follows differences of A and B, but only their product has a meaning. So both states are first rewritten
+    with one orthonormal factor and aligned with each other, and the new state is made orthonormal again afterwards. An
+    unchanged product then gives no difference, and the norms of A and B do not drift.
 
     Args:
         targets (`Sequence[LoraTarget]`): The modules.
         global_state (`Mapping[str, torch.Tensor]`): The state the clients started from.
-        merged_state (`Mapping[str, torch.Tensor]`): What the merge method made of their updates.
-        step (`Callable`): Takes the step from the one state towards the other.
+        merged_state (`Mapping[str, torch.Tensor]`): The state merged from their updates.
+        step (`Callable`): Takes the step from the first state towards the second.
 
     Returns:
         `tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]`: The new state and the new server state.
 
     Raises:
-        ValueError: if the step has made entries that are NaN or infinite.
+        ValueError: if the step produced entries that are NaN or infinite.
     """
     start, merged = dict(global_state), dict(merged_state)
     for target in targets:
@@ -128,17 +127,17 @@ def step_with_two_moments(
     tau: float,
 ) -> tuple[State, State]:
     """
-    Take a step of the size of the mean difference against its root mean square (Reddi et al., algorithm 2).
+    Take a step proportional to the mean difference divided by its root mean square (Reddi et al., algorithm 2).
 
     Args:
         global_state (`Mapping[str, torch.Tensor]`): The state the clients started from.
-        merged_state (`Mapping[str, torch.Tensor]`): What a merge method made of their updates.
+        merged_state (`Mapping[str, torch.Tensor]`): The state merged from their updates.
         server_state (`Mapping[str, torch.Tensor]`): What the last step returned.
         name (`str`): The name of the server optimizer.
-        second_moment (`Callable`): Makes of the second moment and the squared difference the new second moment.
+        second_moment (`Callable`): Maps the second moment and the squared difference to the new second moment.
         learning_rate (`float`): The learning rate of the server.
         beta_1 (`float`): The decay of the first moment.
-        tau (`float`): Is added to the root of the second moment, which starts at `tau^2`.
+        tau (`float`): Added to the root of the second moment, which starts at `tau^2`.
 
     Returns:
         `tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]`: The new state and the new server state.
@@ -162,7 +161,7 @@ def check_options(name: str, learning_rate: float, *decays: float, tau: float = 
         tau (`float`, *optional*, defaults to 1.0): Must be above 0.
 
     Raises:
-        ValueError: if one of them is not.
+        ValueError: if one of these conditions is violated.
     """
     if not (learning_rate > 0 and tau > 0):
         raise ValueError(f"{name}: `learning_rate` and `tau` must be above 0, got {learning_rate!r} and {tau!r}.")

@@ -1,4 +1,4 @@
-"""What a server does besides merging: a step of its own towards the merged state, and what it remembers for it."""
+"""What a server does in addition to merging: its own step towards the merged state, and the state that this needs."""
 
 from __future__ import annotations
 
@@ -25,16 +25,17 @@ class ServerStep:
     Args:
         optimizer (`str`, *optional*):
             The name of a server optimizer, one of `SERVER_OPTIMIZERS`, which takes a step towards the merged state. By
-            default the merged state is the new one.
+            default the merged state becomes the new state.
         options (`Mapping[str, Any]`, *optional*):
             The options of the server optimizer.
         state (`Mapping[str, torch.Tensor]`, *optional*):
-            The `server_state` of the last round's result, for server optimizers and methods that remember something.
+            The `server_state` of the last round's result, for server optimizers and methods that have a state.
         round_number (`int`, *optional*, defaults to 1):
-            The round, for methods that do not do the same in all of them.
+            The round, for methods that differ from round to round.
         on_merged (`Callable[[str], None]`, *optional*):
-            Is called with the name of each client whose update is merged, and not dropped. With a method that streams this
-            is before the next update is asked for, so that what comes with an update need not be kept longer than it.
+            Called with the name of each client whose update is merged and not dropped. For a streaming method, this
+            happens before the next update is requested, so that data belonging to an update need not be kept longer
+            than the update itself.
     """
 
     optimizer: str | None = None
@@ -72,16 +73,17 @@ class ServerStep:
     ) -> tuple[State, State]:
         """
         Args:
-            method ([`MergeMethod`]): The method that has merged.
+            method ([`MergeMethod`]): The merge method.
             options (`Mapping[str, Any]`): Its options.
             global_state (`dict[str, torch.Tensor]`): The state the clients started from.
-            result ([`MergeResult`]): What was merged.
+            result ([`MergeResult`]): The result of the merge.
 
         Returns:
-            `tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]`: The new state, and what the optimizer remembers.
+            `tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]`: The new state and the new state of the
+            optimizer.
 
         Raises:
-            ValueError: if the method changes the adapter, so that there is no difference to follow.
+            ValueError: if the method changes the shape of the adapter, so that there is no difference to follow.
         """
         if self.optimizer is None:
             return result.state, {}
@@ -97,6 +99,6 @@ class ServerStep:
         return step(global_state, self._without_resting(method, result.state))
 
     def _without_resting(self, method: MergeMethod, merged_state: State) -> State:
-        # what other rounds train would be moved on by their momentum in a round that was not trained for it
+        # tensors that are trained in other rounds must not be moved by their momentum in this one
         frozen = method.frozen_in(self.round_number) if method.frozen_cycle else ()
         return {name: tensor for name, tensor in merged_state.items() if not has_part(name, frozen)}

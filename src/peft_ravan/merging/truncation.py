@@ -1,8 +1,9 @@
 """
-From the update of a weight back to LoRA's A and B of a given rank.
+Recompute LoRA's A and B of a given rank from the update of a weight.
 
-LoRA starts one of them with zeros and draws the other one, which is called the frame here: A of a linear layer, B of an
-embedding. Its rows (columns of B) are directions, and are kept orthonormal; the singular values go to the other one.
+LoRA initialises one of them with zeros and the other one randomly. The random one is called the frame here: A of a
+linear layer, B of an embedding. Its rows (or the columns of B) are directions and are kept orthonormal. The singular
+values go into the other factor.
 """
 
 from __future__ import annotations
@@ -23,24 +24,26 @@ def truncated_factors(
 ) -> tuple[dict[str, torch.Tensor], float]:
     """
     The best approximation of `left @ right` by B A of the global rank, from the singular value decomposition U S V^T,
-    sorted by singular value: A = V^T and B = U S, or on an embedding B = c U and A = S V^T / c with c = sqrt(d_out). The
-    directions have about the size that LoRA starts them with.
+    sorted by singular value: A = V^T and B = U S, or for an embedding B = c U and A = S V^T / c with c = sqrt(d_out).
+    The directions have about the same norm as in LoRA's initialisation.
 
-    A product of lower rank than the adapter leaves directions over. They add nothing and can still be trained: the frame
-    gets other orthonormal ones, those of the global frame as far as it has any, and the other factor zeros.
+    If the product has a lower rank than the adapter, some directions are left over. They add nothing but can still be
+    trained: the frame gets further orthonormal directions, taken from the global frame as far as possible, and the
+    other factor gets zeros.
 
     Args:
         target ([`LoraTarget`]): The module.
         left (`torch.Tensor`): `[d_out, k]`, or the whole product.
         right (`torch.Tensor`): `[k, d_in]`, or `None`.
-        like (`Mapping[str, torch.Tensor]`): The global state, whose rank, dtypes and devices are taken.
+        like (`Mapping[str, torch.Tensor]`): The global state, which determines the rank, dtypes and devices.
 
     Returns:
-        `tuple[dict[str, torch.Tensor], float]`: A and B by their names, and the share of the squared norm they hold.
+        `tuple[dict[str, torch.Tensor], float]`: A and B by their names, and the share of the squared norm that they
+        keep.
     """
     other, frame, kept = _other_and_frame_of_product(target, left, right, like)
     B, A = target.swapped(other, frame)
-    # a rank above d_in or d_out leaves more over than there are directions
+    # with a rank above d_in or d_out, there are not enough orthonormal directions
     return target.as_state(*keep_trainable(B, A, *target.factors(like)), like), kept
 
 
@@ -48,9 +51,10 @@ def aligned_factors(
     target: LoraTarget, state: Mapping[str, torch.Tensor], like: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """
-    The factors of [`truncated_factors`], turned towards the global ones: B Q^T and Q A with the rotation Q that brings both
-    nearest to them (orthogonal Procrustes). A decomposition chooses its factors anew in every round, so their difference
-    from the global ones is no update of the weight. A rotation keeps the product, and what norms A and B have.
+    The factors of [`truncated_factors`], aligned with the global ones: B Q^T and Q A with the rotation Q that brings
+    both nearest to them (orthogonal Procrustes). A decomposition chooses new factors in every round, so their
+    difference from the global ones does not describe an update of the weight. A rotation preserves the product and the
+    norms of A and B.
 
     Args:
         target ([`LoraTarget`]): The module.
@@ -71,13 +75,13 @@ def orthonormal_factors(
     target: LoraTarget, state: Mapping[str, torch.Tensor], like: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """
-    Make the directions of A, or on an embedding of B, orthonormal again after a step, by the nearest that are. The other
-    factor is left as it is.
+    Replace the directions of A, or of B for an embedding, by the nearest orthonormal ones after a step. The other
+    factor is not changed.
 
     Args:
         target ([`LoraTarget`]): The module.
         state (`Mapping[str, torch.Tensor]`): The state after the step.
-        like (`Mapping[str, torch.Tensor]`): The global state, whose dtypes and devices are taken.
+        like (`Mapping[str, torch.Tensor]`): The global state, which determines the dtypes and devices.
 
     Returns:
         `dict[str, torch.Tensor]`: A and B by their names.
@@ -93,7 +97,7 @@ def _other_and_frame(target: LoraTarget, state: Mapping[str, torch.Tensor]) -> t
 
 
 def _length_of_directions(target: LoraTarget, frame: torch.Tensor) -> float:
-    # LoRA draws A of linear layers with rows of norm 0.6, and B of embeddings with entries of variance 1
+    # LoRA initialises A of linear layers with rows of norm 0.6, and B of embeddings with entries of variance 1
     return frame.shape[1] ** 0.5 if target.is_embedding else 1.0
 
 
@@ -104,7 +108,7 @@ def _other_and_frame_of_product(
     U, S, Vh, kept = svd_of_product(left, right, rank=len(global_frame))
     U, Vh = (factor.to(global_frame) for factor in target.swapped(U, Vh))
     S = S.to(global_frame)
-    # below this it is rounding, and has no direction
+    # below this, a value is only rounding error and has no direction
     live = S > 10 * torch.finfo(target.factors(like)[1].dtype).eps * S.max()
     U, S, Vh = U[:, live], S[live], Vh[live]
     length = _length_of_directions(target, global_frame)
@@ -116,7 +120,9 @@ def _other_and_frame_of_product(
 
 
 def _completed(rows: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-    """Orthonormal rows `[q, d]` and others up to `min(r, d)`: the main directions of a source `[r, d]`, then any."""
+    """
+    Extend orthonormal rows `[q, d]` to `min(r, d)`, first by the main directions of a source `[r, d]`, then by any.
+    """
     rank, d = min(source.shape), source.shape[1]
     if len(rows) == rank:
         return rows
@@ -134,8 +140,8 @@ def nearest_orthonormal(matrix: torch.Tensor) -> torch.Tensor:
         matrix (`torch.Tensor`): `[m, n]`.
 
     Returns:
-        `torch.Tensor`: The matrix with orthonormal rows, or columns where these are fewer, that is nearest in the Frobenius
-        norm.
+        `torch.Tensor`: The nearest matrix in the Frobenius norm with orthonormal rows, or with orthonormal columns if
+        these are fewer.
     """
     U, _, Vh = torch.linalg.svd(matrix, full_matrices=False)
     return U @ Vh
@@ -145,7 +151,7 @@ def mean_of_products(
     global_state: Mapping[str, torch.Tensor], updates: Sequence[ClientUpdate], config: LoraConfig | None = None
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """
-    Average the products B A of LoRA, cut to the global rank, and all other tensors as they are.
+    Average LoRA's products B A, truncated to the global rank, and all other tensors as they are.
 
     Args:
         global_state (`Mapping[str, torch.Tensor]`): The state the clients started from.
@@ -153,8 +159,8 @@ def mean_of_products(
         config ([`~peft.LoraConfig`], *optional*): The configuration of the global adapter.
 
     Returns:
-        `tuple[dict[str, torch.Tensor], dict[str, float]]`: The mean state, and for each adapted module the share of the
-        squared norm of its mean product that was kept.
+        `tuple[dict[str, torch.Tensor], dict[str, float]]`: The mean state, and for each adapted module the share of
+        the squared norm of its mean product that is left.
     """
     weights = client_weights(updates)
     lora_names = tuple(name for name in global_state if is_lora_matrix(name))

@@ -24,18 +24,18 @@ class ClientUpdate:
     Args:
         state (`Mapping[str, torch.Tensor]`):
             Checkpoint names of the adapter to tensors. A name that ends in `ravan_H` holds the products s*H of the heads
-            that this client trained, `[k, r, r]` in the order of the heads. Scalings and bases are never in it. The
-            mapping may read its tensors only when asked for them, such as [`SafetensorsState`].
+            that this client trained, `[k, r, r]` in the order of the heads. Scalings and bases are never included. The
+            mapping may read its tensors on demand, like [`SafetensorsState`].
         num_examples (`int`):
-            The number of examples the client trained on, its weight in every mean.
+            The number of examples the client trained on. It is the client's weight in every mean.
         client_id (`str`, *optional*, defaults to `""`):
-            The name of the client, for messages and diagnostics. Two updates of one name are refused.
+            The name of the client, for messages and diagnostics. A second update with the same name is refused.
         trained_heads (`Mapping[str, torch.Tensor]`, *optional*):
-            For names that end in `ravan_H`, which heads the client trained: a bool tensor `[h]` with k true entries. No
-            entry, or `None`, means all heads.
+            For names that end in `ravan_H`, which heads the client trained: a bool tensor `[h]` with k true entries. A
+            missing entry, or `None`, means all heads.
         config ([`~peft.LoraConfig`], *optional*):
-            The client's own LoRA configuration, for methods that allow different ranks. By default the global one, with
-            the ranks that the tensors have.
+            The client's own LoRA configuration, for methods that allow different ranks. By default the global
+            configuration, with the ranks taken from the tensors.
     """
 
     state: Mapping[str, torch.Tensor]
@@ -66,18 +66,18 @@ class MergeResult:
 
     Args:
         state (`dict[str, torch.Tensor]`):
-            The new global state, with the names and dtypes of the one that went in, and its shapes unless the method
+            The new global state, with the names and dtypes of the old one, and with its shapes unless the method
             changes the rank (`"flora"`).
         diagnostics (`dict[str, Any]`):
-            What the method has to tell: plain numbers and strings, which can be written as JSON.
+            What the method reports: plain numbers and strings, which can be written as JSON.
         base_deltas (`dict[str, BaseDelta]`):
             What has to be added to weights of the base model, by the name of the adapted module, for methods that need
-            it (`"fedex_lora"`). [`add_base_deltas`] does it.
+            it (`"fedex_lora"`). [`add_base_deltas`] adds it.
         config ([`~peft.PeftConfig`], *optional*):
-            The configuration that belongs to the new state, where the method changes it (`"flora"`).
+            The configuration for the new state, if the method changes it (`"flora"`).
         server_state (`dict[str, torch.Tensor]`):
-            What the server remembers until the next round, such as the moments of a server optimizer: to be given to the
-            next merge. Tensors by name, which can be saved as safetensors.
+            What the server keeps for the next round, such as the moments of a server optimizer. Pass it to the next
+            merge. Tensors by name, which can be saved as safetensors.
     """
 
     state: dict[str, torch.Tensor]

@@ -1,1 +1,1 @@
-"""An adapter on its way to others: its LoRA twin, what is in it, its card, its record, the Hub."""
+"""Sharing an adapter: its LoRA twin, inspection, its model card, its federation record, and the Hub."""

@@ -1,4 +1,4 @@
-"""The files of an adapter by their names, in one place: what is shared of a folder, and what may be replaced in one."""
+"""The names of an adapter's files: which files of a folder are shared, and which may be replaced."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CARD_FILE = "README.md"
 TWIN_FOLDER = "lora"
 ADAPTER_FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)
 RECORD_FILES = (FACTS_FILE, HISTORY_FILE, PLOT_FILE)
-# as tokenizers and processors of transformers save themselves
+# the files that tokenizers and processors of transformers save
 PROCESSING_FILES = (
     "tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
     "merges.txt", "spiece.model", "sentencepiece*.model", "*.spm", "chat_template.*", "additional_chat_templates/*.jinja",
@@ -31,8 +31,8 @@ def files_of(folder: str | os.PathLike) -> Iterator[PurePosixPath]:
         folder (`str` or `os.PathLike`): A folder.
 
     Yields:
-        `PurePosixPath`: What is in it and below it, relative to it: files, links of any kind, which are not followed, and
-        folders without anything in them.
+        `PurePosixPath`: Its contents at any depth, relative to it: files, links of any kind (which are not followed),
+        and empty folders.
     """
     for root, folders, files in os.walk(folder):
         links = [name for name in folders if os.path.islink(os.path.join(root, name))]
@@ -46,10 +46,10 @@ def is_one_of(path: PurePosixPath, patterns: Iterable[str]) -> bool:
     """
     Args:
         path (`PurePosixPath`): The path of a file, relative to the folder of an adapter.
-        patterns (`Iterable[str]`): Names of files, with wildcards.
+        patterns (`Iterable[str]`): File names, with wildcards.
 
     Returns:
-        `bool`: Whether it has one of these names, in the same folder.
+        `bool`: Whether the path matches one of them, in the same folder.
     """
     return any(len(path.parts) == pattern.count("/") + 1 and path.match(pattern) for pattern in patterns)
 
@@ -58,10 +58,10 @@ def other_files(folder: str | os.PathLike, patterns: Iterable[str] = KNOWN_FILES
     """
     Args:
         folder (`str` or `os.PathLike`): A folder.
-        patterns (`Iterable[str]`, *optional*): The names of files that belong there, by default those of an adapter.
+        patterns (`Iterable[str]`, *optional*): The names of the expected files, by default those of an adapter.
 
     Returns:
-        `list[str]`: What else is in it and below it, relative to it.
+        `list[str]`: All other files at any depth, relative to the folder.
     """
     patterns = tuple(patterns)
     return [str(path) for path in files_of(folder) if not is_one_of(path, patterns)]

@@ -23,16 +23,16 @@ from ..tuner.state import is_basis, is_core, is_record, is_scaling
 from .reading import RavanTarget, read_adapter, read_targets, write_adapter
 
 
-# what a twin takes over from the configuration as it is
+# fields that are copied to the configuration of the twin
 _COMMON_FIELDS = ("task_type", "auto_mapping", "base_model_name_or_path", "revision", "layer_replication")
-# the same for everything that is saved besides A and B
+# the same for everything that is saved in addition to A and B
 _FIELDS_OF_OTHER_TENSORS = ("modules_to_save", "trainable_token_indices", "ensure_weight_tying")
 
 
 @dataclass(frozen=True)
 class LoraFactors:
     """
-    LoRA's matrices of one target, where an expert has one of each.
+    LoRA's matrices of one target. Each expert has one A and one B.
 
     Args:
         A (`torch.Tensor`): `[E, rank, d_in]`.
@@ -47,7 +47,7 @@ class LoraFactors:
         return self.A.shape[1]
 
     def padded(self, rank: int) -> LoraFactors:
-        """The same product, with matrices of a larger rank."""
+        """The same product as matrices of a larger rank."""
         missing = rank - self.rank
         return LoraFactors(nn.functional.pad(self.A, (0, 0, 0, missing)), nn.functional.pad(self.B, (0, missing)))
 
@@ -67,31 +67,31 @@ def to_lora(
 
     Args:
         model_or_folder (`torch.nn.Module`, `str` or `os.PathLike`):
-            The model with the adapter, or the folder of a saved adapter, for which no base model is needed.
+            The model with the adapter, or the folder of a saved adapter. For a folder, no base model is needed.
         output_dir (`str` or `os.PathLike`):
-            The folder that `adapter_config.json` and `adapter_model.safetensors` are written to.
+            The folder to write `adapter_config.json` and `adapter_model.safetensors` to.
         rank (`int` or `float`, *optional*):
-            By default the rank is `num_heads * r`, and the output is the same. An integer keeps the directions of so many
-            of the largest singular values at each target. A float up to 1 is the share of the energy, which is the sum of
-            the squared singular values, that the directions kept at each target must have.
+            By default the rank is `num_heads * r`, and the output is the same. An integer is the number of largest
+            singular values whose directions are kept at each target. A float up to 1 is the share of the energy (the
+            sum of the squared singular values) that is kept at each target.
         adapter_name (`str`, *optional*, defaults to `"default"`):
-            Which adapter of the model.
+            The name of the adapter in the model.
         include_modules_to_save (`bool`, *optional*, defaults to `True`):
-            Whether to save what is trained besides the adapted weights: `modules_to_save`, biases and token embeddings.
-            vLLM and llama.cpp refuse files that have them.
+            Whether to save what is trained in addition to the adapted weights: `modules_to_save`, biases and token
+            embeddings. vLLM and llama.cpp refuse files that contain them.
         same_rank (`bool`, *optional*, defaults to `True`):
-            Whether to fill smaller ranks up with zeros to the largest one. Without it the file is smaller where ranks
-            differ, and right in PEFT and vLLM, but wrong in llama.cpp, which divides the one `lora_alpha` of the file by
-            the rank of each target.
+            Whether to pad smaller ranks with zeros to the largest one. With `False`, the file is smaller if ranks
+            differ. It works in PEFT and vLLM, but gives wrong results in llama.cpp, which divides the one `lora_alpha`
+            of the file by the rank of each target.
         dtype (`torch.dtype`, *optional*):
-            The type of LoRA's matrices. By default that of the adapter.
+            The dtype of LoRA's matrices. By default the dtype of the adapter.
 
     Returns:
         [`~peft.LoraConfig`]: The configuration that was saved.
 
     Raises:
-        ValueError: if the adapter is not one of Ravan, if `rank` is out of its range, if a target cannot be expressed by
-            LoRA, or if `output_dir` is the folder of the adapter. Nothing has been written then.
+        ValueError: if the adapter is not a Ravan adapter, if `rank` is out of range, if a target cannot be expressed
+            by LoRA, or if `output_dir` is the folder of the adapter. Nothing is written in that case.
 
     Example:
 
@@ -129,7 +129,7 @@ def lora_twin(
     dtype: torch.dtype | None = None,
 ) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
     """
-    The LoRA adapter that [`to_lora`] saves, which takes the same arguments.
+    The LoRA adapter that [`to_lora`] saves. Takes the same arguments.
 
     Returns:
         `tuple[LoraConfig, dict[str, torch.Tensor]]`: Its configuration, and its tensors by their checkpoint names.
@@ -145,7 +145,7 @@ def lora_twin(
     for target in targets.values():
         _check_target(target)
     factors = {name: _factors(target, rank) for name, target in targets.items()}
-    # PEFT names the patterns of adapted parameters in another way than their tensors, so they do without
+    # PEFT names the patterns of adapted parameters differently from their tensors, so they do not use patterns
     if same_rank or any(target.kind == "parameter" for target in targets.values()):
         largest = max(of_target.rank for of_target in factors.values())
         factors = {name: of_target.padded(largest) for name, of_target in factors.items()}
@@ -199,7 +199,7 @@ def _factors(target: RavanTarget, rank: int | float | None) -> LoraFactors:
 
 
 def _kept_rank(singular_values: torch.Tensor, rank: int | float) -> int:
-    """How many of the singular values, which descend, to keep; at least one."""
+    """How many of the descending singular values to keep, at least one."""
     if isinstance(rank, int):
         return min(rank, len(singular_values))
     energy = singular_values.square().cumsum(0)
@@ -207,10 +207,10 @@ def _kept_rank(singular_values: torch.Tensor, rank: int | float) -> int:
 
 
 def _matrices(target: RavanTarget, factors: LoraFactors) -> dict[str, torch.Tensor]:
-    """LoRA's A and B as PEFT saves them for this kind of layer, by the ends of their names."""
+    """LoRA's A and B as PEFT saves them for this kind of layer, by the suffixes of their names."""
     A, B = factors.A, factors.B
     if target.kind == "parameter":
-        # rows of A expert by expert, but columns of B direction by direction
+        # the rows of A are ordered by expert, the columns of B by direction
         return {"lora_A.weight": A.flatten(0, 1), "lora_B.weight": B.permute(1, 2, 0).flatten(1)}
     [A], [B] = A, B
     if target.kind == "embedding":
@@ -223,9 +223,9 @@ def _matrices(target: RavanTarget, factors: LoraFactors) -> dict[str, torch.Tens
 def _lora_config(
     config: RavanConfig, targets: Mapping[str, RavanTarget], ranks: Mapping[str, int], include_modules_to_save: bool
 ) -> LoraConfig:
-    # the largest: vLLM compares it with its limit
+    # the largest rank, because vLLM compares it with its limit
     rank = max(ranks.values())
-    # anchored, so that a name is no pattern of a longer one that ends with it
+    # anchored, so that a name does not match a longer name that ends with it
     pattern = {f"^{re.escape(name)}": smaller for name, smaller in ranks.items() if smaller != rank}
     fields = {name: getattr(config, name) for name in _COMMON_FIELDS}
     if include_modules_to_save:
@@ -233,7 +233,7 @@ def _lora_config(
         fields["bias"] = config.bias.replace("ravan_only", "lora_only")
     return LoraConfig(
         r=rank,
-        # alpha / r is what PEFT, vLLM and llama.cpp multiply the product with
+        # PEFT, vLLM and llama.cpp multiply the product by alpha / r
         lora_alpha=rank,
         rank_pattern=pattern,
         alpha_pattern=dict(pattern),

@@ -1,4 +1,4 @@
-"""The record of a federation: its facts and its rounds, in files, and what of them can be shown to everybody."""
+"""The record of a federation: its facts and rounds, stored in files, and the part of them that can be made public."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ FACTS_FILE = "federation.json"
 HISTORY_FILE = "rounds.jsonl"
 PLOT_FILE = "rounds.png"
 VERSIONED_PACKAGES = ("peft-ravan", "peft", "transformers", "accelerate", "datasets", "torch")
-# what records and facts may be, where a file says them; other entries of a record may be anything, as metrics are
+# limits for known entries that are read from files; other entries of a record, such as metrics, may be anything
 _MAX_ROUND, _MAX_COUNT = 2**31, 2**63
-# of a run with differential privacy: what is measured on the clients' data without noise, or tells who took part
+# with differential privacy, these are measured on the clients' data without noise, or reveal who took part
 _NOT_PROTECTED = ("clients", "failed_clients", "num_examples", "heads_trained", "train_loss", "attempts")
 
 
 @dataclass(frozen=True)
 class FederationRecord:
     """
-    How an adapter was trained by a federation, for its card.
+    How a federation trained an adapter, for its model card.
 
     Args:
         num_clients (`int`, *optional*):
-            The number of clients, if it is known.
+            The number of clients, if known.
         facts (`Mapping[str, Any]`):
-            What to tell of the federation, by the names that people shall read, in this order.
+            Facts about the federation, by display name, in the order to show them.
         history (`Sequence[Mapping[str, Any]]`):
-            The records of the rounds, as [`public_history`] gives them.
+            The records of the rounds, as returned by [`public_history`].
         versions (`Mapping[str, str]`):
-            The versions of the packages that it was trained with, if they are known.
+            The versions of the packages used for training, if known.
         best_round (`int`, *optional*):
-            The round whose adapter was taken, if it is not the last one.
+            The round that the adapter was taken from, if it is not the last one.
     """
 
     num_clients: int | None
@@ -58,10 +58,11 @@ class FederationRecord:
             folder (`str` or `os.PathLike`): The folder of an adapter.
 
         Returns:
-            [`FederationRecord`]: What its `federation.json` and `rounds.jsonl` say, or `None` if it has neither.
+            [`FederationRecord`]: The record from its `federation.json` and `rounds.jsonl`, or `None` if it has
+            neither.
 
         Raises:
-            ValueError: if one of the files is not what such a file is. The message names it.
+            ValueError: if one of the files is invalid. The message names it.
         """
         folder = Path(folder)
         facts, history = {"num_clients": None}, []
@@ -75,7 +76,7 @@ class FederationRecord:
 
     def save_facts(self, folder: str | os.PathLike) -> None:
         """
-        Write what is not in the history into `federation.json`.
+        Write everything except the history into `federation.json`.
 
         Args:
             folder (`str` or `os.PathLike`): The folder of the adapter.
@@ -87,22 +88,23 @@ class FederationRecord:
 def current_versions() -> dict[str, str]:
     """
     Returns:
-        `dict[str, str]`: The versions of the packages that matter to training, as they are installed now.
+        `dict[str, str]`: The installed versions of the packages that matter for training.
     """
     return {name: importlib.metadata.version(name) for name in VERSIONED_PACKAGES}
 
 
 def public_history(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """
-    What can be shown to everybody of the records of a run.
+    The part of a run's records that can be made public.
 
-    Clients are numbered in the order in which they appear, and the reasons of their failures are left out: these are
-    messages of errors, which may say anything. Of a run with differential privacy, what the noise does not protect is left
-    out, too: who took part or failed, the numbers of examples and heads, training losses, and figures of evaluations of
-    the clients on their own data. How many uploads were merged in a round stays, as `num_clients`.
+    Clients are numbered in the order in which they appear. The reasons for their failures are left out, because these
+    are error messages, which may contain anything. For a run with differential privacy, whatever the noise does not
+    protect is left out, too: who took part or failed, the numbers of examples and heads, training losses, and figures
+    of the clients' evaluations on their own data. The number of uploads merged in a round is kept as `num_clients`.
 
     Args:
-        records (`Iterable[Mapping[str, Any]]`): Records, as in `trainer.state.log_history`, or those that this has given.
+        records (`Iterable[Mapping[str, Any]]`): Records, as in `trainer.state.log_history`, or as returned by this
+            function.
 
     Returns:
         `list[dict[str, Any]]`: The records of rounds.
@@ -139,13 +141,13 @@ def history_lines(records: Iterable[Mapping[str, Any]]) -> str:
         records (`Iterable[Mapping[str, Any]]`): Records, as in `trainer.state.log_history`.
 
     Returns:
-        `str`: A line of JSON for each. NaN and infinity, which JSON does not have, are `null`.
+        `str`: One line of JSON for each. NaN and infinity, which JSON does not support, become `null`.
     """
     return "".join(json.dumps(_json_safe(record), allow_nan=False, default=str) + "\n" for record in records)
 
 
 def _json_safe(value: Any) -> Any:
-    if hasattr(value, "tolist"):  # of numpy or torch
+    if hasattr(value, "tolist"):  # NumPy or torch
         value = value.tolist()
     if isinstance(value, Mapping):
         return {str(key): _json_safe(entry) for key, entry in value.items()}
@@ -156,10 +158,11 @@ def _json_safe(value: Any) -> Any:
 
 def write_history(path: str | os.PathLike, records: Iterable[Mapping[str, Any]]) -> None:
     """
-    Write the records of a run as JSON lines. There is never half a file: it is written aside and then renamed.
+    Write the records of a run as JSON lines. The file is written under another name and then renamed, so it is never
+    incomplete.
 
     Args:
-        path (`str` or `os.PathLike`): The file. One that exists is replaced.
+        path (`str` or `os.PathLike`): The file. An existing file is replaced.
         records (`Iterable[Mapping[str, Any]]`): The records.
     """
     replace_file(Path(path), history_lines(records))
@@ -167,11 +170,12 @@ def write_history(path: str | os.PathLike, records: Iterable[Mapping[str, Any]])
 
 def replace_file(path: Path, text: str) -> None:
     """
-    Write a file aside and put it in its place, so that there is never half of it. A link is replaced, and not followed.
+    Write a file under another name and then rename it, so that it is never incomplete. A link is replaced, not
+    followed.
 
     Args:
         path (`Path`): The file.
-        text (`str`): What is written.
+        text (`str`): The new contents.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.incomplete")
@@ -181,16 +185,16 @@ def replace_file(path: Path, text: str) -> None:
 
 def read_history(path: str | os.PathLike) -> list[dict[str, Any]]:
     """
-    Read the records of a run. A last line that a killed run has not written to its end is left out.
+    Read the records of a run. If the run was killed while writing the last line, that line is skipped.
 
     Args:
-        path (`str` or `os.PathLike`): The file, or the folder of a run or an adapter that has it.
+        path (`str` or `os.PathLike`): The file, or the folder of a run or an adapter that contains it.
 
     Returns:
         `list[dict[str, Any]]`: The records, as in `trainer.state.log_history`.
 
     Raises:
-        ValueError: if a line is no record. The message names the file and the line.
+        ValueError: if a line is not a record. The message names the file and the line.
     """
     path = Path(path)
     path = path / HISTORY_FILE if path.is_dir() else path
@@ -203,22 +207,24 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text in UTF-8: {error}") from error
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
 
 
 def _parse_object(source: str, text: str) -> dict[str, Any]:
-    """A JSON object, or an error that names where it comes from."""
+    """Parse a JSON object. Errors name its source."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{source} is no JSON: {error}") from error
+        raise ValueError(f"{source} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{source} must be a JSON object, got {type(value).__name__}.")
     return value
 
 
 def _read_facts(path: Path) -> dict[str, Any]:
-    """The fields of a [`FederationRecord`] that the file has. What it does not know is left to later versions."""
+    """
+    The fields of a [`FederationRecord`] in the file. Unknown fields are ignored, since later versions may add some.
+    """
     given = _parse_object(str(path), _read_text(path))
     _check(str(path), "num_clients", given.get("num_clients"), "a number of clients or null", _is_count, None)
     _check(str(path), "best_round", given.get("best_round"), "the number of a round or null", _is_round, None)
@@ -271,10 +277,10 @@ def _are_failures(value: Any) -> bool:
 def as_number(value: Any) -> float | None:
     """
     Args:
-        value (`Any`): An entry of a record, which may come from a file.
+        value (`Any`): An entry of a record. It may come from a file.
 
     Returns:
-        `float`: Its value, if it is a number that can be written with decimals.
+        `float`: Its value, if it is a number that can be formatted with decimals.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None

@@ -1,4 +1,4 @@
-"""Sharing an adapter on the Hub, with its card, its record and its LoRA twin."""
+"""Sharing an adapter on the Hub, with its model card, its federation record and its LoRA twin."""
 
 from __future__ import annotations
 
@@ -34,16 +34,17 @@ from .model_card import card_of_folder, kept_metadata, name_on_hub
 from .reading import adapter_folder, checked_folder, read_config
 
 
-# what is shared of a folder: never checkpoints, optimizers, states of clients, pickled arguments; of the history, less
+# the files of a folder that are shared: never checkpoints, optimizers, client states or pickled arguments, and of the
+# history only the public part
 _SHARED_FILES = (*ADAPTER_FILES, FACTS_FILE, HISTORY_FILE, PLOT_FILE, CARD_FILE, *PROCESSING_FILES)
-# of an earlier upload, what would belong to another adapter if this one does not have it
+# files of an earlier upload that would belong to another adapter if this one does not have them
 _REPLACED_FILES = (*RECORD_FILES, *TWIN_FILES)
 
-_background = ThreadPoolExecutor(max_workers=1)  # one, so that commits come in the order in which they were asked for
+_background = ThreadPoolExecutor(max_workers=1)  # one worker, so that commits keep their order
 
 
 class UploadError(RuntimeError):
-    """An upload that was interrupted. The repository is as it was before."""
+    """An upload was interrupted. The repository is unchanged."""
 
 
 @dataclass(frozen=True)
@@ -53,19 +54,19 @@ class Destination:
 
     Args:
         repo_id (`str`):
-            The repository. It is made if there is none.
+            The repository. It is created if it does not exist.
         commit_message (`str`, *optional*, defaults to `"Upload adapter"`):
             The message of the commit.
         private (`bool`, *optional*):
-            Whether the repository is private, if it is made.
+            Whether to make the repository private if it is created.
         token (`str` or `bool`, *optional*):
-            The token, by default that of the login.
+            The token, by default the one from the login.
         revision (`str`, *optional*):
-            The branch, by default `main`. It is made if there is none.
+            The branch, by default `main`. It is created if it does not exist.
         create_pr (`bool`, *optional*, defaults to `False`):
-            Whether to make a pull request.
+            Whether to open a pull request.
         blocking (`bool`, *optional*, defaults to `True`):
-            Whether to wait for the end of the upload.
+            Whether to wait until the upload is finished.
     """
 
     repo_id: str
@@ -92,48 +93,50 @@ def push_to_hub(
     **card_data,
 ) -> CommitInfo | Future[CommitInfo]:
     """
-    Upload an adapter to the Hub: its files, its card, the record of the federation that trained it, if there is one, and
-    its LoRA twin in the folder `lora`, which loads without peft-ravan. All files go into one commit, so an interrupted
-    upload leaves the repository as it was, and can be run again.
+    Upload an adapter to the Hub: its files, its model card, the record of the federation that trained it, if there is
+    one, and its LoRA twin in the folder `lora`, which loads without peft-ravan. All files go into one commit, so an
+    interrupted upload leaves the repository unchanged and can be repeated.
 
-    Of a folder, only the files of the adapter, the record, and those of a tokenizer or a processor are uploaded. In the
-    record, clients are numbered, see [`~peft_ravan.sharing.federation_record.public_history`]; in the configuration, the path of a
-    base model in a local folder is left out.
+    From a folder, only the files of the adapter, the record, and the files of a tokenizer or a processor are uploaded.
+    In the record, client names are replaced by numbers, see [`~peft_ravan.sharing.federation_record.public_history`].
+    In the configuration, the path of a base model in a local folder is left out.
 
     Args:
         model_or_folder (`torch.nn.Module`, `str` or `os.PathLike`):
-            The model with the adapter, or the folder of a saved one.
+            The model with the adapter, or the folder of a saved adapter.
         repo_id (`str`):
-            The repository, such as `"user/adapter"`. It is made if there is none.
+            The repository, such as `"user/adapter"`. It is created if it does not exist.
         adapter_name (`str`, *optional*, defaults to `"default"`):
-            Which adapter of the model, or of the folder, in which PEFT has given others than `"default"` one of their name.
+            The name of the adapter in the model, or in the folder. PEFT saves adapters other than `"default"` in a
+            subfolder of their name.
         lora_twin (`bool`, *optional*, defaults to `True`):
             Whether to upload the LoRA twin of a Ravan adapter. If LoRA cannot express the adapter, there is a warning and
             no twin.
         commit_message (`str`, *optional*, defaults to `"Upload adapter"`):
             The message of the commit.
         private (`bool`, *optional*):
-            Whether the repository is private, if it is made. By default as the account or the organization has it.
+            Whether to make the repository private if it is created. By default the setting of the account or the
+            organization is used.
         token (`str` or `bool`, *optional*):
-            The token, by default that of the login.
+            The token, by default the one from the login.
         revision (`str`, *optional*):
-            The branch, by default `main`. It is made if there is none.
+            The branch, by default `main`. It is created if it does not exist.
         create_pr (`bool`, *optional*, defaults to `False`):
-            Whether to make a pull request.
+            Whether to open a pull request.
         blocking (`bool`, *optional*, defaults to `True`):
-            Whether to wait for the end of the upload.
+            Whether to wait until the upload is finished.
         **card_data:
-            Metadata for the card, as [`~peft_ravan.sharing.model_card.make_model_card`] takes them.
+            Metadata for the card, as for [`~peft_ravan.sharing.model_card.make_model_card`].
 
     Returns:
-        [`~huggingface_hub.CommitInfo`]: The commit, or a future of it with `blocking=False`.
+        [`~huggingface_hub.CommitInfo`]: The commit, or with `blocking=False` a future of it.
 
     Raises:
-        FileNotFoundError: if the folder lacks a file of an adapter.
-        ValueError: if the model has no such adapter, if a file of the folder is damaged or a link that leads outside of it,
-            or if `repo_id` or `card_data` do not suit the Hub.
+        FileNotFoundError: if a file of the adapter is missing from the folder.
+        ValueError: if the model has no such adapter, if a file of the folder is damaged or is a link to a place
+            outside of it, or if `repo_id` or `card_data` are not valid on the Hub.
         UploadError: if the upload was interrupted.
-        HfHubHTTPError: if the Hub refuses it.
+        HfHubHTTPError: if the Hub refuses the upload.
 
     Example:
 
@@ -163,15 +166,16 @@ def push_folder(
     **card_data,
 ) -> CommitInfo | Future[CommitInfo]:
     """
-    Upload the folder of an adapter, as [`push_to_hub`] does, which has the errors, too.
+    Upload the folder of an adapter, as [`push_to_hub`] does. It raises the same errors.
 
     Args:
-        folder (`str` or `os.PathLike`): The folder that the model was saved into, with its tokenizer or processor. What is
-            uploaded is copied before this returns.
-        destination ([`Destination`]): Where to.
+        folder (`str` or `os.PathLike`): The folder that the model was saved to, with its tokenizer or processor. The
+            files to upload are copied before this function returns.
+        destination ([`Destination`]): Where to upload it.
         twin_of (`torch.nn.Module`, `str` or `os.PathLike`, *optional*):
-            What the LoRA twin is made of: the folder, or the model, which it needs where the folder lacks the bases.
-        adapter_name (`str`, *optional*, defaults to `"default"`): Which adapter of that folder, and of that model.
+            What to make the LoRA twin from: the folder, or the model, which is needed if the folder does not contain
+            the bases.
+        adapter_name (`str`, *optional*, defaults to `"default"`): The name of the adapter in that folder and model.
         **card_data: As for [`push_to_hub`].
 
     Returns:
@@ -196,7 +200,7 @@ def push_folder(
 
 
 def _shared_files(folder: Path, patterns: tuple[str, ...]) -> dict[Path, Path]:
-    """What of a folder is shared: where it goes to, and where it is."""
+    """The files of a folder that are shared: their destination paths and their current paths."""
     files = [path for pattern in patterns for path in folder.glob(pattern) if path.is_file()]
     for path in files:
         _check_is_inside(path, folder)
@@ -205,20 +209,21 @@ def _shared_files(folder: Path, patterns: tuple[str, ...]) -> dict[Path, Path]:
 
 def stage_files(folder: str | os.PathLike, stage: str | os.PathLike, adapter_name: str = "default") -> None:
     """
-    Copy what of the folder of an adapter is shared.
+    Copy the files that are shared from the folder of an adapter.
 
     Args:
         folder (`str` or `os.PathLike`): The folder.
         stage (`str` or `os.PathLike`): The folder to copy into.
-        adapter_name (`str`, *optional*, defaults to `"default"`): Which adapter of the folder.
+        adapter_name (`str`, *optional*, defaults to `"default"`): The name of the adapter in the folder.
 
     Raises:
-        FileNotFoundError: if the folder lacks a file of an adapter.
-        ValueError: if a file is damaged, or is a link that leads outside of the folder. Nothing has been copied then.
+        FileNotFoundError: if a file of the adapter is missing from the folder.
+        ValueError: if a file is damaged, or is a link to a place outside of the folder. Nothing is copied in that
+            case.
     """
     own_folder = checked_folder(adapter_folder(folder, adapter_name))
     files = {**_shared_files(Path(folder), PROCESSING_FILES), **_shared_files(own_folder, _SHARED_FILES)}
-    # all is checked where it is, so that errors name the files of the folder and not copies of them
+    # check before copying, so that errors name the files of the folder and not their copies
     read_config(own_folder), FederationRecord.from_folder(own_folder), kept_metadata(own_folder / CARD_FILE)
     for name, path in files.items():
         copy = Path(stage, name)
@@ -230,9 +235,9 @@ def stage_files(folder: str | os.PathLike, stage: str | os.PathLike, adapter_nam
 
 
 def _check_is_inside(path: Path, folder: Path) -> None:
-    """A folder may come from somebody else, and a link in it lead to a file that is nobody's business."""
+    """A folder may come from somebody else, and a link in it may lead to a private file."""
     target, folder = path.resolve(), folder.resolve()
-    # the cache of the Hub keeps the contents of all snapshots of a repository beside them, and links to them
+    # the Hub's cache stores the contents of all snapshots of a repository in a folder next to them, and links there
     blobs = [root.parent / "blobs" for root in (folder, *folder.parents) if root.name == "snapshots"]
     blobs = [place for place in blobs if place.parent.name.startswith("models--") and place.resolve() == place]
     if not any(target.is_relative_to(place) for place in (folder, *blobs)):
@@ -252,7 +257,7 @@ def _stage_twin(twin_of: nn.Module | str | os.PathLike, adapter_name: str, stage
 
 
 def _set_base_model(path: Path, base_model: str | None) -> None:
-    """Let a configuration name the base model, if it is on the Hub, and no path."""
+    """Set the base model of a configuration to its name on the Hub, or remove it, so that no local path is shared."""
     config = json.loads(path.read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = base_model or name_on_hub(config.get("base_model_name_or_path"))
     path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
@@ -264,7 +269,7 @@ def _upload(stage: tempfile.TemporaryDirectory, destination: Destination) -> Com
             return _commit(Path(stage.name), destination)
     except HfHubHTTPError as error:
         if error.response is not None and error.response.status_code < 500:
-            raise  # the Hub refuses it, and says why
+            raise  # the Hub refused it and says why
         raise _interrupted(destination, error) from error
     except Exception as error:
         raise _interrupted(destination, error) from error
@@ -279,7 +284,7 @@ def _interrupted(destination: Destination, error: Exception) -> UploadError:
 
 def _commit(stage: Path, destination: Destination) -> CommitInfo:
     api = HfApi(token=destination.token, library_name="peft-ravan")
-    # with the owner, also where only the name was given
+    # includes the owner, even if only the name was given
     repo_id = api.create_repo(destination.repo_id, private=destination.private, exist_ok=True).repo_id
     revision = destination.revision
     if revision is not None and not revision.startswith("refs/"):
@@ -293,7 +298,7 @@ def _commit(stage: Path, destination: Destination) -> CommitInfo:
     ]
     return api.create_commit(
         repo_id,
-        # not `upload_folder`, which may spread the files over several commits
+        # not `upload_folder`, which may split the files over several commits
         [
             *(CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in staged.items()),
             *(CommitOperationDelete(path_in_repo=name) for name in stale),

@@ -1,4 +1,4 @@
-"""What is in an adapter: its heads, their sizes and singular values, target by target, as a table and as a picture."""
+"""Inspecting an adapter: its heads, their sizes and singular values, target by target, as a table and as a plot."""
 
 from __future__ import annotations
 
@@ -26,27 +26,28 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-# of a line of the table as text
+# shown in a line of the text table
 MAX_HEADS = 8
-# of a picture of LoRA
+# shown in a plot of a LoRA adapter
 MAX_SINGULAR_VALUES = 32
 
 
 @dataclass(frozen=True)
 class TargetReport:
     """
-    What is in the adapter of one target.
+    The figures of the adapter at one target.
 
     Args:
         name (`str`): The name of the target within the base model.
         rank (`int`): The largest rank that the update can have: h*r, or LoRA's r.
         singular_values (`torch.Tensor`):
-            Those of the update, descending; of all experts together, where the target is a parameter of several.
-        num_bytes (`int`): The size of the tensors of the target, in the file or in the model.
+            The singular values of the update, in descending order. For a parameter of several experts, those of all
+            experts together.
+        num_bytes (`int`): The size of the target's tensors in the file or in the model.
         head_norms (`torch.Tensor`, *optional*):
-            Ravan's: the Frobenius norm of `s_i B_i H_i A_i` for each head, `[h]`, or `[E*h]` of E experts.
-        scalings (`torch.Tensor`, *optional*): Ravan's: s, likewise.
-        fingerprint (`torch.Tensor`, *optional*): Ravan's: that of the bases, `[h, 8]`.
+            For Ravan: the Frobenius norm of `s_i B_i H_i A_i` for each head, `[h]`, or `[E*h]` for E experts.
+        scalings (`torch.Tensor`, *optional*): For Ravan: s, with the same shape.
+        fingerprint (`torch.Tensor`, *optional*): For Ravan: the fingerprint of the bases, `[h, 8]`.
     """
 
     name: str
@@ -65,8 +66,8 @@ class TargetReport:
     @property
     def effective_rank(self) -> float:
         """
-        The exponential of the entropy of the singular values, divided by their sum (Roy and Vetterli, 2007): their number
-        if all are equal, and 1 if there is one; 0 for an update of zero.
+        The exponential of the entropy of the singular values, divided by their sum (Roy and Vetterli, 2007). This is
+        the number of singular values if all are equal, 1 if only one is not zero, and 0 for an update of zero.
         """
         total = self.singular_values.sum()
         if total == 0:
@@ -77,12 +78,12 @@ class TargetReport:
 @dataclass(frozen=True)
 class AdapterReport:
     """
-    What is in an adapter. As a string it is a table.
+    The contents of an adapter. Converted to a string, it is a table.
 
     Args:
         config ([`~peft.PeftConfig`]): The configuration of the adapter.
         targets (`Mapping[str, TargetReport]`): The targets by their names within the base model.
-        num_bytes (`int`): The size of all tensors, those besides the adapted weights included.
+        num_bytes (`int`): The size of all tensors, including those outside of the adapted weights.
     """
 
     config: PeftConfig
@@ -93,8 +94,8 @@ class AdapterReport:
         """
         Returns:
             `pandas.DataFrame`: A row for each target: `rank`, `effective_rank`, `norm`, the `largest` singular value and
-            `num_bytes`. For Ravan also `num_heads`, a column `norm_of_head_<i>` and `scaling_of_head_<i>` for each head,
-            and `fingerprint`, of which the first two numbers are shown.
+            `num_bytes`. For Ravan also `num_heads`, columns `norm_of_head_<i>` and `scaling_of_head_<i>` for each
+            head, and the first two numbers of the `fingerprint`.
         """
         return pd.DataFrame([_row(report) for report in self.targets.values()], index=list(self.targets)).rename_axis(
             "target"
@@ -111,7 +112,7 @@ class AdapterReport:
     def to_dict(self) -> dict[str, Any]:
         """
         Returns:
-            `dict[str, Any]`: All that is known, as JSON has it: `peft_type`, `base_model`, `num_bytes` and, under
+            `dict[str, Any]`: The whole report as JSON types: `peft_type`, `base_model`, `num_bytes` and, under
             `targets`, the fields of each [`TargetReport`], with all singular values.
         """
         return {
@@ -123,14 +124,15 @@ class AdapterReport:
 
     def plot(self, path: str | os.PathLike | None = None) -> Figure:
         """
-        Draw which heads matter where: a row for each target, a column for each head, and the norm of its update as the
-        colour. For LoRA, which has no heads, the columns are the largest singular values.
+        Plot which heads matter at which target: a row for each target, a column for each head, and the norm of its
+        update as the colour. For LoRA, which has no heads, the columns are the largest singular values.
 
         Args:
-            path (`str` or `os.PathLike`, *optional*): Where to save the picture; its ending tells the format.
+            path (`str` or `os.PathLike`, *optional*): Where to save the plot. The file extension determines the
+                format.
 
         Returns:
-            `matplotlib.figure.Figure`: The picture.
+            `matplotlib.figure.Figure`: The figure.
 
         Raises:
             ImportError: if matplotlib is not installed.
@@ -180,22 +182,23 @@ def _heads_as_text(report: TargetReport) -> str:
 @torch.no_grad()
 def inspect_adapter(model_or_folder: nn.Module | str | os.PathLike, adapter_name: str = "default") -> AdapterReport:
     """
-    Look into an adapter of Ravan or LoRA.
+    Inspect a Ravan or LoRA adapter.
 
     Args:
         model_or_folder (`torch.nn.Module`, `str` or `os.PathLike`):
-            The model with the adapter, or the folder of a saved adapter, for which no base model is needed.
+            The model with the adapter, or the folder of a saved adapter. For a folder, no base model is needed.
         adapter_name (`str`, *optional*, defaults to `"default"`):
-            Which adapter of the model.
+            The name of the adapter in the model.
 
     Returns:
-        [`AdapterReport`]: Its targets, with the sizes of their heads and their singular values, which are computed from
-        matrices of the size of the heads.
+        [`AdapterReport`]: Its targets, with the sizes of their heads and their singular values. These are computed
+        from matrices of the size of the heads.
 
     Raises:
-        FileNotFoundError: if the folder lacks a file of an adapter.
-        ValueError: if a file is damaged, if the adapter has another method or entries that are not finite, if its updates are not those of its matrices alone (DoRA), or if
-            bases that are not in the file cannot be made again from it.
+        FileNotFoundError: if a file of the adapter is missing from the folder.
+        ValueError: if a file is damaged, if the adapter is of another method or has entries that are not finite, if
+            its updates do not depend on its matrices alone (DoRA), or if bases that are not in the file cannot be
+            regenerated from it.
 
     Example:
 
@@ -233,7 +236,7 @@ def _inspect_ravan(target: RavanTarget, num_bytes: int) -> TargetReport:
     target.check_finite()
     (basis_A, basis_B), products = target.bases(), target.products()
     singular_values = [svd_of_heads(basis_A, basis_B, of_expert)[1] for of_expert in products]
-    # the norm of B P A is that of R_B P R_A^T, with the triangles of the QR decompositions of B and A^T
+    # B P A has the norm of R_B P R_A^T, with the triangular factors of the QR decompositions of B and A^T
     heads_A = basis_A.double().unflatten(0, (-1, target.r))  # [h, r, d_in]
     heads_B = basis_B.double().T.unflatten(0, (-1, target.r))  # [h, r, d_out]
     R_A, R_B = (torch.linalg.qr(heads.mT).R for heads in (heads_A, heads_B))
@@ -271,7 +274,7 @@ def _draw_heat_map(axes: Axes, targets: Mapping[str, TargetReport]) -> None:
     reports = list(targets.values())
     of_heads = reports[0].head_norms is not None
     rows = [report.head_norms if of_heads else report.singular_values for report in reports]
-    # the largest singular values tell enough, and more columns could not be told apart
+    # the largest singular values say enough, and more columns would not be distinguishable
     width = max(len(row) for row in rows) if of_heads else min(max(len(row) for row in rows), MAX_SINGULAR_VALUES)
     values = np.full((len(rows), width), np.nan)
     for number, row in enumerate(rows):

@@ -1,4 +1,4 @@
-"""Text from users and strangers in a card, where it must mean nothing."""
+"""Escapes text from users and other people for a model card, where it must not be read as Markdown."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _LINKS = re.compile(r"\[([^\[\]]*)\]\((https://[^\s()<>|\\\[\]]+)\)")
 def plain_text(text: str) -> str:
     """
     Args:
-        text (`str`): What a user has given.
+        text (`str`): Text from a user.
 
     Returns:
-        `str`: The same on one line, without a meaning to Markdown.
+        `str`: The same text on one line, escaped for Markdown.
     """
     return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", " ".join(text.split()))
 
@@ -23,22 +23,23 @@ def plain_text(text: str) -> str:
 def table_cell(value: Any) -> str:
     """
     Args:
-        value (`Any`): A fact, which may come from a stranger's file.
+        value (`Any`): A fact. It may come from an untrusted file.
 
     Returns:
-        `str`: The same for a table: it cannot leave its cell, and means nothing to Markdown, apart from links to pages.
+        `str`: The same text, escaped for a table cell. It cannot break out of its cell, and no Markdown works in it
+        except links to pages.
     """
     text = " ".join(str(value).split())
     parts, end = [], 0
     for link in _LINKS.finditer(text):
         before = _escaped(text[end : link.start()])
-        # with that before it, a link is a picture, which is loaded without a click
+        # an exclamation mark before a link makes it an image, which is loaded without a click
         parts += [f"{before[:-1]}\\!" if before.endswith("!") else before, f"[{_escaped(link[1])}]({link[2]})"]
         end = link.end()
     return "".join([*parts, _escaped(text[end:])])
 
 
 def _escaped(text: str) -> str:
-    # an underscore within a word means nothing, and names of metrics have many
+    # an underscore within a word has no effect in Markdown, and names of metrics contain many
     text = re.sub(r"([\\`*\[\]|~])|(?<![^\W_])(_)|(_)(?![^\W_])", r"\\\g<0>", text)
     return text.replace("<", "&lt;")

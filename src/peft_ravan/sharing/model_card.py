@@ -26,7 +26,7 @@ from .reading import checked_folder, read_config
 
 
 TEMPLATE_PATH = Path(__file__).parent / "model_card_template.md"
-# by the task type of the configuration: the class of transformers that loads the base model, and the task on the Hub
+# for each task type of a configuration: the class of transformers that loads the base model, and the task on the Hub
 AUTO_CLASSES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
@@ -42,12 +42,12 @@ TASKS = {
     "QUESTION_ANS": "question-answering",
     "FEATURE_EXTRACTION": "feature-extraction",
 }
-_CLASSIFIERS = re.compile(r"For(Image|Audio)Classification$")  # which PEFT has no task type for
-# saved task heads whose number of rows is that of the labels
+_CLASSIFIERS = re.compile(r"For(Image|Audio)Classification$")  # PEFT has no task type for these
+# saved task heads with one row per label
 _HEADS_WITH_LABELS = re.compile(r"\.(classifier|score|classifier\.out_proj)\.weight$")
-# of the figures of an evaluation, those that tell of the machine
+# evaluation figures that describe the machine
 _TIMED = ("_runtime", "_per_second", "_preparation_time")
-# what a card that is made anew takes over from the one before
+# kept from the existing card when a card is made again
 _LISTED_METADATA = ("language", "datasets", "tags")
 _KEPT_METADATA = ("license", "license_name", "license_link", *_LISTED_METADATA, "pipeline_tag")
 
@@ -68,25 +68,26 @@ def make_model_card(
         config ([`~peft.PeftConfig`]):
             The configuration of the adapter.
         federation ([`~peft_ravan.sharing.federation_record.FederationRecord`], *optional*):
-            How it was trained, if by a federation.
+            How it was trained, if it was trained by a federation.
         auto_class (`str`, *optional*):
-            The class of transformers that loads the base model. By default chosen by the task of the configuration.
+            The class of transformers that loads the base model. By default it is chosen by the task type of the
+            configuration.
         folder (`str` or `os.PathLike`, *optional*):
-            The folder with the adapter's files: of these the card has the SHA-256, the picture of the rounds, and how to
-            load the LoRA twin, if it is there.
+            The folder with the adapter's files. The card then contains their SHA-256, the plot of the rounds and, if
+            there is a LoRA twin, how to load it.
         repo_id (`str`, *optional*):
-            The repository on the Hub that the adapter is loaded from.
+            The repository on the Hub to load the adapter from.
         **card_data:
-            Metadata for the Hub, as [`~huggingface_hub.ModelCardData`] takes it: `license`, `language`, `tags`,
-            `datasets`, `model_name`, ... Besides, `base_model`, by default that of the configuration, and for the results
-            of the evaluation `task`, `dataset_name` and `dataset_config`. The metadata have the results if the task and one
-            data set are known, and the adapter was evaluated after the round that it comes from.
+            Metadata for the Hub, as accepted by [`~huggingface_hub.ModelCardData`]: `license`, `language`, `tags`,
+            `datasets`, `model_name`, ... In addition `base_model`, by default the one in the configuration, and for
+            the evaluation results `task`, `dataset_name` and `dataset_config`. The metadata include the results if the
+            task and one dataset are known, and the adapter was evaluated after the round that it comes from.
 
     Returns:
-        [`~huggingface_hub.ModelCard`]: The card. Of a base model in a local folder it does not tell the path.
+        [`~huggingface_hub.ModelCard`]: The card. It does not contain the path of a base model in a local folder.
 
     Raises:
-        ValueError: if `base_model` or one of `datasets` is no name on the Hub.
+        ValueError: if `base_model` or one of `datasets` is not a name on the Hub.
     """
     auto_class = auto_class or _auto_class(config)
     facts = _CardFacts(config, federation, auto_class, Path(folder) if folder is not None else None, card_data)
@@ -128,11 +129,11 @@ def card_of_folder(
 ) -> ModelCard:
     """
     Make the model card of a saved adapter from its files: the configuration, the weights, `federation.json`, `rounds.jsonl`
-    and `rounds.png` of a federation, and the LoRA twin in `lora/`. From a card that is there, license, language, data sets
-    and tags are taken over.
+    and `rounds.png` of a federation, and the LoRA twin in `lora/`. License, language, datasets and tags are kept from
+    an existing card.
 
     Args:
-        folder (`str` or `os.PathLike`): The folder of the adapter. Nothing is written into it.
+        folder (`str` or `os.PathLike`): The folder of the adapter. Nothing is written to it.
         repo_id (`str`, *optional*): As for [`make_model_card`].
         auto_class (`str`, *optional*): As for [`make_model_card`].
         **card_data: As for [`make_model_card`].
@@ -141,8 +142,8 @@ def card_of_folder(
         [`~huggingface_hub.ModelCard`]: The card.
 
     Raises:
-        FileNotFoundError: if the folder lacks a file of an adapter.
-        ValueError: as for [`make_model_card`], or if a file is not what it should be; the message names it.
+        FileNotFoundError: if a file of the adapter is missing from the folder.
+        ValueError: as for [`make_model_card`], or if a file is invalid. The message names it.
     """
     folder = checked_folder(folder)
     return make_model_card(
@@ -158,10 +159,10 @@ def card_of_folder(
 def name_on_hub(name: str | None) -> str | None:
     """
     Args:
-        name (`str`, *optional*): The name or the path of a model, as a configuration has it.
+        name (`str`, *optional*): The name or path of a model, as in a configuration.
 
     Returns:
-        `str`: The name, if it is one on the Hub and not a folder on this machine.
+        `str`: The name, if it is a name on the Hub and not a folder on this machine.
     """
     if not isinstance(name, str) or not name or os.path.exists(name):
         return None
@@ -174,7 +175,7 @@ def name_on_hub(name: str | None) -> str | None:
 
 @dataclass(frozen=True)
 class _CardFacts:
-    """What the parts of a card have in common."""
+    """The facts that the parts of a card share."""
 
     config: PeftConfig
     federation: FederationRecord | None
@@ -243,14 +244,14 @@ class _CardFacts:
                 "pipeline_tag": self.task,
                 "tags": list(dict.fromkeys([*tags, *_listed(self.card_data.get("tags"))])),
                 "datasets": self.datasets or None,
-                # needed with results only, and then the name of the model in them
+                # only needed with results, which contain the name of the model
                 **({"model_name": self.title, "eval_results": results} if results else {}),
                 **given,
             }
         )
 
     def eval_results(self) -> list[EvalResult]:
-        """The evaluation of this adapter, where the Hub would take it: with a task and one data set."""
+        """The evaluation of this adapter in the form that the Hub accepts, which needs a task and one dataset."""
         evaluated_round, metrics = self.evaluation
         if self.task is None or len(self.datasets) != 1 or not metrics:
             return []
@@ -275,13 +276,13 @@ class _CardFacts:
         return {name: _sha256(self.folder / name) for name in names if self.has(name)}
 
     def num_labels(self) -> int | None:
-        """How many labels the saved task head has, without which the base model would get another one."""
+        """The number of labels of the saved task head. Without it, the base model would get a head of another size."""
         if self.config.task_type not in ("SEQ_CLS", "TOKEN_CLS") or not self.has(SAFETENSORS_WEIGHTS_NAME):
             return None
         path = self.folder / SAFETENSORS_WEIGHTS_NAME
         try:
             with safe_open(path, framework="pt") as file:
-                heads = [name for name in file.keys() if _HEADS_WITH_LABELS.search(name)]  # noqa: SIM118, it is no dict
+                heads = [name for name in file.keys() if _HEADS_WITH_LABELS.search(name)]  # noqa: SIM118, not a dict
                 shapes = [file.get_slice(name).get_shape() for name in heads]
         except SafetensorError as error:
             raise ValueError(f"{path} is cut off, or is not a safetensors file: {error}") from error
@@ -293,26 +294,26 @@ def _auto_class(config: PeftConfig) -> str:
     if config.task_type in AUTO_CLASSES or not str(mapping.get("parent_library")).startswith("transformers."):
         return AUTO_CLASSES.get(config.task_type, "AutoModel")
     name = mapping.get("base_model_class")
-    # it goes into code that people copy
+    # the name becomes part of code that people copy
     return name if isinstance(name, str) and name.isidentifier() else "AutoModel"
 
 
 def kept_metadata(path: Path) -> dict[str, Any]:
     """
     Args:
-        path (`Path`): A card, which need not be there.
+        path (`Path`): A card. It need not exist.
 
     Returns:
-        `dict[str, Any]`: What a card that is made anew takes over of its metadata.
+        `dict[str, Any]`: The metadata that a new card keeps.
 
     Raises:
-        ValueError: if it has no metadata that can be read, or they are not what the Hub takes. The message names the file.
+        ValueError: if its metadata cannot be read, or the Hub would not accept them. The message names the file.
     """
     if not path.is_file():
         return {}
     try:
         data = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
-    # YAML can fail in many ways, and the metadata are the arguments of a class
+    # parsing YAML can fail in many ways, and so can the class that takes the metadata as arguments
     except Exception as error:
         raise ValueError(f"The metadata of {path} cannot be read: {error}") from error
     kept = {key: data[key] for key in _KEPT_METADATA if data.get(key) is not None}
@@ -323,7 +324,7 @@ def kept_metadata(path: Path) -> dict[str, Any]:
         if not isinstance(value, str) and not is_list:
             what = "a text or a list of texts" if key in _LISTED_METADATA else "a text"
             raise ValueError(f"The metadata of {path}: `{key}` must be {what}, got {value!r:.80}.")
-    # PEFT's cards repeat the base model there, and its path if it is a folder
+    # PEFT's cards repeat the base model in the tags, even if it is a local path
     kept["tags"] = [tag for tag in _listed(kept.get("tags")) if not tag.startswith("base_model:")]
     kept["datasets"] = [name for name in _listed(kept.get("datasets")) if name_on_hub(name)]
     return kept
@@ -360,13 +361,13 @@ def _metrics_of(records: Sequence[Mapping[str, Any]]) -> list[str]:
         for key in dict.fromkeys(key for record in records for key in record)
         if key.startswith("eval_")
         and not key.endswith(_TIMED)
-        # of the many figures of the clients, those that the mean over all examples hides
+        # of the many figures of the clients, only those that the mean over all examples hides
         and (not key.startswith("eval_clients_") or key.startswith("eval_clients_worst_decile_"))
     ]
 
 
 def _rounds_table(history: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    # an evaluation before the first round is no round; one in which clients made the bases is
+    # an evaluation before the first round is not a round, but round 0, in which clients make the bases, is
     records = [record for record in history if record.get("round") or ("round" in record and "clients" in record)]
     if not records:
         return None
@@ -375,7 +376,7 @@ def _rounds_table(history: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None
         [
             record["round"],
             len(record["clients"]) if "clients" in record else record.get("num_clients", ""),
-            # a round in which nobody took part has no loss
+            # a round without clients has no loss
             *("" if value is None else f"{value:.4f}" for value in (as_number(record.get(key)) for key in measured)),
             f"{record['upload_bytes'] / 1e6:.3f}" if "upload_bytes" in record else "",
         ]

@@ -1,4 +1,4 @@
-"""What the pictures of this package share. matplotlib is an optional extra, and is loaded when a picture is asked for."""
+"""Shared by all plots of this package. matplotlib is an optional dependency and is imported only when needed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-# of an axis; names beyond that are left out at equal distances
+# per axis; with more names, only some at equal distances are shown
 MAX_NAMES = 60
 
 
@@ -23,7 +23,7 @@ def make_figure(width: float, height: float) -> Figure:
         height (`float`): In inches.
 
     Returns:
-        `matplotlib.figure.Figure`: An empty picture, which belongs to no window.
+        `matplotlib.figure.Figure`: An empty figure without a window.
 
     Raises:
         ImportError: if matplotlib is not installed.
@@ -40,9 +40,9 @@ def make_figure(width: float, height: float) -> Figure:
 def name_ticks(axis: Axis, names: Sequence[str], **text) -> None:
     """
     Args:
-        axis (`matplotlib.axis.Axis`): The axis, on which the names stand at 0, 1, 2, ...
+        axis (`matplotlib.axis.Axis`): The axis. The names are placed at 0, 1, 2, ...
         names (`Sequence[str]`): The names.
-        **text: How to write them.
+        **text: Text properties of the labels.
     """
     every = math.ceil(len(names) / MAX_NAMES)
     axis.set_ticks(range(0, len(names), every), names[::every], fontsize=8, **text)

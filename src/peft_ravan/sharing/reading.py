@@ -1,4 +1,4 @@
-"""Reading adapters, from a folder or out of a model, and writing them, without the weights of the base model."""
+"""Reading adapters from a folder or a model, and writing them, without the weights of the base model."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ class RavanTarget:
         kind (`str`): One of [`~peft_ravan.tuner.saved_bases.LAYER_KINDS`].
         basis_A (`torch.Tensor`): The stacked A, `[h*r, d_in]`.
         basis_B (`torch.Tensor`): The stacked B, `[d_out, h*r]`.
-        core (`torch.Tensor`): H, `[h, r, r]`, or `[E*h, r, r]` of E experts.
+        core (`torch.Tensor`): H, `[h, r, r]`, or `[E*h, r, r]` for E experts.
         scaling (`torch.Tensor`): s, `[h]`, or `[E*h]`.
-        sizes (`tuple[int, ...]`): d_out and d_in, or d_out, channels, height and width of a convolution.
+        sizes (`tuple[int, ...]`): d_out and d_in, or for a convolution d_out, channels, height and width.
     """
 
     name: str
@@ -80,12 +80,12 @@ class RavanTarget:
             check_finite(getattr(self, name), f"The {name} of {self.name!r}")
 
     def products(self) -> torch.Tensor:
-        """s_i * H_i of all experts in float32 or more, `[E, h, r, r]`; one expert if the target is a layer."""
+        """s_i * H_i of all experts in at least float32, `[E, h, r, r]`. A layer counts as one expert."""
         core = self.core.to(torch.promote_types(self.core.dtype, torch.float32))
         return scaled_cores(core, self.scaling.to(core)).unflatten(0, (-1, self.num_heads))
 
     def bases(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """A `[h*r, d_in]` and B `[d_out, h*r]` in float32 or more."""
+        """A `[h*r, d_in]` and B `[d_out, h*r]` in at least float32."""
         dtype = torch.promote_types(self.core.dtype, torch.float32)
         return self.basis_A.to(dtype), self.basis_B.to(dtype)
 
@@ -94,7 +94,7 @@ def check_finite(tensor: torch.Tensor, what: str) -> None:
     """
     Args:
         tensor (`torch.Tensor`): A tensor of an adapter.
-        what (`str`): What it is, as the begin of a sentence.
+        what (`str`): What it is, as the start of a sentence.
 
     Raises:
         ValueError: if an entry is NaN or infinite.
@@ -109,17 +109,17 @@ def read_adapter(
     """
     Args:
         model_or_folder (`torch.nn.Module`, `str` or `os.PathLike`):
-            A model with an adapter, or the folder of a saved one.
+            A model with an adapter, or the folder of a saved adapter.
         adapter_name (`str`, *optional*, defaults to `"default"`):
-            Which adapter of the model.
+            The name of the adapter in the model.
 
     Returns:
-        `tuple[PeftConfig, dict[str, torch.Tensor]]`: The configuration, and the tensors by their checkpoint names. Out of
-        a model they include the bases, and a record of each layer.
+        `tuple[PeftConfig, dict[str, torch.Tensor]]`: The configuration, and the tensors by their checkpoint names. For
+        a model, they include the bases and a record of each layer.
 
     Raises:
-        FileNotFoundError: if the folder lacks a file of an adapter.
-        ValueError: if the model has no such adapter, or a file is damaged or of a method that PEFT does not have.
+        FileNotFoundError: if a file of the adapter is missing from the folder.
+        ValueError: if the model has no such adapter, or if a file is damaged or of a method that PEFT does not have.
     """
     if isinstance(model_or_folder, nn.Module):
         return _read_model(model_or_folder, adapter_name)
@@ -137,7 +137,7 @@ def read_adapter(
 
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Say in which file it is that something is wrong."""
+    """Add the name of the file to errors."""
     try:
         yield
     except ValueError as error:
@@ -147,13 +147,13 @@ def _naming(path: Path) -> Iterator[None]:
 def checked_folder(folder: str | os.PathLike) -> Path:
     """
     Args:
-        folder (`str` or `os.PathLike`): What ought to be the folder of a saved adapter.
+        folder (`str` or `os.PathLike`): The folder of a saved adapter.
 
     Returns:
         `Path`: The folder.
 
     Raises:
-        FileNotFoundError: if it lacks a file of an adapter.
+        FileNotFoundError: if a file of the adapter is missing from it.
     """
     folder = Path(folder)
     for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
@@ -168,11 +168,12 @@ def checked_folder(folder: str | os.PathLike) -> Path:
 def adapter_folder(folder: str | os.PathLike, adapter_name: str = "default") -> Path:
     """
     Args:
-        folder (`str` or `os.PathLike`): The folder that a model was saved into by PEFT.
+        folder (`str` or `os.PathLike`): The folder that PEFT saved a model to.
         adapter_name (`str`, *optional*, defaults to `"default"`): The name of one of its adapters.
 
     Returns:
-        `Path`: The folder with the files of the adapter: one of its name within, but for `"default"`.
+        `Path`: The folder with the files of the adapter: the folder itself for `"default"`, otherwise a subfolder with
+        the adapter's name.
     """
     return Path(folder) if adapter_name == "default" else Path(folder, adapter_name)
 
@@ -186,24 +187,25 @@ def read_config(folder: str | os.PathLike) -> PeftConfig:
         `PeftConfig`: Its configuration.
 
     Raises:
-        ValueError: if it is none, or of a method that PEFT does not have. The message names the file.
+        ValueError: if it is not a valid configuration, or is one of a method that PEFT does not have. The message
+            names the file.
     """
     path = Path(folder, CONFIG_NAME)
     try:
         config = PeftConfig.from_pretrained(str(folder))
     except KeyError as error:
         raise ValueError(f"{path} is of the method {error}, which PEFT does not have.") from error
-    # the configurations of PEFT's methods check what they are given each in its own way, or not at all
+    # each of PEFT's configurations checks its arguments in its own way, or not at all
     except Exception as error:
-        raise ValueError(f"{path} is no configuration of an adapter: {error}") from error
+        raise ValueError(f"{path} is not the configuration of an adapter: {error}") from error
     if not isinstance(config.peft_type, PeftType):
         raise ValueError(f"{path} does not name a method of PEFT as its `peft_type`, got {config.peft_type!r}.")
     with _naming(path):
-        # Ravan's configuration has checked itself; of those of others, what is read here
+        # Ravan's configuration checks itself; for other methods, check the fields that are read here
         check_field_types(config, _READ_FIELDS)
         for name in ("rank_pattern", "alpha_pattern"):
             if getattr(config, name, {}) is None:
-                setattr(config, name, {})  # PEFT takes both for no pattern
+                setattr(config, name, {})  # PEFT treats both as no pattern
             _check_numbers(name, getattr(config, name, {}))
     return config
 
@@ -227,7 +229,7 @@ def write_adapter(config: PeftConfig, state: Mapping[str, torch.Tensor], folder:
     Args:
         config ([`~peft.PeftConfig`]): The configuration of an adapter.
         state (`Mapping[str, torch.Tensor]`): Its tensors by their checkpoint names.
-        folder (`str` or `os.PathLike`): The folder that `adapter_config.json` and `adapter_model.safetensors` go to.
+        folder (`str` or `os.PathLike`): The folder to write `adapter_config.json` and `adapter_model.safetensors` to.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -241,7 +243,7 @@ def _read_model(model: nn.Module, adapter_name: str) -> tuple[PeftConfig, dict[s
     if adapter_name not in configs:
         raise ValueError(f"The model has no adapter {adapter_name!r}. Its adapters are {sorted(configs)}.")
     state = get_peft_model_state_dict(model, adapter_name=adapter_name)
-    # transformers puts adapters into a model without the wrapper that the prefix stands for
+    # transformers adds adapters to a model without the wrapper that the prefix stands for
     state = {PEFT_PREFIX + name.removeprefix(PEFT_PREFIX): tensor.detach() for name, tensor in state.items()}
     for name, layer in adapter_layers(model, adapter_name).items():
         target = PEFT_PREFIX + name
@@ -256,14 +258,15 @@ def read_targets(config: RavanConfig, state: Mapping[str, torch.Tensor]) -> dict
     """
     Args:
         config ([`RavanConfig`]): The configuration of the adapter.
-        state (`Mapping[str, torch.Tensor]`): Its tensors by their checkpoint names, with the bases or without.
+        state (`Mapping[str, torch.Tensor]`): Its tensors by their checkpoint names, with or without the bases.
 
     Returns:
-        `dict[str, RavanTarget]`: The targets by their names within the base model. Bases that are not in the state are made
-        again, and compared with their fingerprints.
+        `dict[str, RavanTarget]`: The targets by their names within the base model. Bases that are not in the state are
+        regenerated and checked against their fingerprints.
 
     Raises:
-        ValueError: if bases cannot be made again from the state and the configuration alone, or are other ones.
+        ValueError: if bases cannot be regenerated from the state and the configuration alone, or do not match their
+            fingerprints.
     """
     return {
         target.removeprefix(PEFT_PREFIX): _read_target(config, state, target)
@@ -310,7 +313,7 @@ def _bases_made_again(
     distance = fingerprint_distance(make_fingerprint(*bases, num_heads), fingerprint)
     if distance > TOLERANCE:
         raise ValueError(
-            f"The bases of {name!r}, made again, are other ones than those the adapter was trained on: their fingerprints "
+            f"The bases of {name!r}, made again, differ from those the adapter was trained on: their fingerprints "
             f"differ by {distance:.2g}, where {TOLERANCE} is allowed. Was the configuration changed?"
         )
     return bases
@@ -320,17 +323,19 @@ def bases_fingerprint(
     model_or_state: nn.Module | Mapping[str, torch.Tensor], adapter_name: str = "default"
 ) -> dict[str, torch.Tensor]:
     """
-    The fingerprint of an adapter's bases. Updates of adapters with other bases cannot be averaged; see [`different_bases`].
+    The fingerprint of an adapter's bases. Updates of adapters with different bases cannot be averaged, see
+    [`different_bases`].
 
     Args:
         model_or_state (`torch.nn.Module` or `Mapping[str, torch.Tensor]`):
-            A model with a Ravan adapter, or the tensors of one by their checkpoint names, with the bases or without.
+            A model with a Ravan adapter, or the adapter's tensors by their checkpoint names, with or without the
+            bases.
         adapter_name (`str`, *optional*, defaults to `"default"`):
-            Which adapter of the model.
+            The name of the adapter in the model.
 
     Returns:
-        `dict[str, torch.Tensor]`: The names of the targets within the base model to `[h, 8]`. Empty if the adapter has
-        another method. Without bases, a target of a state has the fingerprint that was saved.
+        `dict[str, torch.Tensor]`: The names of the targets within the base model to `[h, 8]`. Empty if the adapter is
+        of another method. For a state without bases, these are the saved fingerprints.
 
     Raises:
         ValueError: if the model has no such adapter.
@@ -344,12 +349,12 @@ def different_bases(first: Mapping[str, torch.Tensor], second: Mapping[str, torc
     Compare the bases of two adapters.
 
     Args:
-        first (`Mapping[str, torch.Tensor]`): Fingerprints, as [`bases_fingerprint`] gives them.
-        second (`Mapping[str, torch.Tensor]`): Those of the other adapter.
+        first (`Mapping[str, torch.Tensor]`): Fingerprints, as returned by [`bases_fingerprint`].
+        second (`Mapping[str, torch.Tensor]`): The fingerprints of the other adapter.
 
     Returns:
-        `list[str]`: The names of the targets that have other bases, or that only one of the adapters has. Rounding, as by
-        another machine or half precision, makes no difference.
+        `list[str]`: The names of the targets whose bases differ, or that only one of the adapters has. Differences
+        from rounding, for example on another machine or in half precision, are ignored.
     """
     return [
         name

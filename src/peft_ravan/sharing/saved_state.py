@@ -1,4 +1,4 @@
-"""What the tensors of a saved adapter must be, before anything is computed, or allocated, by the numbers in them."""
+"""Checks the tensors of a saved adapter before their numbers are used to compute or allocate anything."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ..tuner.state import (
 )
 
 
-# of a record of a layer: the number of its kind, and its sizes
+# in the record of a layer, the number of its kind is followed by its sizes
 _NUM_SIZES = {"conv2d": 4}
 _KINDS = (CORE_NAME, SCALING_NAME, *BASES_NAMES, FINGERPRINT_NAME, LAYER_NAME)
 
@@ -35,7 +35,7 @@ def check_saved_state(state: Mapping[str, torch.Tensor]) -> None:
         state (`Mapping[str, torch.Tensor]`): The tensors of a Ravan adapter by their checkpoint names.
 
     Raises:
-        ValueError: if a target lacks a tensor, or has one of a shape or a type that does not suit the others.
+        ValueError: if a tensor of a target is missing, or its shape or dtype does not match the others.
     """
     targets = {name.removesuffix(f".{CORE_NAME}") for name in state if name.endswith(f".{CORE_NAME}")}
     if not targets:
@@ -54,10 +54,11 @@ def check_saved_lora_state(state: Mapping[str, torch.Tensor]) -> None:
         state (`Mapping[str, torch.Tensor]`): The tensors of a LoRA adapter by their checkpoint names.
 
     Raises:
-        ValueError: if one of the two matrices of a target is missing or no matrix, or if there are tensors of Ravan.
+        ValueError: if one of the two matrices of a target is missing or is not a matrix, or if there are tensors of
+            Ravan.
     """
     for name in filter(_is_ravan, state):
-        raise ValueError(f"There is a tensor {name!r}, as of Ravan, but the adapter is of LoRA.")
+        raise ValueError(f"There is a Ravan tensor, {name!r}, but this is a LoRA adapter.")
     for target in lora_targets(state):
         for name in (target.A_name, target.B_name):
             if name not in state:
@@ -108,7 +109,7 @@ def _check_bases(state: Mapping[str, torch.Tensor], target: str, sizes: tuple[in
 
 
 def _check_record(state: Mapping[str, torch.Tensor], target: str) -> tuple[int, ...] | None:
-    """The sizes of the layer, if there is a record of it."""
+    """The sizes of the layer, if it has a record."""
     record = state.get(f"{target}.{LAYER_NAME}")
     if record is None:
         return None
@@ -136,20 +137,21 @@ def _shown(tensor: torch.Tensor) -> str:
 
 def check_memory(shape: BasesShape, target_name: str) -> None:
     """
-    Bases that are not in a file are as large as it says, which nothing else in it shows.
+    Check that there is enough memory for bases that are not in a file. Nothing else in the file confirms the size that
+    it claims for them.
 
     Args:
         shape ([`BasesShape`]): The shape of the bases.
         target_name (`str`): The name of the target, for the message.
 
     Raises:
-        ValueError: if there is not the memory to make them.
+        ValueError: if there is not enough memory to make them.
     """
-    # drawn and decomposed in float64, with one copy, and kept in float32
+    # generated and decomposed in float64, with one copy, and stored in float32
     needed, available = 20 * shape.total_rank * (shape.d_in + shape.d_out), psutil.virtual_memory().available
     if needed > available:
         raise ValueError(
             f"The bases of {target_name!r} are not in the file, which says that the layer has d_in = {shape.d_in} and d_out = "
-            f"{shape.d_out}: to make those of {shape.num_heads} heads of rank {shape.r} takes {needed / 1e9:,.0f} GB, and "
-            f"{available / 1e9:,.0f} GB of memory are free."
+            f"{shape.d_out}: making those of {shape.num_heads} heads of rank {shape.r} takes {needed / 1e9:,.0f} GB, "
+            f"but only {available / 1e9:,.0f} GB of memory are free."
         )

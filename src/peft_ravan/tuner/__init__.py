@@ -1,4 +1,4 @@
 """
-What `get_peft_model` needs of Ravan: the configuration, the model and its layers, the bases. It would map onto
-`peft/tuners/ravan`.
+The parts of Ravan that `get_peft_model` needs: the configuration, the model and its layers, and the bases. In PEFT,
+this would be `peft/tuners/ravan`.
 """

@@ -1,10 +1,10 @@
 """
-The frozen bases of a Ravan adapter: B and A of every target, made from a seed, or from a matrix.
+The frozen bases of a Ravan adapter: B and A of every target, made from a seed or from a matrix.
 
-The heads' bases are held stacked: A is `[h*r, d_in]` and B is `[d_out, h*r]`; head i owns rows, respectively columns,
-`i*r` to `(i+1)*r`. Random numbers are always drawn on the CPU in float64, from a generator seeded by the configuration
-and the name of the target, so that the bases depend neither on the device or the dtype of the model nor on the global
-random state, nor on what the adapter is called.
+The bases of all heads are stacked: A is `[h*r, d_in]` and B is `[d_out, h*r]`. Head i owns the rows of A and the
+columns of B from `i*r` to `(i+1)*r`. Random numbers are always drawn on the CPU in float64, from a generator seeded by
+the configuration and the name of the target. So the bases do not depend on the device or dtype of the model, the
+global random state, or the name of the adapter.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import torch
 from .linalg import truncated_svd
 
 
-# How often h*r may exceed the larger side of a target. Beyond that side more heads add no rank; adapters whose heads were
-# stacked (`add_weighted_adapter` with "cat") have more all the same, and a number from a stranger's file may be anything.
+# The factor by which h*r may exceed the larger side of a target. Beyond that side, more heads add no rank, but
+# adapters with stacked heads (`add_weighted_adapter` with "cat") can have more. There is a limit because a number from
+# an untrusted file may be anything.
 MAX_EXCESS = 16
 
 
@@ -48,16 +49,16 @@ class BasesShape:
 @dataclass(frozen=True)
 class BasesKind:
     """
-    A way to make bases.
+    A kind of bases.
 
     Args:
         make (`Callable`):
-            From shape, generator and matrix to A `[h*r, d_in]` and B `[d_out, h*r]`. The matrix, `[d_out, d_in]`, is the
-            weight of the target, or its gradient.
+            Maps shape, generator and matrix to A `[h*r, d_in]` and B `[d_out, h*r]`. The matrix, `[d_out, d_in]`, is
+            the weight of the target or its gradient.
         summary (`str`):
-            What it makes, in one sentence.
+            A description in one sentence.
         from_matrix (`str`, *optional*):
-            Which matrix it is made from: `"weight"`, `"gradient"` or none.
+            The matrix that the bases are made from: `"weight"`, `"gradient"` or none.
         orthonormal_heads (`str`, *optional*):
             What has to fit into the smaller side of the target: `"all"` heads, `"one"` head, or nothing.
     """
@@ -71,7 +72,7 @@ class BasesKind:
 def _orthonormal_columns(num_rows: int, num_columns: int, generator: torch.Generator) -> torch.Tensor:
     gaussian = torch.randn(num_rows, num_columns, generator=generator, dtype=torch.float64)
     columns, triangle = torch.linalg.qr(gaussian)
-    # QR leaves the sign of each column to the library; a positive diagonal is what Gram-Schmidt gives everywhere.
+    # With QR, the sign of each column depends on the library. Gram-Schmidt always gives a positive diagonal.
     return columns * torch.where(triangle.diagonal() < 0, -1.0, 1.0)
 
 
@@ -105,7 +106,7 @@ def constant(
 def shared(
     shape: BasesShape, generator: torch.Generator, matrix: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """B_i = B P_i and A_i = Q_i A with random r x r P_i and Q_i: the rank of the update stays r (likewise)."""
+    """B_i = B P_i and A_i = Q_i A with random r x r P_i and Q_i: the rank of the update stays r (also a control)."""
     basis_B = _orthonormal_columns(shape.d_out, shape.r, generator)
     basis_A = _orthonormal_columns(shape.d_in, shape.r, generator).T
     mixers = torch.randn(2, shape.num_heads, shape.r, shape.r, generator=generator, dtype=torch.float64)
@@ -155,7 +156,7 @@ def check_bases_name(init_bases: str) -> None:
         init_bases (`str`): The name to check.
 
     Raises:
-        ValueError: if no bases of that name are known.
+        ValueError: if there are no bases of that name.
     """
     if init_bases not in BASES:
         raise ValueError(f"`init_bases` must be one of {sorted(BASES)}, got {init_bases!r}.")
@@ -169,7 +170,8 @@ def check_bases_fit(init_bases: str, shape: BasesShape, target_name: str) -> Non
         target_name (`str`): The name of the target, for the message.
 
     Raises:
-        ValueError: if `init_bases` is unknown, if such bases cannot be made in this shape, or if they are senselessly large.
+        ValueError: if `init_bases` is unknown, if such bases cannot have this shape, or if they would be unreasonably
+            large.
     """
     check_bases_name(init_bases)
     sizes = f"d_in = {shape.d_in} and d_out = {shape.d_out}"
@@ -208,22 +210,22 @@ def make_bases(
         seed (`int`):
             `projection_seed` of the configuration.
         target_name (`str`):
-            The name of the target within the base model, such as `"model.layers.0.self_attn.q_proj"`. Targets of
+            The name of the target within the base model, such as `"model.layers.0.self_attn.q_proj"`. Targets with
             different names get different bases.
         matrix (`torch.Tensor`, *optional*):
-            The weight or gradient `[d_out, d_in]` that the bases are made from. Without it, bases that need one are
-            those of `"gram_schmidt"` until they are given.
+            The weight or gradient `[d_out, d_in]` that the bases are made from. Bases that need a matrix are those of
+            `"gram_schmidt"` until there is one.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: A `[h*r, d_in]` and B `[d_out, h*r]`, in float32 on the CPU.
 
     Raises:
-        ValueError: if `init_bases` is unknown, or does not fit into the target. Nothing has been allocated then.
+        ValueError: if `init_bases` is unknown, or the bases do not fit the target. Nothing is allocated in that case.
     """
     check_bases_fit(init_bases, shape, target_name)
     kind = BASES["gram_schmidt"] if BASES[init_bases].from_matrix and matrix is None else BASES[init_bases]
     digest = hashlib.sha256(f"{seed}/{target_name}".encode()).digest()
-    # explicit device: the model may be built under a default device such as meta or cuda
+    # set the device explicitly: the model may be built under a default device such as meta or cuda
     with torch.device("cpu"):
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
         basis_A, basis_B = kind.make(shape, generator, matrix)

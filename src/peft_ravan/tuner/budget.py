@@ -1,4 +1,4 @@
-"""Choosing the size of an adapter by what LoRA would train, and the optimizer's parameter groups for it."""
+"""Choosing the size of an adapter by the parameter count of LoRA, and parameter groups for the optimizer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def ravan_config_for_budget(
     **kwargs,
 ) -> RavanConfig:
     """
-    Choose `r` so that the adapter trains as many parameters as LoRA of a given rank on the same targets, or a few less.
+    Choose `r` such that the adapter trains as many parameters as LoRA of a given rank on the same targets, or slightly
+    fewer.
 
     Args:
         model (`torch.nn.Module`):
@@ -39,7 +40,7 @@ def ravan_config_for_budget(
         [`RavanConfig`]: The configuration, with `rank_pattern` where targets differ in size.
 
     Raises:
-        ValueError: if the budget of a target does not suffice for one parameter a head, or if there are no targets.
+        ValueError: if the budget of a target is too small for a head of rank 1, or if there are no targets.
 
     Example:
 
@@ -58,8 +59,8 @@ def ravan_config_for_budget(
 
 def _ranks_for_budget(model: nn.Module, config: RavanConfig, lora_rank: int) -> dict[str, int]:
     """
-    The rank of a head at each target that trains at most what LoRA of a given rank trains there. LoRA trains
-    `lora_rank * (d_in + d_out)` parameters, Ravan `num_heads * (r**2 + 1)`.
+    The largest rank of a head at each target with which Ravan trains at most as many parameters as LoRA of a given
+    rank. LoRA trains `lora_rank * (d_in + d_out)` parameters, Ravan `num_heads * (r**2 + 1)`.
     """
     ranks = {}
     for name, (d_in, d_out) in RavanModel.target_sizes(model, copy.deepcopy(config)).items():
@@ -84,18 +85,18 @@ def optimizer_parameter_groups(
     weight_decay: float = 0.0,
 ) -> list[dict[str, Any]]:
     """
-    Parameter groups for an optimizer: cores, scalings and all other trained parameters with learning rates of their own.
+    Parameter groups for an optimizer: cores, scalings and all other trained parameters, with separate learning rates.
     Scalings and biases have no weight decay.
 
     Args:
         model (`torch.nn.Module`):
             The model with its adapter.
         learning_rate (`float`):
-            The learning rate of what is not part of Ravan, such as the classification head.
+            The learning rate of all parameters that are not part of Ravan, such as the classification head.
         core_learning_rate (`float`, *optional*):
-            The learning rate of the cores H, by default `learning_rate`. They want a larger one than a head.
+            The learning rate of the cores H, by default `learning_rate`. Cores need a larger one than a task head.
         scaling_learning_rate (`float`, *optional*):
-            The learning rate of the scalings s, by default that of the cores.
+            The learning rate of the scalings s, by default the one of the cores.
         weight_decay (`float`, *optional*, defaults to 0.0):
             The weight decay of cores and of weights.
 

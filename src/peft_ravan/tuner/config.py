@@ -30,35 +30,35 @@ class RavanConfig(PeftConfig):
             The number of heads, h.
         target_modules (`list[str]` or `str`, *optional*):
             The names of the modules to apply the adapter to. A string is a regular expression, or `"all-linear"`. By
-            default chosen by the architecture of the model, as for the other methods of PEFT.
+            default they are chosen by the architecture of the model, as for the other methods of PEFT.
         exclude_modules (`list[str]` or `str`, *optional*):
-            The names of the modules not to apply the adapter to; a string is a regular expression.
+            The names of the modules not to apply the adapter to. A string is a regular expression.
         init_bases (`str`, *optional*, defaults to `"gram_schmidt"`):
             How the frozen bases are made. `"gram_schmidt"`: the `num_heads * r` columns of all B and the rows of all A
             are orthonormal, which needs `num_heads * r <= min(d_in, d_out)`. `"normal"`: independent normal entries
             with variance `1 / d`, so that a row of A and a column of B have an expected norm of 1. `"constant"` (every
             head has the same bases) and `"shared"` (random mixtures of one pair) are controls, with an update of rank
             `r`. `"weight_svd"`: the i-th head takes the i-th block of `r` singular directions of the weight; with one
-            head this is LoRA-XS. `"gradient_svd"`: the same of a gradient, which has to be given by
-            [`initialize_bases_from_gradient`], or by the clients of a federation; with one head this is the adapter of
-            LoRA-SB and Fed-SB.
+            head this is LoRA-XS. `"gradient_svd"`: the same for a gradient, which comes from
+            [`initialize_bases_from_gradient`] or from the clients of a federation; with one head this is the adapter
+            of LoRA-SB and Fed-SB.
         projection_seed (`int`, *optional*, defaults to `0`):
-            The seed of the bases. Together with the name of the target it determines them, so everybody who uses the
-            same seed has the same bases.
+            The seed of the bases. The seed and the name of the target determine the bases, so everybody who uses the
+            same seed gets the same bases.
         save_projection (`bool`, *optional*, defaults to `True`):
-            Whether to save the bases with the adapter. Without them the file is much smaller and they are made again
-            from `projection_seed` when it is loaded, where a fingerprint tells whether they are the same. All adapters of
-            a model must agree on it.
+            Whether to save the bases with the adapter. Without them the file is much smaller. They are then
+            regenerated from `projection_seed` when the adapter is loaded, and a fingerprint is used to check that they
+            are the same. All adapters of a model must have the same value.
         ravan_dropout (`float`, *optional*, defaults to `0.0`):
             The dropout probability of the input of the adapter.
         fan_in_fan_out (`bool`, *optional*, defaults to `False`):
-            Whether the layer to replace stores its weight as `(fan_in, fan_out)`. Set by itself for
+            Whether the layer to replace stores its weight as `(fan_in, fan_out)`. Set automatically for
             `transformers.pytorch_utils.Conv1D`.
         bias (`str`, *optional*, defaults to `"none"`):
-            Which biases are trained: `"none"`, `"all"` or `"ravan_only"`. If not `"none"`, the model does not give the
-            output of the base model when the adapter is disabled.
+            Which biases are trained: `"none"`, `"all"` or `"ravan_only"`. If not `"none"`, the model does not produce
+            the output of the base model when the adapter is disabled.
         modules_to_save (`list[str]`, *optional*):
-            The modules apart from the adapter that are trained and saved, for example the classification head.
+            The modules to train and save in addition to the adapter, for example the classification head.
         init_weights (`bool`, *optional*, defaults to `True`):
             Whether the cores start at zero, so that a new adapter does not change the output. `False` gives random
             cores, which is only useful for testing.
@@ -69,24 +69,24 @@ class RavanConfig(PeftConfig):
         rank_pattern (`dict[str, int]`, *optional*):
             Ranks of a head that differ from `r`, by the name of the target or a regular expression for it.
         heads_pattern (`dict[str, int]`, *optional*):
-            Numbers of heads that differ from `num_heads`, likewise.
+            Numbers of heads that differ from `num_heads`, in the same form.
         trainable_token_indices (`list[int]` or `dict[str, list[int]]`, *optional*):
-            The tokens whose embeddings are trained besides the adapter: indices for the input embeddings, or the names
-            of layers to indices.
+            The tokens whose embeddings are trained in addition to the adapter: indices for the input embeddings, or a
+            dict from names of layers to indices.
         ensure_weight_tying (`bool`, *optional*, defaults to `False`):
-            Whether layers that the base model ties stay tied when they are in `modules_to_save`. For tied layers that
-            are adapted there is a warning: their adapters stay apart.
+            Whether layers that the base model ties stay tied if they are in `modules_to_save`. If tied layers are
+            adapted, there is a warning, because their adapters are not tied.
         target_parameters (`list[str]`, *optional*):
             The names of parameters to adapt that are not weights of layers, such as those of a mixture of experts,
-            `[experts, d_out, d_in]`, or `[experts, d_in, d_out]` if their module says `is_transposed`. The experts share
-            the bases, and each has its own cores. All adapters of a model must name the same.
+            `[experts, d_out, d_in]`, or `[experts, d_in, d_out]` if their module says `is_transposed`. The experts
+            share the bases, and each has its own cores. All adapters of a model must name the same parameters.
         layer_replication (`list[tuple[int, int]]`, *optional*):
-            Ranges of layers to stack to a deeper model with shared weights, of which each layer gets an adapter of its
-            own, as for LoRA.
+            Ranges of layers to stack into a deeper model with shared weights. Each layer gets its own adapter, as for
+            LoRA.
 
     Raises:
-        TypeError: if `target_parameters` is a string, which `target_modules` may be.
-        ValueError: if a field has a value of another type or outside its range, or if fields exclude each other.
+        TypeError: if `target_parameters` is a string (only `target_modules` may be one).
+        ValueError: if a field has a value of the wrong type or out of range, or if fields exclude each other.
     """
 
     r: int = field(default=16, metadata={"help": "Rank of one head."})
@@ -103,7 +103,7 @@ class RavanConfig(PeftConfig):
     )
     projection_seed: int = field(default=0, metadata={"help": "Seed of the frozen bases."})
     save_projection: bool = field(
-        default=True, metadata={"help": "Save the bases with the adapter, or make them again from the seed."}
+        default=True, metadata={"help": "Save the bases with the adapter, or regenerate them from the seed."}
     )
     ravan_dropout: float = field(default=0.0, metadata={"help": "Dropout probability of the adapter's input."})
     fan_in_fan_out: bool = field(
@@ -111,7 +111,7 @@ class RavanConfig(PeftConfig):
     )
     bias: str = field(default="none", metadata={"help": "Which biases are trained: 'none', 'all' or 'ravan_only'."})
     modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules apart from the adapter to train and save, such as the head."}
+        default=None, metadata={"help": "Modules to train and save in addition to the adapter, such as the head."}
     )
     init_weights: bool = field(
         default=True, metadata={"help": "Start the cores at zero. False is only useful for testing."}
@@ -120,17 +120,17 @@ class RavanConfig(PeftConfig):
         default=None, metadata={"help": "Indices of the layers to transform. By default all."}
     )
     layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the nn.ModuleList of the layers, with layers_to_transform."}
+        default=None, metadata={"help": "Name of the nn.ModuleList of the layers, for layers_to_transform."}
     )
 
     rank_pattern: dict[str, int] | None = field(
         default_factory=dict, metadata={"help": "Ranks of a head that differ from `r`, by target name or regex."}
     )
     heads_pattern: dict[str, int] | None = field(
-        default_factory=dict, metadata={"help": "Numbers of heads that differ, by target name or regex."}
+        default_factory=dict, metadata={"help": "Numbers of heads that differ from `num_heads`, by name or regex."}
     )
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
-        default=None, metadata={"help": "Tokens whose embeddings are trained besides the adapter."}
+        default=None, metadata={"help": "Tokens whose embeddings are trained in addition to the adapter."}
     )
     ensure_weight_tying: bool = field(default=False, metadata={"help": "Keep layers tied that the base model ties."})
 
@@ -154,7 +154,7 @@ class RavanConfig(PeftConfig):
         default=None, metadata={"help": "Names of parameters to adapt that are not weights of layers."}
     )
     layer_replication: list[tuple[int, int]] | None = field(
-        default=None, metadata={"help": "Ranges of layers to stack to a deeper model with shared weights."}
+        default=None, metadata={"help": "Ranges of layers to stack into a deeper model with shared weights."}
     )
 
     def __post_init__(self):
@@ -169,7 +169,7 @@ class RavanConfig(PeftConfig):
             if isinstance(value, (list, tuple)):
                 setattr(self, name, set(value))
         if self.ensure_weight_tying:
-            # filled in by the model, and never saved
+            # set by the model, and never saved
             self.modules_to_tie = None
             self.target_modules_to_tie = None
         self._check_values()

@@ -1,4 +1,4 @@
-"""Whether the fields of a configuration have the types that they say they have."""
+"""Checks whether the values of a configuration's fields match their annotations."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ _PLAIN_TYPES = (str, bool, dict, list, type(None))
 
 def check_field_types(config: PeftConfig, names: Collection[str] | None = None) -> None:
     """
-    Dataclasses take anything for any field, so that a wrong value shows much later, as an error of something else.
+    Check the types of a configuration's fields. Dataclasses accept anything, so a wrong value would only cause an
+    error much later, in another place.
 
     Args:
         config ([`~peft.PeftConfig`]): A configuration.
-        names (`Collection[str]`, *optional*): The fields to look at, by default all.
+        names (`Collection[str]`, *optional*): The fields to check, by default all.
 
     Raises:
-        ValueError: if a field has a value of another type than its annotation.
+        ValueError: if the value of a field does not match its annotation.
     """
     hints = get_type_hints(type(config))
     for field in dataclasses.fields(config):
@@ -38,13 +39,13 @@ def _is_a(value: Any, hint: Any) -> bool:
     if origin is Literal:
         return value in arguments
     if hint in (int, float):
-        # one stands for the other in configurations, as in `lora_alpha: int` with 0.5
+        # configurations mix the two, as in `lora_alpha: int` with 0.5
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if origin is dict:
         keys, values = arguments
         return isinstance(value, Mapping) and all(_is_a(k, keys) and _is_a(v, values) for k, v in value.items())
     if origin is tuple:
-        # JSON has lists in their place
+        # JSON has lists instead of tuples
         return isinstance(value, (list, tuple)) and all(
             _is_a(entry, argument) for entry, argument in zip(value, arguments, strict=False)
         )
@@ -52,7 +53,7 @@ def _is_a(value: Any, hint: Any) -> bool:
         return isinstance(value, (list, tuple, set)) and all(_is_a(entry, arguments[0]) for entry in value)
     if hint in _PLAIN_TYPES:
         return isinstance(value, hint)
-    # an object of PEFT's own, or a type that says nothing
+    # one of PEFT's own classes, or a type that cannot be checked
     return True
 
 

@@ -1,10 +1,10 @@
 """
-Fingerprints of bases: a few numbers for each head, that tell whether two adapters have the same bases.
+Fingerprints of bases: a few numbers for each head that show whether two adapters have the same bases.
 
-Bases are made by a QR or singular value decomposition, whose last bits depend on the machine, and they may be kept in half
-precision. So a fingerprint is not a hash, which would differ then, too, but a few weighted sums of the entries, compared
-with a tolerance. The weights are the fractional parts of multiples of square roots of primes and not random numbers of
-torch, which are what a fingerprint has to find changed.
+Bases come from a QR or singular value decomposition, whose last bits depend on the machine, and they may be stored in
+half precision. A hash would change with every bit. So a fingerprint consists of a few weighted sums of the entries,
+which are compared with a tolerance. The weights are the fractional parts of multiples of square roots of primes. They
+are not torch's random numbers, because a fingerprint has to detect changes in these.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from collections.abc import Mapping
 import torch
 
 
-# one sum for each pair of primes: the first weighs the long side of a basis, the second the r directions of a head
+# one sum for each pair of primes: the first weights the long side of a basis, the second the r directions of a head
 _PRIMES = ((2, 11), (3, 13), (5, 17), (7, 19))
-# Half precision moves a sum by about 0.001; sums of other bases differ by about 1.
+# Half precision changes a sum by about 0.001. The sums of different bases differ by about 1.
 TOLERANCE = 0.01
 
 
@@ -37,7 +37,7 @@ def fingerprints_of_state(state: Mapping[str, torch.Tensor]) -> dict[str, torch.
     """
     Args:
         state (`Mapping[str, torch.Tensor]`):
-            The tensors of a Ravan adapter by their checkpoint names, with the bases or without them.
+            The tensors of a Ravan adapter by their checkpoint names, with or without the bases.
 
     Returns:
         `dict[str, torch.Tensor]`: The fingerprint of each target, `[h, 8]`, by its checkpoint name.
@@ -62,11 +62,12 @@ def fingerprint_distance(first: torch.Tensor, second: torch.Tensor) -> float:
         second (`torch.Tensor`): Another one.
 
     Returns:
-        `float`: By how much they differ; above `TOLERANCE` the bases are others. Infinite if their numbers of heads differ.
+        `float`: How much they differ. Above `TOLERANCE`, the bases are different. Infinite if the numbers of heads
+        differ.
     """
     if first.shape != second.shape:
         return float("inf")
-    # a NaN is no distance within the tolerance
+    # NaN must not count as within the tolerance
     return (first.float().cpu() - second.float().cpu()).abs().max().nan_to_num(nan=float("inf")).item()
 
 

@@ -1,7 +1,8 @@
 """
-The arithmetic of one Ravan layer: what it adds, or the whole layer at once, without loops over heads.
+The arithmetic of one Ravan layer: the output it adds, or the output of the whole layer at once, without loops over
+heads.
 
-Names of shapes: T tokens (all leading dimensions of the input together), d_in, d_out, h heads of rank r.
+Shapes: T tokens (all leading dimensions of the input combined), d_in, d_out, h heads of rank r.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 
 def scaled_cores(core: torch.Tensor, scaling: torch.Tensor) -> torch.Tensor:
     """
-    The products s_i * H_i, which is what enters the weight linearly, is uploaded and is averaged.
+    The products s_i * H_i. They enter the weight linearly, and they are what is uploaded and averaged.
 
     Args:
         core (`torch.Tensor`): H, `[h, r, r]`.
@@ -25,7 +26,7 @@ def scaled_cores(core: torch.Tensor, scaling: torch.Tensor) -> torch.Tensor:
 
 
 def _project_basis_B(basis_B: torch.Tensor, products: torch.Tensor) -> torch.Tensor:
-    """[B_1 P_1 ... B_h P_h], `[d_out, h*r]`, of the products P_i = s_i H_i, `[h, r, r]`."""
+    """[B_1 P_1 ... B_h P_h], `[d_out, h*r]`, for the products P_i = s_i H_i, `[h, r, r]`."""
     num_heads, r, _ = products.shape
     per_head = basis_B.reshape(-1, num_heads, r).transpose(0, 1)  # [h, d_out, r]
     return torch.bmm(per_head, products).transpose(0, 1).reshape(basis_B.shape)
@@ -50,12 +51,12 @@ def delta_weight(
 
 
 def _mix(per_head: torch.Tensor, products: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """`P_i u_i` of all heads, in the shape of the projected input, from that input `[h, T, r]`."""
+    """`P_i u_i` of all heads, with the projected input as `[h, T, r]` and the result in its original shape."""
     return torch.bmm(per_head, products.transpose(1, 2)).transpose(0, 1).reshape(shape)
 
 
 class _ExpandSomeHeads(torch.autograd.Function):
-    """`sum_i B_i P_i u_i`, which keeps and differentiates only what the products of the given heads need."""
+    """`sum_i B_i P_i u_i`. Saves and differentiates only what the products of the given heads need."""
 
     @staticmethod
     def forward(ctx, inner, basis_B, products, heads):
@@ -70,7 +71,7 @@ class _ExpandSomeHeads(torch.autograd.Function):
         inner_heads, basis_B, products, heads = ctx.saved_tensors
         num_heads, r, _ = products.shape
         grad = grad_output.reshape(-1, grad_output.shape[-1])  # [T, d_out]
-        # autocast is over by now, so the bases are brought to the dtype of the output by hand
+        # autocast no longer applies here, so the bases are cast to the dtype of the output explicitly
         basis_B = basis_B.to(grad.dtype)
         grad_inner = None
         if ctx.needs_input_grad[0]:
@@ -94,7 +95,7 @@ def _rows_of(basis_A: torch.Tensor, heads: torch.Tensor, r: int) -> torch.Tensor
 
 
 def _among_all(grad_heads: torch.Tensor, heads: torch.Tensor, products: torch.Tensor) -> torch.Tensor:
-    """The gradient of the products of some heads as one of all products, `[h, r, r]`, zero elsewhere."""
+    """Expand the gradient of some heads' products to all products, `[h, r, r]`, with zeros elsewhere."""
     return torch.zeros_like(products).index_copy_(0, heads, grad_heads.to(products.dtype))
 
 
@@ -106,7 +107,7 @@ def expand(
     heads: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
-    From the projected input of all heads to the output: `sum_i s_i B_i H_i u_i` for each token u.
+    Map the projected input of all heads to the output: `sum_i s_i B_i H_i u_i` for each token u.
 
     Args:
         inner (`torch.Tensor`): The input projected by the stacked A, `[..., h*r]`.
@@ -114,7 +115,8 @@ def expand(
         core (`torch.Tensor`): H, `[h, r, r]`.
         scaling (`torch.Tensor`): s, `[h]`.
         heads (`torch.Tensor`, *optional*):
-            The indices of the heads whose H and s get a gradient, `[k]`, while that of the others is 0. By default all.
+            The indices of the heads whose H and s get a gradient, `[k]`. The gradient of the others is 0. By default
+            all.
 
     Returns:
         `torch.Tensor`: `[..., d_out]`.
@@ -126,7 +128,7 @@ def expand(
     if num_heads == 1:
         inner = F.linear(inner, products[0])
     else:
-        # heads first, so that the batched product reads a head as a strided slice instead of copying it
+        # heads first, so that the batched product reads each head as a strided slice instead of copying it
         per_head = inner.reshape(-1, num_heads, r).transpose(0, 1)  # [h, T, r]
         inner = _mix(per_head, products, inner.shape)
     return F.linear(inner, basis_B)
@@ -141,7 +143,7 @@ def delta_output(
     heads: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
-    What the adapter adds to the output of its layer: `x @ (sum_i s_i B_i H_i A_i).T`, through two thin products.
+    The output that the adapter adds to its layer, `x @ (sum_i s_i B_i H_i A_i).T`, computed with two thin products.
 
     Args:
         x (`torch.Tensor`): The input, `[..., d_in]`.
@@ -161,10 +163,11 @@ def dense_is_cheaper(
     num_tokens: int, d_in: int, d_out: int, total_rank: int, training: bool, trained_rank: int | None = None
 ) -> bool:
     """
-    Whether [`adapted_linear`] costs fewer multiplications than the base layer and [`delta_output`] together.
+    Whether [`adapted_linear`] needs fewer multiplications than the base layer and [`delta_output`] together.
 
-    The thin products cost `T * h*r * (d_in + d_out)` forward and as much backward. Against that stand forming the weight,
-    `h*r * d_in * d_out`, once forward and once backward, and the gradient of the cores, which is the cheaper of two ways.
+    The thin products cost `T * h*r * (d_in + d_out)` in the forward pass and the same in the backward pass. The
+    alternative is to form the weight, `h*r * d_in * d_out`, once in the forward and once in the backward pass, plus
+    the gradient of the cores in the cheaper of two ways.
 
     Args:
         num_tokens (`int`): T.
@@ -187,7 +190,7 @@ def dense_is_cheaper(
 
 
 class _AdaptedLinear(torch.autograd.Function):
-    """`x @ (W + sum_i B_i P_i A_i).T + bias`. The dense weight is formed again in the backward pass, not kept."""
+    """`x @ (W + sum_i B_i P_i A_i).T + bias`. The dense weight is recomputed in the backward pass, not stored."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, basis_A, basis_B, products, heads):
@@ -221,7 +224,7 @@ def _products_gradient(
     products: torch.Tensor,
     heads: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The gradient of the products, `[h, r, r]`, which is 0 but for the given heads."""
+    """The gradient of the products, `[h, r, r]`, which is 0 except for the given heads."""
     num_heads, r, _ = products.shape
     if heads is None:
         return _gradient_of_heads(x, grad, basis_A, basis_B, num_heads, r)
@@ -255,7 +258,7 @@ def adapted_linear(
     heads: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
-    The whole adapted layer, `x @ (W + sum_i s_i B_i H_i A_i).T + bias`, through one dense product.
+    The whole adapted layer, `x @ (W + sum_i s_i B_i H_i A_i).T + bias`, computed with one dense product.
 
     Args:
         x (`torch.Tensor`): The input, `[..., d_in]`.

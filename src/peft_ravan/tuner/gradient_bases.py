@@ -1,11 +1,11 @@
 """
-Bases from gradients, `init_bases="gradient_svd"`: for each target, the singular directions of an averaged gradient of its
-weight (LoRA-SB, Ponkshe et al., 2024, with one head).
+Bases from gradients, `init_bases="gradient_svd"`: for each target, the singular directions of an averaged gradient of
+its weight (with one head, this is LoRA-SB, Ponkshe et al., 2024).
 
-The gradient itself, `d_out x d_in` for each target, is never kept. It is seen through two random projections, from which
-its largest directions are recovered in one pass over the data (Tropp et al., Practical Sketching Algorithms for Low-Rank
-Matrix Approximation, 2017, algorithms 1 and 7). Sketches are linear in the gradient: the mean of sketches is the sketch
-of the mean.
+The gradient itself, `d_out x d_in` for each target, is never stored. Two random projections of it are enough to
+recover its largest directions in one pass over the data (Tropp et al., Practical Sketching Algorithms for Low-Rank
+Matrix Approximation, 2017, algorithms 1 and 7). Sketches are linear in the gradient: the mean of sketches is the
+sketch of the mean.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ class GradientSketch:
 
     Args:
         shape ([`~peft_ravan.tuner.bases.BasesShape`]): The shape of the target.
-        seed (`int`): The seed of the projections; sketches that are added up need the same.
-        device (`torch.device`): Where the sketch is kept.
-        rank (`int`, *optional*): How many directions it is to tell, h*r by default. k is 10 more, l is 20 more.
+        seed (`int`): The seed of the projections. Sketches can only be added up if they have the same seed.
+        device (`torch.device`): The device of the sketch.
+        rank (`int`, *optional*): How many directions to recover, h*r by default. k is 10 more, l is 20 more.
     """
 
     def __init__(self, shape: BasesShape, seed: int, device: torch.device, rank: int | None = None):
         self.shape = shape
         rank = shape.total_rank if rank is None else min(rank, shape.total_rank)
         num_columns = min(rank + OVERSAMPLING, shape.d_in, shape.d_out)
-        # Tropp's choice, 2 k + 1, recovers a little more of flat spectra, and would be larger than the gradient itself from
-        # h*r = d/3 on. What a client sends should stay near h*r numbers for each row and each column.
+        # Tropp's choice, 2 k + 1, recovers slightly more of flat spectra, but from h*r = d/3 on the sketch would be
+        # larger than the gradient itself. A client should send about h*r numbers for each row and each column.
         num_rows = min(num_columns + OVERSAMPLING, shape.d_out)
         generator = torch.Generator().manual_seed(seed)
         self.omega = torch.randn(shape.d_in, num_columns, generator=generator).to(device)
@@ -70,7 +70,7 @@ class GradientSketch:
     def divide(self, number: int) -> None:
         """
         Args:
-            number (`int`): By what to divide the gradients that were added, to get their mean.
+            number (`int`): The number to divide the sum of the gradients by, to get their mean.
         """
         self.columns /= number
         self.rows /= number
@@ -78,7 +78,7 @@ class GradientSketch:
     def low_rank(self) -> torch.Tensor:
         """
         Returns:
-            `torch.Tensor`: The gradient, `[d_out, d_in]`, as far as the sketch tells: of rank k.
+            `torch.Tensor`: An approximation of the gradient, `[d_out, d_in]`, of rank k.
         """
         Q = torch.linalg.qr(self.columns).Q  # [d_out, k]
         return Q @ torch.linalg.lstsq(self.psi.double() @ Q, self.rows).solution
@@ -96,20 +96,20 @@ def initialize_bases_from_gradient(
 
     Args:
         model ([`~peft.PeftModel`]):
-            The model, with a fresh adapter: its cores must still be zero.
+            The model, with a new adapter whose cores are still zero.
         dataloader_or_gradients (`Iterable[Mapping[str, Any]]` or `Mapping[str, torch.Tensor]`):
-            Batches of keyword arguments of the model, labels included, over which the gradient is averaged. Or the
+            Batches of keyword arguments of the model, including labels, over which the gradient is averaged. Or the
             gradients themselves, `[d_out, d_in]`, by the names of the targets within the base model.
         adapter_name (`str`, *optional*, defaults to `"default"`):
             The name of the adapter.
         num_batches (`int`, *optional*):
             The number of batches to use. By default all.
         compute_loss (`Callable`, *optional*):
-            The loss, from the model and a batch. By default the loss that the model returns.
+            Computes the loss from the model and a batch. By default the loss that the model returns.
 
     Raises:
-        ValueError: if the adapter has other bases or was trained already, if no batch is given, or if a target got no
-            gradient.
+        ValueError: if the adapter has other bases or has already been trained, if no batch is given, or if a target
+            got no gradient.
         TypeError: if a target is not a linear layer.
 
     Example:
@@ -133,18 +133,18 @@ def make_sketches(
 ) -> dict[str, GradientSketch]:
     """
     Args:
-        model ([`~peft.PeftModel`]): The model, with a fresh adapter that was made for bases from a gradient.
+        model ([`~peft.PeftModel`]): The model, with a new adapter with `init_bases="gradient_svd"`.
         adapter_name (`str`, *optional*, defaults to `"default"`): The name of the adapter.
-        rank (`int`, *optional*): How many directions of a gradient a sketch is to tell, h*r by default and at most.
+        rank (`int`, *optional*): How many directions of a gradient to recover, h*r by default and at most.
 
     Returns:
         `dict[str, GradientSketch]`: An empty sketch for each target, by its name within the base model.
 
     Raises:
-        ValueError: if the adapter has other bases or was trained already.
+        ValueError: if the adapter has other bases or has already been trained.
         TypeError: if a target is not a linear layer.
     """
-    # the index as the seed: sketches can be added up only where everybody has the same projections
+    # the index is the seed: sketches can only be added up if everybody has the same projections
     return {
         name: GradientSketch(_shape_of(layer, adapter_name), index, layer.ravan_A[adapter_name].device, rank)
         for index, (name, layer) in enumerate(_gradient_targets(model, adapter_name).items())
@@ -159,22 +159,22 @@ def sketch_gradients(
     rank: int | None = None,
 ) -> dict[str, GradientSketch]:
     """
-    Sketch the mean gradient of each target's weight over some batches. The model is left as it was.
+    Sketch the mean gradient of each target's weight over some batches. The model is not changed.
 
     Args:
-        model ([`~peft.PeftModel`]): The model, with a fresh adapter that was made for bases from a gradient.
-        batches (`Iterable[Mapping[str, Any]]`): Batches of keyword arguments of the model, labels included.
+        model ([`~peft.PeftModel`]): The model, with a new adapter with `init_bases="gradient_svd"`.
+        batches (`Iterable[Mapping[str, Any]]`): Batches of keyword arguments of the model, including labels.
         adapter_name (`str`, *optional*, defaults to `"default"`): The name of the adapter.
         compute_loss (`Callable`, *optional*):
-            The loss, from the model and a batch. By default the loss that the model returns.
-        rank (`int`, *optional*): How many directions of a gradient a sketch is to tell, h*r by default and at most.
+            Computes the loss from the model and a batch. By default the loss that the model returns.
+        rank (`int`, *optional*): How many directions of a gradient to recover, h*r by default and at most.
 
     Returns:
-        `dict[str, GradientSketch]`: The sketches, by the names of the targets within the base model. They depend on
-        nothing random, so those of several clients can be averaged.
+        `dict[str, GradientSketch]`: The sketches, by the names of the targets within the base model. They do not
+        depend on any random state, so the sketches of several clients can be averaged.
 
     Raises:
-        ValueError: if the adapter has other bases or was trained already, or if no batch is given.
+        ValueError: if the adapter has other bases or has already been trained, or if no batch is given.
         TypeError: if a target is not a linear layer.
     """
     sketches = make_sketches(model, adapter_name, rank)
@@ -189,8 +189,8 @@ def sketch_state(sketches: Mapping[str, GradientSketch]) -> dict[str, torch.Tens
         sketches (`Mapping[str, GradientSketch]`): The sketches, by the names of the targets.
 
     Returns:
-        `dict[str, torch.Tensor]`: What of them travels, by name, in bfloat16 on the CPU: a gradient of some batches is
-        noisier than that. The projections do not travel: everybody can make them.
+        `dict[str, torch.Tensor]`: The tensors to send, by name, in bfloat16 on the CPU, which is precise enough for a
+        gradient over some batches. The projections are not sent, since everybody can make them.
     """
     return {
         f"{name}.{part}": getattr(sketch, part).bfloat16().cpu()
@@ -207,7 +207,7 @@ def sketches_from_state(
 
     Args:
         model ([`~peft.PeftModel`]): The model that the sketches are for.
-        state (`Mapping[str, torch.Tensor]`): What travelled, or its mean over clients.
+        state (`Mapping[str, torch.Tensor]`): The tensors that were sent, or their mean over clients.
         adapter_name (`str`, *optional*, defaults to `"default"`): The name of the adapter.
         rank (`int`, *optional*): The rank that the sketches were made with.
 
@@ -225,7 +225,7 @@ def set_bases_from_sketches(
     model: nn.Module, sketches: Mapping[str, GradientSketch], adapter_name: str = "default"
 ) -> None:
     """
-    Set the bases of a fresh adapter, in the memory that they have.
+    Set the bases of a new adapter in place.
 
     Args:
         model ([`~peft.PeftModel`]): The model.
@@ -233,7 +233,7 @@ def set_bases_from_sketches(
         adapter_name (`str`, *optional*, defaults to `"default"`): The name of the adapter.
 
     Raises:
-        ValueError: if the adapter has other bases or was trained already, or if a target got no gradient.
+        ValueError: if the adapter has other bases or has already been trained, or if a target got no gradient.
         TypeError: if a target is not a linear layer.
     """
     targets = _gradient_targets(model, adapter_name)
@@ -253,24 +253,24 @@ def set_bases_from_sketches(
 
 def awaits_gradient(model: nn.Module, adapter_name: str = "default") -> bool:
     """
-    Whether an adapter was made for bases from a gradient and has not been given any yet. That is seen at the bases
-    themselves, so that it does not matter how the model got them.
+    Whether an adapter still waits for its bases from a gradient. This is detected from the bases themselves, so it
+    does not matter how the model got them.
 
     Args:
         model ([`~peft.PeftModel`]): The model.
         adapter_name (`str`, *optional*, defaults to `"default"`): The name of the adapter.
 
     Returns:
-        `bool`: Whether the bases are those that stand in until there is a gradient.
+        `bool`: Whether the bases are the placeholders used until there is a gradient.
     """
     config = model.peft_config[adapter_name]
     if BASES[getattr(config, "init_bases", "normal")].from_matrix != "gradient":
         return False
-    # the bases of all targets are set at once, so one tells of all
+    # the bases of all targets are set at once, so checking one target is enough
     name, layer = next(iter(_adapted_layers(model, adapter_name).items()))
     stand_in, _ = make_bases("gradient_svd", _shape_of(layer, adapter_name), config.projection_seed, name)
     basis_A = layer.ravan_A[adapter_name].float().cpu()
-    # not equal: they may have been saved elsewhere, or in another dtype
+    # not compared exactly: they may have been saved on another machine or in another dtype
     return bool((basis_A - stand_in).norm() < 0.05 * stand_in.norm())
 
 
@@ -312,7 +312,7 @@ def _shape_of(layer: RavanLayer, adapter_name: str) -> BasesShape:
 def _add_gradients(sketches: Mapping[str, GradientSketch], gradients: Mapping[str, torch.Tensor]) -> None:
     for name, sketch in sketches.items():
         if name not in gradients:
-            raise ValueError(f"There is no gradient for the target {name!r}. Given are {sorted(gradients)}.")
+            raise ValueError(f"There is no gradient for the target {name!r}. Got gradients for {sorted(gradients)}.")
         expected = (sketch.shape.d_out, sketch.shape.d_in)
         if tuple(gradients[name].shape) != expected:
             raise ValueError(
@@ -339,7 +339,7 @@ def _add_batches(
         for name, layer in targets.items()
     ]
     was_training = model.training
-    model.eval()  # the gradient without the noise of dropout
+    model.eval()  # no dropout noise in the gradient
     device = next(model.parameters()).device
     try:
         num_seen = 0

@@ -20,12 +20,12 @@ from .trained_heads import AllHeads, LayerTrainedHeads
 
 class RavanLayer(LayerTrainedHeads, BaseTunerLayer, nn.Module):
     """
-    What every Ravan layer has: per adapter the trained core `ravan_H` `[h, r, r]` and scaling `ravan_s` `[h]`, and the
-    frozen bases `ravan_A` `[h*r, d_in]` and `ravan_B` `[d_out, h*r]`. While only k heads are trained, `ravan_H` and
-    `ravan_s` hold these, and `all_heads` the parameters of all.
+    The base class of Ravan layers. Each adapter has the trained core `ravan_H` `[h, r, r]` and scaling `ravan_s`
+    `[h]`, and the frozen bases `ravan_A` `[h*r, d_in]` and `ravan_B` `[d_out, h*r]`. While only k heads are trained,
+    `ravan_H` and `ravan_s` hold these k heads, and `all_heads` holds the parameters of all heads.
 
-    A kind of layer says what d_in and d_out are (`bases_size`), how its input is projected (`compute_delta`), and in
-    which layout it keeps its weight (`to_weight_layout`).
+    Subclasses define d_in and d_out (`bases_size`), how the input is projected (`compute_delta`), and the layout of
+    the weight (`to_weight_layout`).
     """
 
     # All names of layers that may contain (trainable) adapter weights
@@ -50,7 +50,8 @@ class RavanLayer(LayerTrainedHeads, BaseTunerLayer, nn.Module):
         self.ravan_H = nn.ParameterDict({})
         self.ravan_s = nn.ParameterDict({})
         self.all_heads: dict[str, AllHeads] = {}
-        # Buffers, not frozen parameters: PEFT's set_requires_grad and gradient checkpointing would train parameters.
+        # Buffers instead of frozen parameters: PEFT's set_requires_grad and gradient checkpointing would train
+        # parameters.
         self.ravan_A = BufferDict({}, persistent=config.save_projection)
         self.ravan_B = BufferDict({}, persistent=config.save_projection)
         # Mark the weight as unmerged
@@ -68,7 +69,7 @@ class RavanLayer(LayerTrainedHeads, BaseTunerLayer, nn.Module):
 
     @property
     def num_experts(self) -> int:
-        """How many sets of heads share the bases."""
+        """The number of sets of heads that share the bases."""
         return 1
 
     def _layer_features(self) -> tuple[int | None, int | None]:
@@ -85,11 +86,11 @@ class RavanLayer(LayerTrainedHeads, BaseTunerLayer, nn.Module):
 
     @abstractmethod
     def compute_delta(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
-        """What an adapter adds to the output of the base layer."""
+        """The output that an adapter adds to the base layer."""
 
     @abstractmethod
     def to_weight_layout(self, delta: torch.Tensor) -> torch.Tensor:
-        """Bring a weight update `[d_out, d_in]` into the layout of the base weight."""
+        """Convert a weight update `[d_out, d_in]` to the layout of the base weight."""
 
     def update_layer(self, adapter_name: str, target_name: str, config: RavanConfig, **kwargs) -> None:
         """
@@ -97,11 +98,12 @@ class RavanLayer(LayerTrainedHeads, BaseTunerLayer, nn.Module):
 
         Args:
             adapter_name (`str`): The name of the adapter.
-            target_name (`str`): The name of this layer within the base model; with the seed it determines the bases.
+            target_name (`str`): The name of this layer within the base model. The name and the seed determine the
+                bases.
             config (`RavanConfig`): The configuration of the adapter.
 
         Raises:
-            ValueError: if the bases do not fit into the layer.
+            ValueError: if the bases do not fit the layer.
         """
         r, num_heads = config.size_of(target_name)
         shape = BasesShape(*self.bases_dimensions(), num_heads, r)
@@ -116,7 +118,7 @@ class RavanLayer(LayerTrainedHeads, BaseTunerLayer, nn.Module):
         self.ravan_dropout[adapter_name] = nn.Dropout(config.ravan_dropout) if config.ravan_dropout else nn.Identity()
         num_cores = self.num_experts * num_heads
         self.ravan_H[adapter_name] = nn.Parameter(torch.zeros(num_cores, r, r))
-        # [h] and never a 0-dim tensor, on which PEFT's check for broken adapters fails
+        # [h] and never 0-dimensional, since PEFT's check for broken adapters fails on such tensors
         self.ravan_s[adapter_name] = nn.Parameter(torch.ones(num_cores))
         self.ravan_A[adapter_name] = basis_A
         self.ravan_B[adapter_name] = basis_B
@@ -124,14 +126,14 @@ class RavanLayer(LayerTrainedHeads, BaseTunerLayer, nn.Module):
         self.reset_ravan_parameters(adapter_name, config.init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         if config.save_projection and self.ravan_H[adapter_name].device.type == "meta":
-            # low_cpu_mem_usage leaves buffers where they are; the checkpoint that will be loaded has these
+            # low_cpu_mem_usage does not move buffers to meta; these are loaded from the checkpoint
             for bases in (self.ravan_A, self.ravan_B):
                 bases[adapter_name] = bases[adapter_name].to("meta")
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _base_matrix(self) -> torch.Tensor:
         """The base weight as `[d_out, d_in]`."""
-        # the layouts of all kinds of layers are their own inverse
+        # the layout conversions of all kinds of layers are their own inverse
         weight = self.get_base_weight()
         return self.to_weight_layout(weight) if weight.dim() == 2 else weight.flatten(1)
 
@@ -141,7 +143,7 @@ class RavanLayer(LayerTrainedHeads, BaseTunerLayer, nn.Module):
 
         Args:
             adapter_name (`str`): The name of the adapter.
-            init_weights (`bool`, *optional*, defaults to `True`): `False` makes H random instead.
+            init_weights (`bool`, *optional*, defaults to `True`): `False` gives a random H instead.
         """
         if adapter_name not in self.ravan_H:
             return
@@ -158,12 +160,12 @@ class RavanLayer(LayerTrainedHeads, BaseTunerLayer, nn.Module):
         Args:
             safe_merge (`bool`, *optional*, defaults to `False`):
                 If `True`, the merge is done in a copy of the original weights, which is checked for NaNs before it
-                takes their place.
+                replaces them.
             adapter_names (`list[str]`, *optional*):
                 The names of the adapters to merge. If `None`, all active adapters are merged.
 
         Raises:
-            ValueError: with `safe_merge`, if the merged weights are not finite.
+            ValueError: if the merged weights are not finite, with `safe_merge`.
         """
         for adapter_name in check_adapters_to_merge(self, adapter_names):
             if adapter_name not in self.ravan_H:
@@ -178,7 +180,7 @@ class RavanLayer(LayerTrainedHeads, BaseTunerLayer, nn.Module):
             self.merged_adapters.append(adapter_name)
 
     def unmerge(self) -> None:
-        """Take all merged adapter weights out of the base weights."""
+        """Remove all merged adapter weights from the base weights."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.")
             return
@@ -197,11 +199,11 @@ class RavanLayer(LayerTrainedHeads, BaseTunerLayer, nn.Module):
             adapter (`str`): The name of the adapter.
 
         Returns:
-            `torch.Tensor`: `[d_out, d_in]` in that layout, in the dtype of the adapter.
+            `torch.Tensor`: The update in that layout, `[d_out, d_in]` or its counterpart, in the dtype of the adapter.
         """
         tensors = self.adapter_tensors(adapter)
         dtype = tensors[2].dtype
-        # some CPUs have slow half precision products, and this one is rounded only once
+        # half precision products are slow on some CPUs, and this way there is only one rounding
         if tensors[2].device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
             tensors = tuple(tensor.float() for tensor in tensors)
         return self.to_weight_layout(delta_weight(*tensors)).to(dtype)
@@ -214,7 +216,9 @@ class RavanLayer(LayerTrainedHeads, BaseTunerLayer, nn.Module):
         return self.ravan_A[adapter_name], self.ravan_B[adapter_name], core, scaling
 
     def _cast_to_each_other(self, x: torch.Tensor, adapter_name: str) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """Bring the input to the dtype of the adapter, or the adapter to that of the input if casting inputs is off."""
+        """
+        Cast the input to the dtype of the adapter, or the adapter to the dtype of the input if input casting is off.
+        """
         tensors = self.adapter_tensors(adapter_name)
         if self.cast_input_dtype_enabled:
             return self._cast_input_dtype(x, tensors[0].dtype), tensors
@@ -244,7 +248,7 @@ class RavanLayer(LayerTrainedHeads, BaseTunerLayer, nn.Module):
     def _mixed_batch_forward(
         self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any
     ) -> torch.Tensor:
-        """Each sample of the batch with the adapter that is named for it; `"__base__"` means none."""
+        """Compute each sample of the batch with the adapter named for it. `"__base__"` means no adapter."""
         result = self._base_result(x, *args, **kwargs)
         for adapter_name in dict.fromkeys(adapter_names):
             if adapter_name in self.ravan_H:
@@ -272,7 +276,7 @@ class RavanLayer(LayerTrainedHeads, BaseTunerLayer, nn.Module):
             )
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        # PEFT converts what it can write into an `nn.Linear` layer
+        # PEFT only converts updates of `nn.Linear` layers
         return False
 
     def __repr__(self) -> str:
@@ -318,13 +322,13 @@ class Linear(RavanLayer):
         return super()._adapted_forward(x, *args, **kwargs)
 
     def _can_use_dense_weight(self, x: torch.Tensor, adapter_names: list[str]) -> bool:
-        """Whether the layer can be computed by one dense product, and whether that costs less."""
+        """Whether the layer can be computed with one dense product, and whether that is cheaper."""
         if len(adapter_names) != 1:
             return False
         base_layer, core = self.base_layer, self.ravan_H[adapter_names[0]]
         dropout = self.ravan_dropout[adapter_names[0]]
         if (
-            # exactly: a subclass may compute something else, and a hook would not be called
+            # exactly this class: a subclass may compute something else, and hooks would not be called
             type(base_layer) is not nn.Linear
             or base_layer._forward_hooks
             or base_layer._forward_pre_hooks
@@ -335,7 +339,7 @@ class Linear(RavanLayer):
         if (
             type(weight.data) is not torch.Tensor
             or not (x.dtype == weight.dtype == core.dtype)
-            # in half precision, a small update would be rounded away when it is added to the weight
+            # in half precision, adding a small update to the weight would round it away
             or core.dtype not in (torch.float32, torch.float64)
             or torch.is_autocast_enabled(x.device.type)
         ):
@@ -347,7 +351,7 @@ class Linear(RavanLayer):
 
 
 class Embedding(RavanLayer):
-    # Ravan implemented in an embedding: a token selects a column of A, [h*r, num_embeddings]
+    # Ravan implemented in an embedding layer: a token selects a column of A, [h*r, num_embeddings]
     def to_weight_layout(self, delta: torch.Tensor) -> torch.Tensor:
         return delta.T
 
@@ -359,7 +363,8 @@ class Embedding(RavanLayer):
 
 
 class Conv2d(RavanLayer):
-    # Ravan implemented in a convolution: A is a convolution of the same kernel into h*r channels, B a pointwise one
+    # Ravan implemented in a conv2d layer: A is a convolution with the same kernel size into h*r channels, B a
+    # pointwise one
     @staticmethod
     def bases_size(base_layer: nn.Module) -> tuple[int, int]:
         return base_layer.weight[0].numel(), base_layer.out_channels

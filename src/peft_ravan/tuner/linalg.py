@@ -1,12 +1,12 @@
-"""Truncated singular value decompositions that never make more than they need."""
+"""Truncated singular value decompositions that avoid forming large matrices."""
 
 from __future__ import annotations
 
 import torch
 
 
-# Halko, Martinsson and Tropp, Finding Structure with Randomness, 2011: a few columns more than asked for, and a few
-# power iterations, make the range finder as good as the decomposition itself for all practical spectra
+# Halko, Martinsson and Tropp, Finding Structure with Randomness, 2011: with a few extra columns and a few power
+# iterations, the range finder is as good as the full decomposition for all practical spectra
 OVERSAMPLING = 10
 POWER_ITERATIONS = 4
 # below this size the full decomposition takes milliseconds
@@ -17,18 +17,18 @@ def truncated_svd(
     matrix: torch.Tensor, rank: int, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    The largest singular values of a matrix and their directions. Where `rank` is small against the matrix, a randomised
-    range finder takes the place of the full decomposition.
+    The largest singular values of a matrix and their directions. If `rank` is small compared to the matrix, a
+    randomised range finder replaces the full decomposition.
 
     Args:
         matrix (`torch.Tensor`): `[d_out, d_in]`.
         rank (`int`): The number of singular values, at most `min(d_out, d_in)`.
-        generator (`torch.Generator`): The random numbers of the range finder, on the CPU.
+        generator (`torch.Generator`): The random generator for the range finder, on the CPU.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: U `[d_out, rank]`, the singular values `[rank]` in descending
         order, and V transposed `[rank, d_in]`, in float64 on the device of the matrix. The sign of each pair of
-        directions is such that the largest entry of the column of U is positive.
+        directions is chosen such that the largest entry of the column of U is positive.
     """
     matrix = matrix.double()
     num_columns = rank + OVERSAMPLING
@@ -42,7 +42,7 @@ def truncated_svd(
         U, S, Vh = torch.linalg.svd(Q.T @ matrix, full_matrices=False)
         U = Q @ U
     U, S, Vh = U[:, :rank], S[:rank], Vh[:rank]
-    # an SVD leaves the signs open, and everybody has to come to the same bases
+    # an SVD does not determine the signs, but everybody has to get the same bases
     signs = torch.sign(U.gather(0, U.abs().argmax(dim=0, keepdim=True)))  # [1, rank]
     signs = torch.where(signs == 0, 1.0, signs)
     return U * signs, S, Vh * signs.T
@@ -52,18 +52,18 @@ def svd_of_product(
     left: torch.Tensor, right: torch.Tensor | None, rank: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
     """
-    The largest singular values of a product and their directions, from the factors: the product is formed only where it
-    is smaller than they are.
+    The largest singular values of a product and their directions, computed from the factors. The product is formed
+    only if it is smaller than the factors.
 
     Args:
         left (`torch.Tensor`): `[d_out, k]`, or the whole product `[d_out, d_in]`.
         right (`torch.Tensor`, *optional*): `[k, d_in]`, or `None` if `left` is the whole product.
-        rank (`int`): The number of singular values wanted.
+        rank (`int`): The largest number of singular values to return.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]`: U `[d_out, q]`, the singular values `[q]` in descending
-        order and V transposed `[q, d_in]` in float64, with q <= rank, and the share of the squared
-        Frobenius norm of the product that they hold (1 for a product of zeros).
+        order and V transposed `[q, d_in]` in float64, with q <= rank, and their share of the squared Frobenius norm of
+        the product (1 for a product of zeros).
     """
     generator = torch.Generator().manual_seed(0)
     left = left.double()
@@ -87,21 +87,21 @@ def pseudo_inverse(gram: torch.Tensor) -> torch.Tensor:
         gram (`torch.Tensor`): A Gram matrix in float64, `[n, n]`.
 
     Returns:
-        `torch.Tensor`: Its pseudo-inverse. Eigenvalues below 1e-12 of the largest are nothing but rounding.
+        `torch.Tensor`: Its pseudo-inverse. Eigenvalues below 1e-12 of the largest are treated as rounding errors.
     """
     return torch.linalg.pinv(gram, rtol=1e-12, hermitian=True)
 
 
 def squared_norm_of_product(left: torch.Tensor, right: torch.Tensor) -> float:
     """
-    The squared Frobenius norm of a product, from k x k matrices.
+    The squared Frobenius norm of a product, computed from k x k matrices.
 
     Args:
         left (`torch.Tensor`): `[d_out, k]`.
         right (`torch.Tensor`): `[k, d_in]`.
 
     Returns:
-        `float`: The squared norm, 0 where rounding would make it negative.
+        `float`: The squared norm. It is 0 if rounding would make it negative.
     """
     return ((left.T @ left) * (right @ right.T)).sum().clamp(min=0).item()
 
@@ -110,8 +110,8 @@ def svd_of_heads(
     basis_A: torch.Tensor, basis_B: torch.Tensor, products: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    The singular value decomposition of `sum_i B_i P_i A_i`, from matrices of the size of the heads. Between orthonormal
-    bases the decompositions of the P_i together are that of the sum.
+    The singular value decomposition of `sum_i B_i P_i A_i`, computed from matrices of the size of the heads. If the
+    bases are orthonormal, the decompositions of all P_i together give that of the sum.
 
     Args:
         basis_A (`torch.Tensor`): The stacked A, `[h*r, d_in]`.
@@ -136,6 +136,6 @@ def svd_of_heads(
 
 
 def _orthonormal_rows(matrix: torch.Tensor) -> bool:
-    # bases are kept in float32, or less; those of less are decomposed as what they are
+    # bases are stored in float32 or less; rounded to half precision, they do not count as orthonormal
     gram = matrix @ matrix.T
     return len(matrix) <= matrix.shape[1] and bool((gram - torch.eye(len(gram)).to(gram)).abs().max() < 1e-5)

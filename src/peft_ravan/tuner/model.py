@@ -91,8 +91,9 @@ class RavanModel(ModelTrainedHeads, SavedBases, BaseTuner):
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        # DistributedDataParallel reads this of the model it wraps, which hands the question on to here. It would send all
-        # buffers to all processes in every forward pass; bases from the seed are the same everywhere already.
+        # DistributedDataParallel reads this from the model it wraps, which forwards the attribute to this one.
+        # Otherwise it would send all buffers to all processes in every forward pass, although seeded bases are the
+        # same everywhere.
         seeded = {
             name for name, config in self.peft_config.items() if BASES[config.init_bases].from_matrix != "gradient"
         }
@@ -111,7 +112,7 @@ class RavanModel(ModelTrainedHeads, SavedBases, BaseTuner):
         super()._check_new_adapter_config(config)
         check_patterns(config, [name for name, _ in modules_to_match(self.model)])
 
-        # whether buffers are persistent is a property of the container that all adapters of a layer share
+        # all adapters of a layer share one container for their buffers, which is persistent or not as a whole
         values = {existing.save_projection for existing in self.peft_config.values()}
         if len(values) > 1:
             raise ValueError(
@@ -120,7 +121,7 @@ class RavanModel(ModelTrainedHeads, SavedBases, BaseTuner):
                 "existing one. Set the same value for both."
             )
 
-        # wrappers of parameters are nested, so an adapter that lacks one of them would be saved under other names
+        # parameter wrappers are nested, so an adapter without one of them would be saved under different names
         parameters = {tuple(sorted(existing.target_parameters or ())) for existing in self.peft_config.values()} - {()}
         if len(parameters) > 1:
             raise ValueError(
@@ -138,12 +139,12 @@ class RavanModel(ModelTrainedHeads, SavedBases, BaseTuner):
             config ([`RavanConfig`]): The configuration. Default targets and `"all-linear"` are written into it.
 
         Returns:
-            `dict[str, tuple[int, int]]`: The names of the targets to d_in and d_out of their bases.
+            `dict[str, tuple[int, int]]`: Maps the names of the targets to d_in and d_out of their bases.
 
         Raises:
-            TypeError: if a target is of a kind that Ravan does not support.
-            ValueError: if no targets are named, and the architecture has no default, or if a target is one whose weight the
-                model reads without calling it.
+            TypeError: if Ravan does not support the type of a target.
+            ValueError: if no targets are given and the architecture has no default, or if the model reads the weight
+                of a target without calling it.
         """
         if config.target_modules is None:
             config.target_modules = cls.target_module_mapping.get(cls.get_model_config(model)["model_type"])
@@ -159,12 +160,12 @@ class RavanModel(ModelTrainedHeads, SavedBases, BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: RavanConfig, model_config: dict) -> RavanConfig:
         if peft_config.target_modules is None and peft_config.target_parameters:
-            # who names parameters does not ask for the default modules besides
+            # with `target_parameters`, the default modules are not wanted in addition
             peft_config.target_modules = set()
         return super()._prepare_adapter_config(peft_config, model_config)
 
     def _prepare_model(self, peft_config: RavanConfig, model: nn.Module) -> None:
-        # Every target is checked before the first one is replaced: an error must not leave a half adapted model.
+        # Check every target before the first one is replaced, so that an error does not leave a half-adapted model.
         sizes = self.target_sizes(model, peft_config)
         for name, size in sizes.items():
             r, num_heads = peft_config.size_of(name)
@@ -187,7 +188,7 @@ class RavanModel(ModelTrainedHeads, SavedBases, BaseTuner):
             raise ValueError("Current Key shouldn't be `None`")
 
         if parameter_name is not None:
-            # a wrapper of another parameter of the same module is wrapped once more
+            # a wrapper of another parameter of the same module gets another wrapper around it
             if isinstance(target, ParamWrapper) and target.parameter_name == parameter_name:
                 target.update_layer(adapter_name, current_key, config=ravan_config)
                 return
@@ -199,7 +200,7 @@ class RavanModel(ModelTrainedHeads, SavedBases, BaseTuner):
             kwargs = get_quantization_kwargs(self)
             new_module = self._create_new_module(ravan_config, adapter_name, target, current_key, **kwargs)
         if adapter_name not in self.active_adapters:
-            # adding an additional adapter: it is not automatically trainable
+            # an additional adapter is not automatically trainable
             new_module.requires_grad_(False)
         self._replace_module(parent, target_name, new_module, target)
 
@@ -210,7 +211,7 @@ class RavanModel(ModelTrainedHeads, SavedBases, BaseTuner):
         kind = layer_class(target, current_key)
         if kind is not Linear:
             return kind(target, adapter_name, current_key, ravan_config, **kwargs)
-        # derived from the layer, not from the config: one model may have both kinds
+        # determined by the layer, not by the config, because one model may have both kinds
         is_conv1d = isinstance(base_layer_of(target), Conv1D)
         if ravan_config.fan_in_fan_out and not is_conv1d:
             warnings.warn(
@@ -221,8 +222,8 @@ class RavanModel(ModelTrainedHeads, SavedBases, BaseTuner):
         return Linear(target, adapter_name, current_key, ravan_config, fan_in_fan_out=is_conv1d, **kwargs)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # Unlike the parent class, do not touch weight and bias of a module that takes the place of its wrapper: with
-        # trainable_token_indices those are read-only properties.
+        # Unlike the parent class, do not touch weight and bias of a module that replaces its wrapper. With
+        # trainable_token_indices, those are read-only properties.
         setattr(parent, child_name, new_module)
         child = child.base_layer if hasattr(child, "base_layer") else child
         weight = getattr(child, "qweight", getattr(child, "W_q", getattr(child, "weight", None)))
@@ -234,7 +235,7 @@ class RavanModel(ModelTrainedHeads, SavedBases, BaseTuner):
                 module.to(weight.device)
 
     def _add_modules_to_save_to_tie(self, peft_config: RavanConfig, tied_weight_keys: list[str]) -> None:
-        # The input embeddings are saved, and PEFT ties to them what the base model has tied to them.
+        # The input embeddings are saved, and PEFT ties the same layers to them as the base model.
         peft_config.modules_to_tie = set(tied_weight_keys)
         embeddings = self.model.get_input_embeddings()
         name = next(name for name, module in self.model.named_modules() if module is embeddings)
@@ -248,7 +249,7 @@ class RavanModel(ModelTrainedHeads, SavedBases, BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs) -> Iterator[None]:
-        # hands `adapter_names` of a mixed batch to the layers, which the base model does not know of
+        # passes `adapter_names` of a mixed batch to the layers, since the base model does not accept this argument
         adapter_names = kwargs.pop("adapter_names", None)
         if adapter_names is None:
             yield
@@ -256,7 +257,7 @@ class RavanModel(ModelTrainedHeads, SavedBases, BaseTuner):
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
         layers = [module for module in self.modules() if isinstance(module, (RavanLayer, AuxiliaryTrainingWrapper))]
-        # a layer may lack an adapter, but one that no layer has is a typing mistake
+        # a layer may lack an adapter, but a name that no layer has is a typo
         known = {name for layer in layers if isinstance(layer, RavanLayer) for name in layer.ravan_H}
         unknown = sorted({*adapter_names} - known - {"__base__"})
         if unknown:
@@ -297,19 +298,20 @@ class RavanModel(ModelTrainedHeads, SavedBases, BaseTuner):
             weights (`list[float]`):
                 Their weights.
             adapter_name (`str`):
-                The name of the new adapter. If there is one of that name, nothing happens.
+                The name of the new adapter. If an adapter of that name exists, nothing happens.
             combination_type (`str`, *optional*):
-                `"linear"` adds the products s*H with the weights and needs adapters with the same bases, whose size it
-                keeps. `"cat"` stacks the heads, for any bases. Both are exact: the weight update is the weighted sum.
-                By default `"linear"` where the bases are the same and `"cat"` where not. `"ties"`, `"dare_linear"`,
-                `"dare_ties"` and `"magnitude_prune"` act on the products, and need the same bases, too.
+                `"linear"` takes the weighted sum of the products s*H. It needs adapters with the same bases and keeps
+                their size. `"cat"` stacks the heads and works with any bases. Both are exact: the weight update is the
+                weighted sum. The default is `"linear"` if the bases are the same, otherwise `"cat"`. `"ties"`,
+                `"dare_linear"`, `"dare_ties"` and `"magnitude_prune"` act on the products and need the same bases,
+                too.
             density (`float`, *optional*):
-                The share of entries that is kept, for the combinations that prune.
+                The share of entries to keep, for the combinations that prune.
             majority_sign_method (`str`, *optional*, defaults to `"total"`):
                 `"total"` or `"frequency"`, for the combinations that elect a sign.
 
         Raises:
-            ValueError: if the adapters cannot be combined that way. Nothing has changed then.
+            ValueError: if the adapters cannot be combined that way. Nothing is changed in that case.
         """
         if adapter_name in self.peft_config:
             return

@@ -14,14 +14,14 @@ from .functional import scaled_cores
 from .layer import RavanLayer
 
 
-# the name is one that PEFT looks for when it injects parameters
+# PEFT looks for this class name when it injects parameters
 class ParamWrapper(RavanLayer):
     """
-    Adapts one parameter of a module, `[d_out, d_in]`, or that of E experts, `[E, d_out, d_in]` (`[E, d_in, d_out]` if the
-    module says `is_transposed`). The bases are common to all experts, and each expert has h heads of its own: `ravan_H`
-    is `[E*h, r, r]` and `ravan_s` `[E*h]`, expert by expert.
+    Adapts one parameter of a module, `[d_out, d_in]`, or the parameter of E experts, `[E, d_out, d_in]`
+    (`[E, d_in, d_out]` if the module says `is_transposed`). All experts share the bases, and each expert has its own h
+    heads: `ravan_H` is `[E*h, r, r]` and `ravan_s` is `[E*h]`, ordered by expert.
 
-    Several parameters of one module are adapted by wrappers around wrappers.
+    For several parameters of one module, wrappers are nested.
     """
 
     can_train_some_heads = False
@@ -87,13 +87,13 @@ class ParamWrapper(RavanLayer):
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """
-        Compute the update of the parameter, in its layout.
+        Compute the update of the parameter, in the parameter's layout.
 
         Args:
             adapter (`str`): The name of the adapter.
 
         Returns:
-            `torch.Tensor`: A tensor of the shape and the dtype of the parameter.
+            `torch.Tensor`: A tensor with the shape and dtype of the parameter.
         """
         basis_A, basis_B, core, scaling = self.adapter_tensors(adapter)
         r, num_heads = self.r[adapter], self.num_heads[adapter]
@@ -114,7 +114,7 @@ class ParamWrapper(RavanLayer):
 
     @contextmanager
     def _adapted_parameter(self) -> Iterator[None]:
-        # An attribute of the instance hides the registered parameter from the module's own code, and from nothing else.
+        # An instance attribute hides the registered parameter, but only from the module's own code.
         active = [name for name in self.active_adapters if name in self.ravan_H]
         attributes = self.get_base_layer().__dict__
         if active:
@@ -127,7 +127,7 @@ class ParamWrapper(RavanLayer):
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """Take this wrapper, and those it wraps, off the module. PEFT calls this instead of `merge`."""
+        """Remove this wrapper, and those it wraps, from the module. PEFT calls this instead of `merge`."""
         module = self
         while isinstance(module, ParamWrapper):
             if merge:

@@ -1,9 +1,9 @@
 """
-Regular expressions of a configuration, which may come from a stranger's file: whether they end.
+Checks that the regular expressions of a configuration, which may come from an untrusted file, terminate.
 
-PEFT matches them with `re`, which tries all ways to match and cannot be told to stop: `(([a-z_.]+)+)+X` takes longer than
-anybody waits. So they are tried in a process of its own, with a limit, before they are used. Another engine would not
-tell: on the same pattern that of the package `regex` is done at once.
+PEFT matches them with `re`, which tries all ways to match and cannot be interrupted: `(([a-z_.]+)+)+X` practically
+never ends. So they are first tried in a separate process with a time limit. Another engine would not detect the
+problem: the `regex` package handles the same pattern immediately.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from peft import PeftConfig
 
 
-# all patterns of a configuration over all names take milliseconds
+# matching all patterns of a configuration against all names normally takes milliseconds
 LIMIT_IN_SECONDS = 10.0
-# without one of these there is one way to match, and nothing to try
+# without one of these there is only one way to match, so there is nothing to try
 _CHOICES = re.compile(r"[*+?{|]")
 _TRY_THEM = """
 import json, re, sys
@@ -41,9 +41,9 @@ class Pattern:
 
     Args:
         field (`str`): The field of the configuration.
-        text (`str`): The expression as it stands there.
-        template (`str`): What PEFT makes of it, with `{}` in its place.
-        method (`str`): The function of `re`.
+        text (`str`): The expression as given there.
+        template (`str`): The expression that PEFT builds from it, with `{}` as the placeholder.
+        method (`str`): The function of `re` that PEFT uses.
     """
 
     field: str
@@ -60,10 +60,10 @@ def check_patterns(config: PeftConfig, names: Iterable[str]) -> None:
     """
     Args:
         config ([`~peft.PeftConfig`]): The configuration of an adapter.
-        names (`Iterable[str]`): The names that its patterns are matched against, those of modules.
+        names (`Iterable[str]`): The module names that its patterns are matched against.
 
     Raises:
-        ValueError: if one of its patterns is no regular expression, or takes too long.
+        ValueError: if one of its patterns is not a regular expression, or takes too long.
     """
     patterns = list(_patterns_of(config))
     for pattern in patterns:
@@ -71,7 +71,7 @@ def check_patterns(config: PeftConfig, names: Iterable[str]) -> None:
             re.compile(pattern.expression)
         except (re.error, RecursionError, OverflowError) as error:
             raise ValueError(
-                f"`{pattern.field}` has {_shown(pattern.text)}, which is no regular expression: {error}."
+                f"`{pattern.field}` has {_shown(pattern.text)}, which is not a regular expression: {error}."
             ) from error
     slow = [pattern for pattern in patterns if _CHOICES.search(pattern.text)]
     names = sorted(set(names))
@@ -81,9 +81,9 @@ def check_patterns(config: PeftConfig, names: Iterable[str]) -> None:
     if finished < len(slow):
         pattern = slow[finished]
         raise ValueError(
-            f"`{pattern.field}` has {_shown(pattern.text)}: to match it against the names of {len(names)} modules takes "
-            f"longer than {LIMIT_IN_SECONDS:g} s. Write the pattern without repetitions within repetitions, or name the "
-            "modules."
+            f"`{pattern.field}` has {_shown(pattern.text)}: matching it against the names of {len(names)} modules "
+            f"takes longer than {LIMIT_IN_SECONDS:g} s. Write the pattern without repetitions within repetitions, or "
+            "name the modules."
         )
 
 
@@ -106,19 +106,19 @@ def _strings(value: object) -> Iterator[str]:
 
 
 def _number_finished(patterns: Sequence[Pattern], names: Sequence[str]) -> int:
-    """How many of the patterns, in turn, were matched within the limit. Where no process can be started, all count as such."""
+    """How many of the patterns, in order, finished within the limit. All of them if no process can be started."""
     if not sys.executable:
         return len(patterns)
     given = json.dumps([[(pattern.method, pattern.expression) for pattern in patterns], names])
-    # isolated, and without the packages that are installed: it starts faster
+    # isolated mode without site packages starts faster
     command = [sys.executable, "-I", "-S", "-c", _TRY_THEM]
     try:
-        # not buffered, so that nothing is read ahead that `communicate` would not see
+        # unbuffered, so that nothing is read ahead that `communicate` would then miss
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
     except OSError:
         return len(patterns)
     with process:
-        process.stdout.readline()  # it has started, however long that took
+        process.stdout.readline()  # wait until it has started, however long that takes
         try:
             finished, _ = process.communicate(given.encode(), timeout=LIMIT_IN_SECONDS)
         except subprocess.TimeoutExpired as error:

@@ -1,4 +1,4 @@
-"""Makes RAVAN a method that PEFT knows: the only module that touches PEFT's enum and its mappings."""
+"""Registers RAVAN with PEFT. This is the only module that touches PEFT's enum and its mappings."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ METHOD_NAME = "ravan"
 
 def ensure_peft_type() -> PeftType:
     """
-    Return `PeftType.RAVAN`, adding it to PEFT's enum if it is not there.
+    Return `PeftType.RAVAN`, and add it to PEFT's enum if it does not exist.
 
-    `PeftType` is closed, and a plain string does not do in its place: transformers reads `peft_type.value`, and
-    `str(peft_type)` is shown by `get_model_status`. Calling this again, or with a PEFT that ships its own RAVAN, returns
-    the member that exists.
+    `PeftType` cannot be extended, and a plain string is not enough: transformers reads `peft_type.value`, and
+    `get_model_status` shows `str(peft_type)`. If this is called again, or if PEFT ships its own RAVAN, the existing
+    member is returned.
 
     Returns:
-        `PeftType`: the member.
+        `PeftType`: The member.
     """
     name = METHOD_NAME.upper()
     if name in PeftType.__members__:
@@ -35,8 +35,8 @@ def ensure_peft_type() -> PeftType:
     member._value_ = name
     member.__objclass__ = PeftType
     member._sort_order_ = len(PeftType.__members__)
-    # EnumMeta guards its own __setattr__, and the three maps below are what lookup by name, by value (also when
-    # unpickling) and iteration read.
+    # EnumMeta protects its own __setattr__. Lookup by name, lookup by value (also when unpickling) and iteration read
+    # the three maps below.
     type.__setattr__(PeftType, name, member)
     PeftType._member_names_.append(name)
     PeftType._member_map_[name] = member

@@ -1,8 +1,8 @@
 """
-What a file of an adapter without its bases (`save_projection=False`) has in their place, and how it is checked when it is
-loaded: for each target a fingerprint of the bases and a record of the layer.
+Saving an adapter without its bases (`save_projection=False`). Instead of the bases, the file contains a fingerprint of
+the bases and a record of the layer for each target, which are checked when the adapter is loaded.
 
-Both are tensors of the adapter's state, so they go where PEFT's own functions take it: files, the Hub, transformers.
+Both are tensors of the adapter's state, so PEFT's own functions handle them for files, the Hub and transformers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .param_wrapper import ParamWrapper
 from .state import BASES_NAMES, CORE_NAME, FINGERPRINT_NAME, LAYER_NAME, is_core, is_record
 
 
-# in the order of the numbers that are saved for them, which must not change
+# the indices are saved in files, so the order must not change
 LAYER_KINDS = ("linear", "embedding", "conv2d", "parameter", "other")
 PEFT_PREFIX = "base_model.model."
 
@@ -30,7 +30,8 @@ def layer_kind(layer: RavanLayer) -> str:
         layer ([`RavanLayer`]): A layer.
 
     Returns:
-        `str`: One of `LAYER_KINDS`. A convolution whose dilation, groups or padding LoRA does not take over is `"other"`.
+        `str`: One of `LAYER_KINDS`. A convolution whose dilation, groups or padding LoRA does not support is
+        `"other"`.
     """
     if isinstance(layer, ParamWrapper):
         return "parameter"
@@ -49,8 +50,8 @@ def layer_record(layer: RavanLayer) -> torch.Tensor:
         layer ([`RavanLayer`]): A layer.
 
     Returns:
-        `torch.Tensor`: Integers: the number of its kind, d_out and d_in. For a convolution d_in is three numbers: channels,
-        height, width.
+        `torch.Tensor`: Integers: the index of its kind, d_out and d_in. For a convolution, d_in is three numbers:
+        channels, height, width.
     """
     kind = layer_kind(layer)
     d_in, d_out = layer.bases_dimensions()
@@ -65,7 +66,7 @@ def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, RavanLayer]
         adapter_name (`str`): The name of the adapter.
 
     Returns:
-        `dict[str, RavanLayer]`: The layers that the adapter has, by their names within the base model.
+        `dict[str, RavanLayer]`: The layers of the adapter, by their names within the base model.
     """
     layers = {
         name.replace("_fsdp_wrapped_module.", "").removeprefix(PEFT_PREFIX): module
@@ -100,7 +101,7 @@ class SavedBases:
                 bases = layer.ravan_A[adapter_name], layer.ravan_B[adapter_name]
                 fingerprint = make_fingerprint(*bases, layer.num_heads[adapter_name])
                 records[f"{target}.{FINGERPRINT_NAME}.{adapter_name}"] = fingerprint
-            # of all others that have their bases, the shapes tell what the layer is
+            # a linear layer with bases needs no record, because their shapes say everything
             if not has_bases or layer_kind(layer) != "linear":
                 records[f"{target}.{LAYER_NAME}.{adapter_name}"] = layer_record(layer)
         return {**state, **records}
@@ -115,7 +116,7 @@ class SavedBases:
 
 
 def _check_bases(model: nn.Module, adapter_name: str, state: Mapping[str, torch.Tensor]) -> None:
-    """Raise an error where a state was trained on other bases than those that its cores are about to be put between."""
+    """Raise an error if a state was trained on other bases than those its cores are about to be loaded into."""
     layers = adapter_layers(model, adapter_name)
     kept = {}
     for name in filter(is_core, state):

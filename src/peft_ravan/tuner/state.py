@@ -1,9 +1,9 @@
 """
-What of an adapter travels between a server and its clients, by the names of the adapter's checkpoint.
+The part of an adapter that a server and its clients exchange, by the names of the adapter's checkpoint.
 
-A Ravan checkpoint has four tensors a target; one without bases has a fingerprint and a record of the layer in the place
-of two of them. Only the products s*H travel, under the name of the core: the bases are
-common and frozen, and s and H have no meaning of their own once they leave the client that trained them.
+A Ravan checkpoint has four tensors per target. In a checkpoint without bases, a fingerprint and a record of the layer
+replace two of them. Only the products s*H are sent, under the name of the core: the bases are common and frozen, and s
+and H have no meaning of their own outside of the client that trained them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LAYER_NAME = "ravan_layer"
 
 
 def is_core(name: str) -> bool:
-    """Whether a checkpoint name is that of a core, whose tensor holds one `r x r` matrix a head: `[h, r, r]`."""
+    """Whether a checkpoint name is that of a core, whose tensor holds one `r x r` matrix per head: `[h, r, r]`."""
     return name.endswith(CORE_NAME)
 
 
@@ -38,12 +38,12 @@ def is_basis(name: str) -> bool:
 
 
 def is_record(name: str) -> bool:
-    """Whether a checkpoint name is that of a fact about the bases or the layer, which no parameter or buffer holds."""
+    """Whether a checkpoint name is that of a record of the bases or the layer, which is no parameter or buffer."""
     return name.endswith((FINGERPRINT_NAME, LAYER_NAME))
 
 
 def has_part(name: str, parts: Iterable[str]) -> bool:
-    """Whether one of some parts of names, such as `".lora_A."`, is in a name."""
+    """Whether a name contains one of the given parts, such as `".lora_A."`."""
     return any(part in name for part in parts)
 
 
@@ -54,17 +54,17 @@ def scaling_name(core_name: str) -> str:
 
 def exchange_state(checkpoint: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """
-    Reduce an adapter's checkpoint to what travels: s*H under the names of the cores, and all that is neither a scaling
-    nor a basis nor a record of one (LoRA's matrices, the task head) as it is.
+    Reduce an adapter's checkpoint to what is exchanged: s*H under the names of the cores, and all other tensors
+    (LoRA's matrices, the task head) as they are, without scalings, bases and records.
 
     Args:
         checkpoint (`Mapping[str, torch.Tensor]`):
-            Checkpoint names to tensors, as `peft.get_peft_model_state_dict` gives them. A core without scalings is
-            taken to be a product already.
+            Checkpoint names to tensors, as returned by `peft.get_peft_model_state_dict`. A core without scalings is
+            treated as a product.
 
     Returns:
-        `dict[str, torch.Tensor]`: The tensors that travel, in the order of the checkpoint. Those that are not products
-        are the tensors of the checkpoint themselves, not copies.
+        `dict[str, torch.Tensor]`: The tensors to send, in the order of the checkpoint. Tensors that are not products
+        are taken from the checkpoint without a copy.
     """
     state = {}
     for name, tensor in checkpoint.items():
@@ -80,11 +80,11 @@ def checkpoint_state(
     state: Mapping[str, torch.Tensor], checkpoint: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """
-    The inverse of [`exchange_state`]: put tensors that travelled back into a checkpoint. The scalings become 1, so that
-    the product is the core; the bases stay.
+    The inverse of [`exchange_state`]: put exchanged tensors back into a checkpoint. The scalings become 1, so that the
+    product is the core. The bases do not change.
 
     Args:
-        state (`Mapping[str, torch.Tensor]`): The tensors that travelled.
+        state (`Mapping[str, torch.Tensor]`): The exchanged tensors.
         checkpoint (`Mapping[str, torch.Tensor]`): The checkpoint whose names and remaining tensors are kept.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Which modules of a model can be adapted, and by which kind of layer."""
+"""Determines which modules of a model can be adapted, and by which kind of layer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .config import RavanConfig
 from .layer import Conv2d, Embedding, Linear, RavanLayer
 
 
-# models whose fast kernels read these weights themselves, as PEFT has it for LoRA
+# models whose fast kernels read weights directly, as in PEFT's list for LoRA
 _MAMBA_MODELS = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
 _READ_BY_KERNELS = ("conv1d", "out_proj")
 
@@ -24,10 +24,10 @@ _READ_BY_KERNELS = ("conv1d", "out_proj")
 def base_layer_of(target: nn.Module) -> nn.Module:
     """
     Args:
-        target (`torch.nn.Module`): A target, which may be adapted already.
+        target (`torch.nn.Module`): A target. It may already be adapted.
 
     Returns:
-        `torch.nn.Module`: The layer of the base model that it is, or wraps.
+        `torch.nn.Module`: The layer of the base model: the target itself, or the layer that it wraps.
     """
     return target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
 
@@ -35,11 +35,11 @@ def base_layer_of(target: nn.Module) -> nn.Module:
 def modules_to_match(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """
     Args:
-        model (`torch.nn.Module`): A base model, with adapters in it or without.
+        model (`torch.nn.Module`): A base model, with or without adapters.
 
     Yields:
-        `tuple[str, torch.nn.Module]`: The modules that patterns are matched against, by name: not those that adapters have
-        put into their layers.
+        `tuple[str, torch.nn.Module]`: The modules that patterns are matched against, by name. Modules that adapters
+        added to their layers are left out.
     """
     adapted = None
     for name, module in model.named_modules():
@@ -68,7 +68,7 @@ def check_is_called(model: nn.Module, target_name: str) -> None:
 
 def warn_of_unmatched_heads(config: RavanConfig, target_names: Iterable[str]) -> None:
     """
-    Warn of entries of `heads_pattern` that match no target, as PEFT does of those of `rank_pattern`.
+    Warn about entries of `heads_pattern` that match no target, as PEFT does for `rank_pattern`.
 
     Args:
         config ([`RavanConfig`]): A configuration.
@@ -89,14 +89,14 @@ def warn_of_unmatched_heads(config: RavanConfig, target_names: Iterable[str]) ->
 def layer_class(target: nn.Module, target_name: str) -> type[RavanLayer]:
     """
     Args:
-        target (`torch.nn.Module`): A target, which may be adapted already.
+        target (`torch.nn.Module`): A target. It may already be adapted.
         target_name (`str`): Its name, for the message.
 
     Returns:
         `type[RavanLayer]`: The kind of layer that adapts it.
 
     Raises:
-        TypeError: if there is none, or if an adapter would have no effect.
+        TypeError: if there is no such layer, or if an adapter would have no effect.
     """
     base_layer = base_layer_of(target)
     if isinstance(base_layer, NonDynamicallyQuantizableLinear):
@@ -108,7 +108,7 @@ def layer_class(target: nn.Module, target_name: str) -> type[RavanLayer]:
         return Embedding
     if isinstance(base_layer, nn.Conv2d):
         return Conv2d
-    # a quantised linear layer is an nn.Linear for some libraries, and a class of its own for others
+    # a quantised linear layer is a subclass of nn.Linear in some libraries and a separate class in others
     if isinstance(base_layer, (nn.Linear, Conv1D)):
         return Linear
     quantization_backend = resolve_quantization_backend(base_layer)

@@ -1,10 +1,10 @@
 """
-Training only some heads of an adapter. The others keep their values and their part of the output, and cost no gradient,
-no optimizer state and no upload.
+Training only some heads of an adapter. The other heads keep their values and still contribute to the output, but need
+no gradient, no optimizer state and no upload.
 
-While only some heads are trained, the trained parameters of a layer hold these heads and nothing else, `[k, r, r]` and
-`[k]`, so that whatever comes of them (gradients, moments of an optimizer) has k heads, too. The parameters of all heads
-are set aside and take the trained values back, in their own memory, when all heads are trained again.
+While only some heads are trained, the trained parameters of a layer hold only these heads, `[k, r, r]` and `[k]`, so
+that everything derived from them (gradients, moments of an optimizer) has k heads, too. The parameters of all heads
+are set aside. They are updated in place with the trained values when all heads are trained again.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ HeadMask = torch.Tensor | Sequence[bool]
 
 class AllHeads(nn.Module):
     """
-    The parameters of all heads, while only some of them are trained. The trained heads' values are out of date here until
-    [`AllHeads.write`]. A module, but not one of the model's: it only wants to be moved and cast like one.
+    The parameters of all heads, while only some of them are trained. The values of the trained heads are outdated here
+    until [`AllHeads.write`] is called. This is a module so that it can be moved and cast, but it is not registered in
+    the model.
 
     Args:
         core (`torch.nn.Parameter`): H, `[h, r, r]`.
         scaling (`torch.nn.Parameter`): s, `[h]`.
-        heads (`torch.Tensor`): The indices of the trained heads in their order, `[k]`.
+        heads (`torch.Tensor`): The sorted indices of the trained heads, `[k]`.
     """
 
     def __init__(self, core: nn.Parameter, scaling: nn.Parameter, heads: torch.Tensor):
@@ -37,7 +38,7 @@ class AllHeads(nn.Module):
         self.register_buffer("heads", heads)
 
     def with_trained(self, core: torch.Tensor, scaling: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """H `[h, r, r]` and s `[h]`, with gradients to the trained heads `[k, r, r]` and `[k]` only."""
+        """H `[h, r, r]` and s `[h]`, with gradients only to the trained heads, `[k, r, r]` and `[k]`."""
         if not len(self.heads):
             return self.core.detach(), self.scaling.detach()
         return (
@@ -47,15 +48,15 @@ class AllHeads(nn.Module):
 
     @torch.no_grad()
     def write(self, core: torch.Tensor, scaling: torch.Tensor) -> None:
-        """Bring the values of the trained heads up to date, in place."""
+        """Update the values of the trained heads in place."""
         self.core[self.heads] = core
         self.scaling[self.heads] = scaling
 
 
 class LayerTrainedHeads:
-    """The part of a [`RavanLayer`] that trains some heads only."""
+    """The part of a [`RavanLayer`] for training only some heads."""
 
-    # experts have heads of their own, which no mask of h entries can name
+    # each expert has its own heads, which a mask of h entries cannot describe
     can_train_some_heads = True
 
     def check_trained_heads(self, adapter_name: str, mask: HeadMask | None, target: str = "") -> torch.Tensor:
@@ -115,7 +116,7 @@ class LayerTrainedHeads:
             return
         self._write_trained_heads(adapter_name)
         everything = self.all_heads.pop(adapter_name)
-        # whether the adapter is active may have changed meanwhile
+        # the adapter may have been activated or deactivated in the meantime
         everything.core.requires_grad_(self.ravan_H[adapter_name].requires_grad)
         everything.scaling.requires_grad_(self.ravan_s[adapter_name].requires_grad)
         self.ravan_H[adapter_name], self.ravan_s[adapter_name] = everything.core, everything.scaling
@@ -138,11 +139,11 @@ class LayerTrainedHeads:
         return mask
 
     def gradient_heads(self, adapter_name: str) -> torch.Tensor | None:
-        """The indices of the heads that need a gradient, `[k]`, if these are some but not all or none."""
+        """The indices of the heads that need a gradient, `[k]`. `None` if all heads or no heads need one."""
         everything = self.all_heads.get(adapter_name)
         return None if everything is None or not len(everything.heads) else everything.heads
 
-    # ---- What others see of the layer: always all heads ---------------------------
+    # ---- What is visible from outside: always all heads ---------------------------
 
     def state_dict(self, *args, **kwargs) -> dict[str, Any]:
         state = super().state_dict(*args, **kwargs)
@@ -171,7 +172,7 @@ class LayerTrainedHeads:
 
 
 class ModelTrainedHeads:
-    """The part of a [`RavanModel`] that trains some heads only."""
+    """The part of a [`RavanModel`] for training only some heads."""
 
     def _targets(self, adapter_name: str | None) -> tuple[str, dict[str, LayerTrainedHeads]]:
         if adapter_name is None:
@@ -190,23 +191,24 @@ class ModelTrainedHeads:
 
     def set_trained_heads(self, masks: Mapping[str, HeadMask | None] | None, adapter_name: str | None = None) -> None:
         """
-        Choose which heads of an adapter are trained. The others are frozen: they keep their values and their part of the
-        output, and have no gradients and no optimizer state.
+        Choose which heads of an adapter are trained. The others are frozen: they keep their values and still
+        contribute to the output, but have no gradients and no optimizer state.
 
         Until all heads are trained again, `ravan_H` is `[k, r, r]` and `ravan_s` is `[k]` at a target with k trained
-        heads. These are new parameters, so make the optimizer afterwards. What is saved, merged or combined has all heads.
+        heads. These are new parameters, so create the optimizer afterwards. Saving, merging and combining still use
+        all heads.
 
         Args:
             masks (`dict[str, torch.Tensor]`, *optional*):
-                The names of targets within the base model to masks, `[h]`, of the trained heads: bool tensors or lists of
-                bools. A mask without a true entry freezes the target. Targets that are not named train all their heads,
-                as all targets do with `None`.
+                Maps names of targets within the base model to masks of the trained heads, `[h]`: bool tensors or lists
+                of bools. A mask without a true entry freezes the target. Targets that are not named train all their
+                heads. With `None`, all targets do.
             adapter_name (`str`, *optional*):
                 The name of the adapter, by default the active one.
 
         Raises:
-            ValueError: if there is no such adapter or target, or if a mask does not fit its target. Nothing has changed
-                then.
+            ValueError: if there is no such adapter or target, or if a mask does not fit its target. Nothing is changed
+                in that case.
 
         Example:
 
@@ -239,7 +241,7 @@ class ModelTrainedHeads:
             adapter_name (`str`, *optional*): The name of the adapter, by default the active one.
 
         Returns:
-            `dict[str, torch.Tensor]`: The names of all targets to bool tensors `[h]`.
+            `dict[str, torch.Tensor]`: Maps the names of all targets to bool tensors, `[h]`.
 
         Raises:
             ValueError: if there is no such adapter.

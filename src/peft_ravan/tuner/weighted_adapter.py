@@ -18,7 +18,7 @@ from .functional import scaled_cores
 from .layer import RavanLayer
 
 
-# what a combination needs of its adapters: the same bases, on whose cores it acts, or nothing
+# these combinations act on the cores and need adapters with the same bases
 ON_SHARED_BASES = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 COMBINATION_TYPES = (*ON_SHARED_BASES, "cat")
 
@@ -47,7 +47,7 @@ def check_combination(
                 f"add_weighted_adapter does not combine the embeddings of `trainable_token_indices` (adapter '{adapter}')."
             )
     if len(weights) != len(adapters):
-        raise ValueError(f"There must be one weight an adapter, got {len(weights)} for {len(adapters)} adapters.")
+        raise ValueError(f"There must be one weight per adapter, got {len(weights)} for {len(adapters)} adapters.")
     if combination_type not in COMBINATION_TYPES:
         raise ValueError(
             f"Invalid combination_type: {combination_type}. Choose one of {', '.join(COMBINATION_TYPES)}."
@@ -77,9 +77,9 @@ def have_shared_bases(layer: RavanLayer, adapters: Sequence[str]) -> bool:
 def combined_config(
     model: BaseTuner, layers: dict[str, RavanLayer], adapters: Sequence[str], concatenate: bool
 ) -> RavanConfig:
-    """The configuration of the new adapter, whose targets are those of all adapters."""
+    """The configuration of the new adapter. Its targets are those of all adapters together."""
     first = model.peft_config[adapters[0]]
-    # the exact names, since the adapters may name their targets in different ways
+    # exact names, since the adapters may specify their targets in different ways
     common = {"target_modules": set(layers), "exclude_modules": None}
     common |= {"layers_to_transform": None, "layers_pattern": None}
     saved = {module for name in adapters for module in model.peft_config[name].modules_to_save or ()}
@@ -98,7 +98,7 @@ def combined_config(
             "Adapters with different bases can be combined only with `save_projection=True`: the stacked bases of the new "
             "adapter cannot be made again from one seed."
         )
-    # the bases are overwritten; "normal" has no condition that the sum of the heads would break
+    # the bases will be overwritten; "normal" has no limit that the total number of heads could exceed
     return replace(first, **common, init_bases="normal", rank_pattern=rank_pattern, heads_pattern=heads_pattern)
 
 
@@ -133,7 +133,7 @@ def concatenate_heads(layer: RavanLayer, adapters: Sequence[str], weights: Seque
 def core_combination(
     combination_type: str, density: float | None, majority_sign_method: str
 ) -> Callable[[list[torch.Tensor], torch.Tensor], torch.Tensor] | None:
-    """PEFT's combination of task vectors with its options, from products and weights; none for `"cat"`."""
+    """PEFT's function that combines task vectors, applied to products and weights. `None` for `"cat"`."""
     combinations = {
         "linear": task_arithmetic,
         "ties": partial(ties, density=density, majority_sign_method=majority_sign_method),
@@ -151,7 +151,7 @@ def combine_cores(
     new: str,
     combine: Callable[[list[torch.Tensor], torch.Tensor], torch.Tensor],
 ) -> None:
-    """Combine the products s*H of adapters with shared bases, as task vectors. Every new scaling is 1."""
+    """Combine the products s*H of adapters with shared bases like task vectors. Every new scaling is 1."""
     products = [scaled_cores(*layer.adapter_tensors(name)[2:]) for name in adapters]
     layer.ravan_A[new].copy_(layer.ravan_A[adapters[0]])
     layer.ravan_B[new].copy_(layer.ravan_B[adapters[0]])

@@ -1,1 +1,1 @@
-"""The merge methods and server optimizers, one file each, and the registry that knows all of them."""
+"""The merge methods and server optimizers, one file each, and the registry of all of them."""

@@ -3,7 +3,8 @@ Fed-SB: one head between bases from the gradient, averaged exactly.
 
 Singhal et al., Fed-SB: A Silver Bullet for Extreme Communication Efficiency and Performance in (Private) Federated LoRA
 Fine-Tuning, 2025. The adapter is LoRA-SB, which is Ravan with one head and `init_bases="gradient_svd"`: the
-clients train and upload the r x r matrix R (here H) and nothing else, and its mean is the mean of their weight updates.
+clients train and upload the r x r matrix R (here H) and nothing else. The mean of R is the mean of the clients' weight
+updates.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def fed_sb(global_state: Mapping[str, torch.Tensor], updates: Iterable[ClientUpd
         [`MergeResult`]: The mean state.
 
     Raises:
-        ValueError: if there are no cores, or some with more than one head.
+        ValueError: if there are no cores, or some have more than one head.
     """
     heads = {name: len(tensor) for name, tensor in global_state.items() if is_core(name)}
     other = next((name for name, num_heads in heads.items() if num_heads != 1), None)

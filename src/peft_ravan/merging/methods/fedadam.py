@@ -25,14 +25,14 @@ def fedadam(
 ) -> tuple[State, State]:
     """
     Take a step of Adam: `m <- beta_1 * m + (1 - beta_1) * difference`, `v <- beta_2 * v + (1 - beta_2) *
-    difference^2`, `state <- state + learning_rate * m / (sqrt(v) + tau)`. There is no correction of the bias, as in
-    the paper, and v starts at tau^2.
+    difference^2`, `state <- state + learning_rate * m / (sqrt(v) + tau)`. As in the paper, there is no bias
+    correction, and v starts at tau^2.
 
     Args:
         global_state (`Mapping[str, torch.Tensor]`):
             The state the clients started from.
         merged_state (`Mapping[str, torch.Tensor]`):
-            What a merge method made of their updates.
+            The state merged from their updates.
         server_state (`Mapping[str, torch.Tensor]`):
             What the last step returned.
         learning_rate (`float`, *optional*, defaults to 0.01):

@@ -29,7 +29,7 @@ def fedavgm(
         global_state (`Mapping[str, torch.Tensor]`):
             The state the clients started from.
         merged_state (`Mapping[str, torch.Tensor]`):
-            What a merge method made of their updates.
+            The state merged from their updates.
         server_state (`Mapping[str, torch.Tensor]`):
             What the last step returned.
         learning_rate (`float`, *optional*, defaults to 1.0):

@@ -1,9 +1,10 @@
 """
-FedEx-LoRA: A and B are averaged apart, and what this misses is added to the base weight, which makes the merge exact.
+FedEx-LoRA: A and B are averaged separately, and the resulting error is added to the base weight. This makes the merge
+exact.
 
 Singhal et al., FedEx-LoRA: Exact Aggregation for Federated and Efficient Fine-Tuning of Large Language Models, ACL
-2025. The residual mean(B_c A_c) - mean(B) mean(A) is written as mean((B_c - mean B)(A_c - mean A)), which is the same
-and does not subtract large numbers.
+2025. The residual mean(B_c A_c) - mean(B) mean(A) is computed as mean((B_c - mean B)(A_c - mean A)), which is equal
+but does not subtract large numbers.
 """
 
 from __future__ import annotations
@@ -24,17 +25,18 @@ def fedex_lora(
     global_state: Mapping[str, torch.Tensor], updates: Sequence[ClientUpdate], config: LoraConfig | None = None
 ) -> MergeResult:
     """
-    Average A and B apart, and hand back what is missing in the base weights.
+    Average A and B separately, and return what has to be added to the base weights.
 
     Args:
         global_state (`Mapping[str, torch.Tensor]`): The state the clients started from.
         updates (`Sequence[ClientUpdate]`): What the clients uploaded.
-        config ([`~peft.LoraConfig`]): The configuration of the adapter, whose alpha / r is in the residual.
+        config ([`~peft.LoraConfig`]): The configuration of the adapter. Its alpha / r is part of the residual.
 
     Returns:
-        [`MergeResult`]: The mean state. `base_deltas` has the residual of each module, scaling included, to be added by
-        [`add_base_deltas`], which is exact in float32 and can carry over what rounding to half precision leaves out. It
-        comes as factors of rank C * r (in half precision one r more), or whole where that is smaller.
+        [`MergeResult`]: The mean state. `base_deltas` contains the residual of each module, including the scaling. Add
+        it with [`add_base_deltas`], which is exact in float32 and can carry over what rounding to half precision
+        loses. The residual is stored as factors of rank C * r (plus r in half precision), or as the whole matrix if
+        that is smaller.
 
     Raises:
         ValueError: if there are no LoRA matrices, or no `config`.
@@ -52,7 +54,7 @@ def fedex_lora(
         scaling = lora_scaling(config, target.module, target.rank(global_state))
         rights = [A - mean_A for _, A in factors]
         if state[target.B_name].dtype.itemsize < 4:
-            # in half precision the means are rounded, which is part of what is missing
+            # in half precision the means are rounded, and the residual has to include the rounding error
             lefts = [weight * B for (B, _), weight in zip(factors, weights, strict=True)]
             lefts, rights = [*lefts, sum(lefts) - mean_B], [*rights, mean_A]
         else:

@@ -1,8 +1,8 @@
 """
-FedIT: LoRA's A and B are averaged, each on its own.
+FedIT: LoRA's A and B are averaged separately.
 
-Zhang et al., Towards Building the Federated GPT: Federated Instruction Tuning, ICASSP 2024. The product of the
-means is not the mean of the products; what is missing is what FedEx-LoRA adds to the base weight.
+Zhang et al., Towards Building the Federated GPT: Federated Instruction Tuning, ICASSP 2024. The product of the means
+is not the mean of the products. FedEx-LoRA adds the difference to the base weight.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..updates import ClientUpdate, MergeResult
 
 def fedit(global_state: Mapping[str, torch.Tensor], updates: Iterable[ClientUpdate]) -> MergeResult:
     """
-    Average A and B apart, and all other tensors, over all clients.
+    Average A and B separately, and all other tensors, over all clients.
 
     Args:
         global_state (`Mapping[str, torch.Tensor]`): The state the clients started from.

@@ -1,8 +1,8 @@
 """
-FedRot-LoRA: the factors of every client are rotated onto the global ones before A and B are averaged apart.
+FedRot-LoRA: each client's factors are rotated onto the global ones before A and B are averaged separately.
 
-Zhang et al., FedRot-LoRA: Mitigating Rotational Misalignment in Federated LoRA, 2026. B_c R_c^T and R_c A_c have the same
-product for every rotation, so clients that agree may upload factors that cancel each other.
+Zhang et al., FedRot-LoRA: Mitigating Rotational Misalignment in Federated LoRA, 2026. B_c R_c^T and R_c A_c have the
+same product for every rotation R_c, so clients that agree may upload factors that cancel out.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ def fedrot_lora(
     global_state: Mapping[str, torch.Tensor], updates: Sequence[ClientUpdate], config: LoraConfig | None = None
 ) -> MergeResult:
     """
-    Rotate each client's A and B, and average them apart, and all other tensors as they are.
+    Rotate each client's A and B and average them separately. Average all other tensors as they are.
 
     Args:
         global_state (`Mapping[str, torch.Tensor]`):
-            The state the clients started from, whose A and B the rotations aim at.
+            The state the clients started from. Its A and B are the targets of the rotations.
         updates (`Sequence[ClientUpdate]`):
             What the clients uploaded.
         config ([`~peft.LoraConfig`], *optional*):
@@ -37,7 +37,8 @@ def fedrot_lora(
         [`MergeResult`]: The mean state of the rotated factors.
 
     Raises:
-        ValueError: if there are no LoRA matrices, or their products are not what the adapter adds to the weights.
+        ValueError: if there are no LoRA matrices, or the adapter adds something other than their products to the
+            weights.
     """
     targets = product_targets(global_state, config, required="FedRot-LoRA")
     weights = client_weights(updates).tolist()
@@ -56,7 +57,7 @@ def rotated_onto(
     global_B: torch.Tensor, global_A: torch.Tensor, B: torch.Tensor, A: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The factors of the same product that are nearest to the global ones, both together (orthogonal Procrustes).
+    The factors with the same product that are jointly nearest to the global ones (orthogonal Procrustes).
 
     Args:
         global_B (`torch.Tensor`): `[d_out, r]`.

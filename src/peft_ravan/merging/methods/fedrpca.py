@@ -1,10 +1,10 @@
 """
-FedRPCA: split the clients' updates into what they have in common and what is their own, and amplify the latter.
+FedRPCA: split the clients' updates into a common part and client-specific parts, and amplify the latter.
 
 Jhunjhunwala et al., FedRPCA: Enhancing Federated LoRA Aggregation Using Robust PCA, 2025. The vectorised
-updates of one matrix are the columns of M = L + S (robust PCA), and the merged update is mean(L) + beta * mean(S). LoRA's
-A and B are taken each on its own, as in the paper, or their product; for Ravan M holds the products s*H of one head, which
-enter the weight linearly, so the merge acts on the true update.
+updates of one matrix are the columns of M = L + S (robust PCA), and the merged update is mean(L) + beta * mean(S). For
+LoRA, these are the updates of A and B separately, as in the paper, or of their product. For Ravan, they are those of
+the products s*H of one head. These enter the weight linearly, so the merge acts on the true update.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from ..truncation import truncated_factors
 from ..updates import ClientUpdate, MergeResult
 
 
-# matrices of one shape are solved together up to this many entries, of which the solver keeps some copies
+# matrices of one shape are solved together up to this many entries; the solver keeps a few copies of them
 MAX_BATCH_ENTRIES = 2**24
-# a decomposition whose gap is above the tolerance, but at most so many times, moves the merge by little
+# a gap above the tolerance, but at most this many times, has little effect on the merge
 NEAR_OPTIMUM = 100
 
 
@@ -65,7 +65,7 @@ class _Options:
 
 
 def _batches(matrices: Sequence[Matrix]) -> Iterator[list[Matrix]]:
-    """Matrices of one shape, which are solved together: for small ones that is much faster than one by one."""
+    """Matrices of one shape, to be solved together. For small matrices, this is much faster than one by one."""
     groups: dict[tuple[int, int], list[Matrix]] = {}
     for matrix in matrices:
         groups.setdefault((matrix.start.numel(), len(matrix.updates)), []).append(matrix)
@@ -76,10 +76,10 @@ def _batches(matrices: Sequence[Matrix]) -> Iterator[list[Matrix]]:
 
 
 def _merge_batch(batch: Sequence[Matrix], options: _Options) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
-    """Merge matrices of one shape. Yields, for each, the new matrix and the figures for the diagnostics."""
+    """Merge matrices of one shape. Yields the new matrix and the figures for the diagnostics for each."""
     num_clients = len(batch[0].updates)
     if num_clients < 2:
-        # with one client there is nothing in common to tell apart, and without any nothing changes
+        # with one client there is no common part to separate, and without clients nothing changes
         for matrix in batch:
             yield matrix.mean() if num_clients else matrix.start, {"beta": 1.0, "num_clients": num_clients}
         return
@@ -96,7 +96,7 @@ def _merge_batch(batch: Sequence[Matrix], options: _Options) -> Iterator[tuple[t
         gap = info.gap[index].item()
         beta = options.beta_for(sparse_share) if gap <= NEAR_OPTIMUM * options.tol else 1.0
         mean = matrix.mean()
-        # mean(L) + beta * mean(S), written with L = M - S so that beta = 1 is FedAvg to the last bit
+        # mean(L) + beta * mean(S), written with L = M - S so that beta = 1 is FedAvg bit for bit
         yield (
             mean + (beta - 1) * amplified.reshape(mean.shape).to(mean),
             {
@@ -114,11 +114,11 @@ def _merge_batch(batch: Sequence[Matrix], options: _Options) -> Iterator[tuple[t
 
 
 def _shares_within_the_median(S: torch.Tensor, limit: float | None) -> torch.Tensor:
-    """How much of each client's sparse part in `[n, C]` stays below a multiple of the median norm, `[C]`."""
+    """The share of each client's sparse part in `[n, C]` that stays within a multiple of the median norm, `[C]`."""
     norms = torch.linalg.vector_norm(S, dim=0)  # [C]
     if limit is None:
         return torch.ones_like(norms)
-    largest = limit * norms.median()  # the lower of two in the middle
+    largest = limit * norms.median()  # the lower one of the two middle values
     return torch.where(norms > largest, largest / norms, 1.0)
 
 
@@ -166,11 +166,12 @@ def fedrpca(
             of it. `None` is without a limit, as in the paper.
 
     Returns:
-        [`MergeResult`]: The new state. The task head and biases are averaged. The diagnostics have under `matrices`, for
-        each matrix (a head of a core is `name[i]`, a product the name of its module), the figures of its decomposition:
-        `beta`, `sparse_share` (E), `num_limited` (the clients whose sparse part is above `sparse_limit`), `sparsity` (the
-        share of entries of S that are not 0), `rank` (of L), `iterations`, `gap` (how far the objective is above the optimum
-        at most), `converged`, and for a product `kept_energy`, the share of its squared norm that the cut has kept.
+        [`MergeResult`]: The new state. The task head and biases are averaged. Under `matrices`, the diagnostics
+        contain the figures of the decomposition of each matrix (a head of a core is called `name[i]`, a product has
+        the name of its module): `beta`, `sparse_share` (E), `num_limited` (the number of clients whose sparse part is
+        above `sparse_limit`), `sparsity` (the share of nonzero entries in S), `rank` (of L), `iterations`, `gap` (an
+        upper bound on how far the objective is above the optimum), `converged`, and for a product `kept_energy`, the
+        share of its squared norm that is left after truncation.
 
     Raises:
         ValueError: if an option is out of range.
@@ -201,7 +202,7 @@ def _merge_products(
     state: dict[str, torch.Tensor],
     figures: dict[str, dict[str, Any]],
 ) -> None:
-    """Merge the products B A module by module, into `state` and `figures`."""
+    """Merge the products B A module by module and write them into `state` and `figures`."""
     for target in product_targets(global_state, config):
 
         def read(update: ClientUpdate, target=target) -> torch.Tensor:

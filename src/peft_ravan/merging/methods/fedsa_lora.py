@@ -1,8 +1,8 @@
 """
 FedSA-LoRA: A is shared and averaged, B stays with its client.
 
-Guo et al., Selective Aggregation for Low-Rank Adaptation in Federated Learning, ICLR 2025: A learns what is common,
-B what is the client's own.
+Guo et al., Selective Aggregation for Low-Rank Adaptation in Federated Learning, ICLR 2025. A learns what the clients
+have in common, B what is specific to a client.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from ..updates import ClientUpdate, MergeResult
 
 def fedsa_lora(global_state: Mapping[str, torch.Tensor], updates: Iterable[ClientUpdate]) -> MergeResult:
     """
-    Average A, and all other tensors but B, over all clients.
+    Average A, and all other tensors except B, over all clients.
 
     Args:
         global_state (`Mapping[str, torch.Tensor]`):
             The state the clients started from.
         updates (`Iterable[ClientUpdate]`):
-            What the clients uploaded. An upload with a B is refused: it is personal.
+            What the clients uploaded. An upload with a B is refused, since B is personal.
 
     Returns:
-        [`MergeResult`]: The mean state, with the global B, where new clients start.
+        [`MergeResult`]: The mean state, with the global B, from which new clients start.
 
     Raises:
         ValueError: if there are no LoRA matrices.

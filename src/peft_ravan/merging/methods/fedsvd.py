@@ -1,9 +1,9 @@
 """
-FedSVD: clients train B only, and the server makes A anew in every round from the singular vectors of the mean.
+FedSVD: clients train only B, and in every round the server recomputes A from the singular vectors of the mean.
 
-Lee et al., FedSVD: Adaptive Orthogonalization for Private Federated Learning with LoRA, 2025. A is frozen during a round,
-so that the mean of B is exact. Its rows become orthonormal and follow the main directions of the update, within the space
-that they span from the start.
+Lee et al., FedSVD: Adaptive Orthogonalization for Private Federated Learning with LoRA, 2025. A is frozen during a
+round, so the mean of B is exact. The rows of A become orthonormal and follow the main directions of the update, within
+the space that they span at the start.
 """
 
 from __future__ import annotations
@@ -24,23 +24,24 @@ def fedsvd(
     global_state: Mapping[str, torch.Tensor], updates: Iterable[ClientUpdate], config: LoraConfig | None = None
 ) -> MergeResult:
     """
-    Average B, and all other tensors but A, and write the product B A in factors of which A has orthonormal rows.
+    Average B, and all other tensors except A, and refactor the product B A such that A has orthonormal rows.
 
     Args:
         global_state (`Mapping[str, torch.Tensor]`):
             The state the clients started from.
         updates (`Iterable[ClientUpdate]`):
-            What the clients uploaded. They may leave out A; an A that differs from the global one is refused. On an
-            embedding A and B change places.
+            What the clients uploaded. They may leave out A; an A that differs from the global one is refused. For an
+            embedding, A and B are swapped.
         config ([`~peft.LoraConfig`], *optional*):
             The configuration of the adapter.
 
     Returns:
-        [`MergeResult`]: The new state: of the decomposition U S V^T of mean(B) A, B is U S and A is V^T. Every client needs
-        both for the next round.
+        [`MergeResult`]: The new state: B = U S and A = V^T, where U S V^T is the decomposition of mean(B) A. Every
+        client needs both for the next round.
 
     Raises:
-        ValueError: if there are no LoRA matrices, or their products are not what the adapter adds to the weights.
+        ValueError: if there are no LoRA matrices, or the adapter adds something other than their products to the
+            weights.
     """
     targets = product_targets(global_state, config, required="FedSVD")
     state = mean_state(global_state, updates, leave_out=FRAME_PARTS)

@@ -18,14 +18,14 @@ from ..updates import ClientUpdate, MergeResult
 
 def ffa_lora(global_state: Mapping[str, torch.Tensor], updates: Iterable[ClientUpdate]) -> MergeResult:
     """
-    Average B, and all other tensors but A, over all clients.
+    Average B, and all other tensors except A, over all clients.
 
     Args:
         global_state (`Mapping[str, torch.Tensor]`):
             The state the clients started from.
         updates (`Iterable[ClientUpdate]`):
-            What the clients uploaded. They may leave out A; an A that differs from the global one is refused, since B
-            belongs to the common A.
+            What the clients uploaded. They may leave out A. An A that differs from the global one is refused, since B
+            only makes sense with the common A.
 
     Returns:
         [`MergeResult`]: The mean state, with the global A.

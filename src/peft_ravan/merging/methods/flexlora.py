@@ -2,7 +2,7 @@
 FlexLoRA: the clients' products B A are averaged, and the mean is decomposed again.
 
 Bai et al., Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and Client Resources, NeurIPS
-2024. Clients may have different ranks; each gets the first components of the decomposition.
+2024. Clients may have different ranks. Each gets the first components of the decomposition.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ def flexlora(
     """
     Average the products of LoRA's B and A, and all other tensors.
 
-    The decomposition is made from the factors, `d * R` numbers with R the sum of the ranks, and from the `d_out x d_in`
-    product only where that is smaller.
+    The decomposition is computed from the factors (`d * R` numbers, where R is the sum of the ranks), and from the
+    `d_out x d_in` product only if that is smaller.
 
     Args:
         global_state (`Mapping[str, torch.Tensor]`):
             The state the clients started from.
         updates (`Sequence[ClientUpdate]`):
-            What the clients uploaded, of any ranks.
+            What the clients uploaded, with any ranks.
         config ([`~peft.LoraConfig`], *optional*):
             The configuration of the global adapter. Needed if ranks or alphas differ.
 
     Returns:
-        [`MergeResult`]: The new state, of the global rank. [`lora_state_for_client`] makes of it what a client of lower
-        rank gets. The diagnostics have, for each module, the share of the squared norm that was kept (`kept_energy`).
+        [`MergeResult`]: The new state, with the global rank. [`lora_state_for_client`] extracts what a client of lower
+        rank gets. The diagnostics contain `kept_energy`: for each module, the share of the squared norm that is left.
 
     Raises:
-        ValueError: if there are no LoRA matrices, or ranks differ and there is no `config`.
+        ValueError: if there are no LoRA matrices, or if ranks differ and there is no `config`.
     """
     product_targets(global_state, config, required="FlexLoRA")
     state, kept_energy = mean_of_products(global_state, updates, config)

@@ -1,9 +1,9 @@
 """
-FLoRA: the clients' A and B are stacked, so that the product is the mean of the clients' products.
+FLoRA: the clients' A and B are stacked, so their product is the mean of the clients' products.
 
 Wang et al., FLoRA: Federated Fine-Tuning Large Language Models with Heterogeneous Low-Rank Adaptations, NeurIPS 2024.
-The new adapter has the sum of the clients' ranks. In the paper every client folds it into its base model and
-starts the next round with a fresh adapter.
+The new adapter has the sum of the clients' ranks. In the paper, every client merges it into its base model and starts
+the next round with a fresh adapter.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ def flora(
         global_state (`Mapping[str, torch.Tensor]`):
             The state the clients started from.
         updates (`Sequence[ClientUpdate]`):
-            What the clients uploaded, of any ranks.
+            What the clients uploaded, with any ranks.
         config ([`~peft.LoraConfig`]):
             The configuration of the global adapter.
 
     Returns:
-        [`MergeResult`]: The stacked state, in which B has the weights of the clients, and the `config` that belongs to
-        it: its rank is the sum of the ranks, and its alpha such that every module keeps its scaling.
+        [`MergeResult`]: The stacked state, in which B contains the weights of the clients, and the matching `config`:
+        its rank is the sum of the ranks, and its alpha is chosen such that every module keeps its scaling.
 
     Raises:
         ValueError: if there are no LoRA matrices, or no `config`.

@@ -1,9 +1,9 @@
 """
-FLoRA-NA: of the combinations of the clients' A and of their B, those whose product is nearest to the mean of the products.
+FLoRA-NA: combine the clients' A and the clients' B such that the product is nearest to the mean of the products.
 
-Nguyen et al., Communication-Efficient and Accurate Approach for Aggregation in Federated Low-Rank Adaptation, 2025. The
-server finds A = sum p_c A_c and B = sum q_c B_c, so a client uploads and gets no more than with FedIT. Given p, the best q is
-a least squares problem with C unknowns, and the other way round.
+Nguyen et al., Communication-Efficient and Accurate Approach for Aggregation in Federated Low-Rank Adaptation, 2025.
+The server finds A = sum p_c A_c and B = sum q_c B_c, so a client sends and receives no more than with FedIT. Given p,
+finding the best q is a least squares problem with C unknowns, and vice versa.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def flora_na(
     num_steps: int = 10,
 ) -> MergeResult:
     """
-    Combine A and B with weights of their own, and average all other tensors.
+    Combine A and B with separate weights, and average all other tensors.
 
     Args:
         global_state (`Mapping[str, torch.Tensor]`):
@@ -43,12 +43,13 @@ def flora_na(
             examples. 0 is FedIT.
 
     Returns:
-        [`MergeResult`]: The new state. The diagnostics have, for each module, the distance from the mean of the products by
-        the norm of that mean (`relative_error`), and what it is for the means of A and B (`relative_error_of_means`).
+        [`MergeResult`]: The new state. For each module, the diagnostics contain the distance from the mean of the
+        products relative to the norm of that mean (`relative_error`), and the same for the means of A and B
+        (`relative_error_of_means`).
 
     Raises:
-        ValueError: if there are no LoRA matrices, or their products are not what the adapter adds to the weights, or
-            `num_steps` is not an integer of 0 or more.
+        ValueError: if there are no LoRA matrices, if the adapter adds something other than their products to the
+            weights, or if `num_steps` is not an integer of 0 or more.
     """
     targets = product_targets(global_state, config, required="FLoRA-NA")
     if isinstance(num_steps, bool) or not hasattr(num_steps, "__index__") or operator.index(num_steps) < 0:
@@ -78,12 +79,12 @@ def _normal_equations(
     own: torch.Tensor, other: torch.Tensor, shares: torch.Tensor, other_weights: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The inner products of the terms of a combination with each other and with the mean of the products. With B as the own
-    factor and A as the other one these are `<B_c A, B_d A>` and `<B_c A, sum_d w_d B_d A_d>`.
+    The inner products of the terms of a combination with each other and with the mean of the products. If B is the
+    factor to combine and A the other one, these are `<B_c A, B_d A>` and `<B_c A, sum_d w_d B_d A_d>`.
 
     Args:
-        own (`torch.Tensor`): The inner products of the clients' own factors along their long side, `[C, r, C, r]`.
-        other (`torch.Tensor`): Those of the other factors.
+        own (`torch.Tensor`): The inner products of the factors to combine along their long side, `[C, r, C, r]`.
+        other (`torch.Tensor`): The same for the other factors.
         shares (`torch.Tensor`): The clients' shares of the examples, w, `[C]`.
         other_weights (`torch.Tensor`): The weights of the other factors, `[C]`.
 
@@ -101,7 +102,9 @@ def _normal_equations(
 def _best_weights(
     own: torch.Tensor, other: torch.Tensor, shares: torch.Tensor, weights: torch.Tensor, other_weights: torch.Tensor
 ) -> torch.Tensor:
-    """The least squares weights of the own factors, where several are as good those nearest to the ones so far."""
+    """
+    The least squares weights of the factors to combine. Of several solutions, the one nearest to the current weights.
+    """
     gram, products = _normal_equations(own, other, shares, other_weights)
     return weights + pseudo_inverse(gram) @ (products - gram @ weights)
 
@@ -109,7 +112,7 @@ def _best_weights(
 def _relative_error(
     grams_B: torch.Tensor, grams_A: torch.Tensor, shares: torch.Tensor, q: torch.Tensor, p: torch.Tensor
 ) -> float:
-    """The Frobenius norm of `B A - mean(B_c A_c)` by that of `mean(B_c A_c)`, or 0 for a mean of zeros."""
+    """The Frobenius norm of `B A - mean(B_c A_c)` relative to that of `mean(B_c A_c)`, or 0 for a mean of zeros."""
     gram, products = _normal_equations(grams_B, grams_A, shares, p)
     target = torch.einsum("c,cidj,d,cidj->", shares, grams_B, shares, grams_A).item()
     error = target - 2 * (q @ products).item() + (q @ gram @ q).item()

@@ -1,9 +1,10 @@
 """
-HetLoRA: A and B of different ranks are padded with zeros and averaged apart, weighted by the norms of the updates.
+HetLoRA: A and B of different ranks are padded with zeros and averaged separately, weighted by the norms of the
+updates.
 
 Cho et al., Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models, EMNLP 2024
-(sparsity-weighted aggregation). A client gets the first rows of A and columns of B back; the pruning of ranks during the
-local training is not part of the merge.
+(sparsity-weighted aggregation). A client gets back the first rows of A and columns of B. Pruning ranks during local
+training is not part of the merge.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ def hetlora(
     weight_by: str = "norm",
 ) -> MergeResult:
     """
-    Average zero-padded A and B apart, and all other tensors weighted by examples.
+    Average the zero-padded A and B separately, and all other tensors weighted by examples.
 
     Args:
         global_state (`Mapping[str, torch.Tensor]`):
             The state the clients started from.
         updates (`Sequence[ClientUpdate]`):
-            What the clients uploaded, of ranks up to the global one.
+            What the clients uploaded, with ranks up to the global one.
         config ([`~peft.LoraConfig`], *optional*):
             The configuration of the global adapter. Needed if ranks or alphas differ.
         weight_by (`str`, *optional*, defaults to `"norm"`):
@@ -42,11 +43,12 @@ def hetlora(
             or `"examples"`.
 
     Returns:
-        [`MergeResult`]: The new state. [`lora_state_for_client`] makes of it what a client of lower rank gets. The
-        diagnostics have the share of each client (`client_weights`).
+        [`MergeResult`]: The new state. [`lora_state_for_client`] extracts what a client of lower rank gets. The
+        diagnostics contain the weight of each client (`client_weights`).
 
     Raises:
-        ValueError: if there are no LoRA matrices, or ranks differ and there is no `config`, or `weight_by` is neither.
+        ValueError: if there are no LoRA matrices, if ranks differ and there is no `config`, or if `weight_by` is
+            neither of these.
     """
     targets = product_targets(global_state, config, required="HetLoRA")
     if weight_by not in ("norm", "examples"):
@@ -72,7 +74,7 @@ def _norm(
     global_state: Mapping[str, torch.Tensor],
     config: LoraConfig | None,
 ) -> float:
-    """The Frobenius norm of a client's weight updates over all modules, from r x r matrices."""
+    """The Frobenius norm of a client's weight updates over all modules, computed from r x r matrices."""
     total = 0.0
     for target in targets:
         B, A = (factor.double() for factor in client_factors(target, update, global_state, config))

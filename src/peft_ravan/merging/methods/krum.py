@@ -1,5 +1,5 @@
 """
-Krum: the update of the one client whose nearest neighbours are nearest.
+Krum: take the update of the one client whose nearest neighbours are closest.
 
 Blanchard et al., Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent, NeurIPS 2017.
 """
@@ -29,14 +29,14 @@ def krum_scores(
         global_state (`Mapping[str, torch.Tensor]`): The state the clients started from.
         updates (`Sequence[ClientUpdate]`): What C clients uploaded.
         config ([`~peft.LoraConfig`], *optional*): The configuration of the global adapter.
-        num_bad_clients (`int`, *optional*): f, by default the largest that C allows.
+        num_bad_clients (`int`, *optional*): f, by default the largest number that C allows.
 
     Returns:
-        `tuple[torch.Tensor, int]`: For each client the sum of its squared distances to its C - f - 2 nearest neighbours,
+        `tuple[torch.Tensor, int]`: The sum of squared distances of each client to its C - f - 2 nearest neighbours,
         `[C]`, and f.
 
     Raises:
-        UpdateError: if C is less than 2 f + 3. One client alone is accepted.
+        UpdateError: if C is less than 2 f + 3. A single client is accepted.
         ValueError: if f is negative.
     """
     num_clients = len(updates)
@@ -45,13 +45,13 @@ def krum_scores(
     if num_bad_clients < 0:
         raise ValueError(f"Krum withstands 0 bad clients or more, got `num_bad_clients` = {num_bad_clients!r}.")
     if 1 < num_clients < 2 * num_bad_clients + 3:
-        # none of the clients is to blame, but with others the round may succeed
+        # this is no client's fault, and the round may succeed with other clients
         raise UpdateError(
             f"Krum needs 2 f + 3 clients or more to withstand f = `num_bad_clients` of them, got {num_clients} clients and "
             f"f = {num_bad_clients}."
         )
     distances = squared_distances(global_state, updates, config)
-    nearest = distances.sort(dim=1).values[:, 1 : num_clients - num_bad_clients - 1]  # without the client itself
+    nearest = distances.sort(dim=1).values[:, 1 : num_clients - num_bad_clients - 1]  # excluding the client itself
     return nearest.sum(dim=1), num_bad_clients
 
 
@@ -63,7 +63,7 @@ def merge_chosen(
     num_chosen: int,
 ) -> MergeResult:
     """
-    Average the clients with the lowest scores, each with the same weight, since a client could claim any number of
+    Average the clients with the lowest scores. All have the same weight, since a client could claim any number of
     examples.
 
     Args:
@@ -71,13 +71,13 @@ def merge_chosen(
         updates (`Sequence[ClientUpdate]`): What C clients uploaded.
         config ([`~peft.LoraConfig`], *optional*): The configuration of the global adapter.
         scores (`torch.Tensor`): `[C]`.
-        num_chosen (`int`): How many are averaged.
+        num_chosen (`int`): How many clients to average.
 
     Returns:
-        [`MergeResult`]: The mean state. The diagnostics have the `chosen` clients and all `scores`.
+        [`MergeResult`]: The mean state. The diagnostics contain the `chosen` clients and all `scores`.
     """
     names = [update.client_id or str(index) for index, update in enumerate(updates)]
-    # two nearest neighbours of each other have the same score up to rounding: then the name decides, not the order
+    # two clients that are each other's nearest neighbours have the same score up to rounding: the name breaks the tie
     ranking = sorted(range(len(updates)), key=lambda index: (float(f"{scores[index]:.9e}"), names[index]))
     chosen = sorted(ranking[:num_chosen])
     state, _ = mean_of_products(global_state, [replace(updates[index], num_examples=1) for index in chosen], config)
@@ -94,8 +94,8 @@ def krum(
     num_bad_clients: int | None = None,
 ) -> MergeResult:
     """
-    Choose one client. Distances are those of the weight updates: of the products s*H, of LoRA's products B A (from the
-    factors), and of the task head.
+    Choose one client. Distances are measured between weight updates: the products s*H, LoRA's products B A (computed
+    from the factors), and the task head.
 
     Args:
         global_state (`Mapping[str, torch.Tensor]`):
@@ -108,8 +108,8 @@ def krum(
             How many bad clients it shall withstand, f. By default the largest number that 2 f + 3 <= C allows.
 
     Returns:
-        [`MergeResult`]: The state of the chosen client. For LoRA its product is decomposed again. The diagnostics have
-        the `chosen` client and the `scores` of all.
+        [`MergeResult`]: The state of the chosen client. For LoRA, its product is decomposed again. The diagnostics
+        contain the `chosen` client and the `scores` of all clients.
 
     Raises:
         UpdateError: if there are fewer than 2 f + 3 clients.

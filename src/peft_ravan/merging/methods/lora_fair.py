@@ -1,9 +1,10 @@
 """
-LoRA-FAIR: A and B are averaged apart, and B is corrected by what brings the product nearest to the mean of the products.
+LoRA-FAIR: A and B are averaged separately, and B is corrected to bring the product nearest to the mean of the
+products.
 
 Bian et al., LoRA-FAIR: Federated LoRA Fine-Tuning with Aggregation and Initialization Refinement, ICCV 2025. The paper
-measures the distance by cosine similarity, and walks to the correction by gradient steps; here it is the squared error,
-of which the correction is known.
+measures the distance by cosine similarity and finds the correction by gradient steps. Here the distance is the squared
+error, for which the correction is known in closed form.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def lora_fair(
     lambda_: float = 0.01,
 ) -> MergeResult:
     """
-    Average A and B apart, and all other tensors, and correct B.
+    Average A and B separately, and all other tensors, and correct B.
 
     Args:
         global_state (`Mapping[str, torch.Tensor]`):
@@ -42,12 +43,12 @@ def lora_fair(
             nearest product that the mean of A allows.
 
     Returns:
-        [`MergeResult`]: The mean state, with a correction of B, or on an embedding of A. The diagnostics have, for each
-        module, the share of the distance to the mean of the products that is left (`remaining_error`).
+        [`MergeResult`]: The mean state, with corrected B (for an embedding, corrected A). The diagnostics contain
+        `remaining_error`: for each module, the share of the distance to the mean of the products that is left.
 
     Raises:
-        ValueError: if there are no LoRA matrices, or their products are not what the adapter adds to the weights, or
-            `lambda_` is negative or not finite.
+        ValueError: if there are no LoRA matrices, if the adapter adds something other than their products to the
+            weights, or if `lambda_` is negative or not finite.
     """
     targets = product_targets(global_state, config, required="LoRA-FAIR")
     if not (lambda_ >= 0 and math.isfinite(lambda_)):
@@ -62,7 +63,8 @@ def lora_fair(
         )  # [C, d, r], [C, r, d']
         shares = weights.to(others)
         other, frame = torch.einsum("c,cij->ij", shares, others), torch.einsum("c,cij->ij", shares, frames)
-        # what is missing: the mean of (B_c - mean B)(A_c - mean A), which subtracts no large numbers
+        # the error of the means, written as the mean of (B_c - mean B)(A_c - mean A) to avoid subtracting large
+        # numbers
         left = torch.cat([*(shares[:, None, None] * (others - other))], dim=1)  # [d, C*r]
         right = torch.cat([*(frames - frame)])  # [C*r, d']
         damped = frame @ frame.T + lambda_ * torch.eye(len(frame)).to(frame)

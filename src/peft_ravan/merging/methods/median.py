@@ -20,8 +20,8 @@ def median(
     global_state: Mapping[str, torch.Tensor], updates: Sequence[ClientUpdate], config: LoraConfig | None = None
 ) -> MergeResult:
     """
-    Take the median of every entry: of the products s*H, of LoRA's products B A, of the task head. It stays within what
-    honest clients uploaded as long as they are more than half.
+    Take the median of every entry of the products s*H, of LoRA's products B A, and of the task head. It stays within
+    the range of the honest clients' uploads as long as they are the majority.
 
     Args:
         global_state (`Mapping[str, torch.Tensor]`):
@@ -32,7 +32,7 @@ def median(
             The configuration of the global adapter. Needed if LoRA ranks or alphas differ.
 
     Returns:
-        [`MergeResult`]: The new state. For LoRA the diagnostics have `kept_energy`, see [`merge_coordinatewise`].
+        [`MergeResult`]: The new state. For LoRA, the diagnostics contain `kept_energy`, see [`merge_coordinatewise`].
     """
     return merge_coordinatewise(
         global_state, updates, lambda values: trimmed_mean_of_entries(values, (values.shape[-1] - 1) // 2), config

@@ -1,5 +1,5 @@
 """
-Multi-Krum: the mean of the clients with the best scores of Krum.
+Multi-Krum: the mean of the clients with the best Krum scores.
 
 Blanchard et al., Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent, NeurIPS 2017.
 """
@@ -24,8 +24,8 @@ def multi_krum(
     num_chosen: int | None = None,
 ) -> MergeResult:
     """
-    Average the clients that Krum finds best, each with the same weight; for LoRA the mean of their products B A, cut to
-    the global rank.
+    Average the clients that Krum rates best, all with the same weight. For LoRA, their mean product B A is truncated
+    to the global rank.
 
     Args:
         global_state (`Mapping[str, torch.Tensor]`):
@@ -40,11 +40,12 @@ def multi_krum(
             How many clients are averaged. By default C - f.
 
     Returns:
-        [`MergeResult`]: The mean state of the chosen. The diagnostics have the `chosen` clients and the `scores` of all.
+        [`MergeResult`]: The mean state of the chosen clients. The diagnostics contain the `chosen` clients and the
+        `scores` of all clients.
 
     Raises:
         UpdateError: if there are fewer than 2 f + 3 clients.
-        ValueError: if `num_chosen` is not from 1 to C.
+        ValueError: if `num_chosen` is not between 1 and C.
     """
     if num_chosen is not None and not 1 <= num_chosen <= len(updates):
         raise ValueError(f"multi_krum: `num_chosen` must be from 1 to {len(updates)} clients, got {num_chosen!r}.")

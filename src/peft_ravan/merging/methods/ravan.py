@@ -1,8 +1,8 @@
 """
 Ravan's exact average: each head's product s*H is averaged over the clients that trained the head.
 
-Raje et al., Ravan: Multi-Head Low-Rank Adaptation for Federated Fine-Tuning, NeurIPS 2025. Since the bases are common
-and frozen, the mean of the products is the mean of the clients' weight updates.
+Raje et al., Ravan: Multi-Head Low-Rank Adaptation for Federated Fine-Tuning, NeurIPS 2025. Since all clients share the
+frozen bases, the mean of the products is the mean of the clients' weight updates.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def ravan(global_state: Mapping[str, torch.Tensor], updates: Iterable[ClientUpda
         updates (`Iterable[ClientUpdate]`): What the clients uploaded.
 
     Returns:
-        [`MergeResult`]: The mean state. A head that nobody trained keeps its value. The diagnostics have, for each
-        core, the number of clients that trained each head (`clients_per_head`).
+        [`MergeResult`]: The mean state. A head that nobody trained keeps its value. The diagnostics contain
+        `clients_per_head`: for each core, the number of clients that trained each head.
     """
     mean = StateMean(global_state)
     for update in updates:

@@ -1,4 +1,4 @@
-"""The merge methods and server optimizers by name, and what documentation, command line help and model cards say of them."""
+"""The merge methods and server optimizers by name, and the table that describes them."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """
-RoLoRA: A and B are trained and averaged in turns, which is exact.
+RoLoRA: A and B take turns being trained and averaged, which is exact.
 
-Chen et al., Robust Federated Finetuning of LLMs via Alternating Optimization of LoRA, 2025. While one of A and B is frozen
-and common, the mean of the other one is the mean of the products.
+Chen et al., Robust Federated Finetuning of LLMs via Alternating Optimization of LoRA, 2025. While one of A and B is
+frozen and the same for all clients, averaging the other one averages the products.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ def rolora(
     global_state: Mapping[str, torch.Tensor], updates: Iterable[ClientUpdate], round_number: int = 1
 ) -> MergeResult:
     """
-    Average the one of A and B whose turn it is, and all other tensors, over all clients.
+    Average the one of A and B that is trained in this round, and all other tensors, over all clients.
 
     Args:
         global_state (`Mapping[str, torch.Tensor]`):
             The state the clients started from.
         updates (`Iterable[ClientUpdate]`):
-            What the clients uploaded. They may leave out what is frozen in the round; one that differs from the global
-            one is refused.
+            What the clients uploaded. They may leave out what is frozen in the round. A frozen tensor that differs
+            from the global one is refused.
         round_number (`int`, *optional*, defaults to 1):
-            The round. In odd ones B is trained, which LoRA starts with zeros, and in even ones A. On an embedding A and B
-            change places.
+            The round. B, which LoRA starts at zero, is trained in odd rounds, and A in even rounds. For an embedding,
+            A and B are swapped.
 
     Returns:
-        [`MergeResult`]: The mean state, with what was frozen as it was.
+        [`MergeResult`]: The mean state. What was frozen is unchanged.
 
     Raises:
-        ValueError: if there are no LoRA matrices, or they are those of DoRA or AdaLoRA.
+        ValueError: if there are no LoRA matrices, or they belong to DoRA or AdaLoRA.
     """
     require_lora(global_state, ZERO_PARTS, "RoLoRA")
     return MergeResult(mean_state(global_state, updates, leave_out=METHOD.frozen_in(round_number)))

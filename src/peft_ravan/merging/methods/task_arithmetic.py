@@ -1,8 +1,8 @@
 """
 Task arithmetic: the mean of the clients' updates, times a factor.
 
-Ilharco et al., Editing Models with Task Arithmetic, ICLR 2023. Merging several tasks is the sum of their task vectors times
-a factor; here the mean takes the place of the sum, so that a factor of 1 is FedAvg.
+Ilharco et al., Editing Models with Task Arithmetic, ICLR 2023. In the paper, tasks are merged by summing their task
+vectors and multiplying by a factor. Here the mean replaces the sum, so that a factor of 1 is FedAvg.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def task_arithmetic(
     global_state: Mapping[str, torch.Tensor], updates: Iterable[ClientUpdate], scale: float = 1.0
 ) -> MergeResult:
     """
-    Move by the mean update times a factor.
+    Move the global state by the mean update times a factor.
 
     Args:
         global_state (`Mapping[str, torch.Tensor]`): The state the clients started from.
@@ -39,7 +39,7 @@ def task_arithmetic(
         raise ValueError(f"task_arithmetic: `scale` must be a finite number, got {scale!r}.")
     state = mean_state(global_state, updates)
     for name in filter(is_adapter_matrix, state):
-        # start + scale * (mean - start), written so that a factor of 1 is FedAvg to the last bit
+        # start + scale * (mean - start), written so that a factor of 1 is FedAvg bit for bit
         state[name] += (scale - 1) * (state[name] - global_state[name])
     return MergeResult(state)
 

@@ -1,8 +1,8 @@
 """
-TIES: trim each client's update to its largest entries, elect a sign for every entry, average those that agree with it.
+TIES: trim each client's update to its largest entries, elect a sign for every entry, and average those that agree.
 
-Yadav et al., TIES-Merging: Resolving Interference When Merging Models, NeurIPS 2023. As in PEFT, an update is
-trimmed matrix by matrix, not over the whole adapter, and a tie elects plus.
+Yadav et al., TIES-Merging: Resolving Interference When Merging Models, NeurIPS 2023. As in PEFT, an update is trimmed
+matrix by matrix, not over the whole adapter, and a tie elects the plus sign.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def ties(
     scale: float = 1.0,
 ) -> MergeResult:
     """
-    Trim, elect signs, and average what agrees.
+    Trim, elect signs, and average the entries that agree.
 
     Args:
         global_state (`Mapping[str, torch.Tensor]`):
@@ -50,7 +50,8 @@ def ties(
     def combine(M: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         kept = torch.topk(M.abs(), max(1, round(density * len(M))), dim=0).indices
         trimmed = torch.zeros_like(M).scatter_(0, kept, M.gather(0, kept))  # [n, C]
-        # in units of the smallest weight, so that equal weights and multiples do not round a tie to a majority
+        # in units of the smallest weight, so that rounding does not break ties between equal weights or their
+        # multiples
         votes = trimmed @ (weights / weights.min())  # [n]
         # plus on a tie, as in PEFT
         agreeing = torch.where(votes[:, None] >= 0, trimmed > 0, trimmed < 0)  # [n, C]

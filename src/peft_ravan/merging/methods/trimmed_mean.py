@@ -1,5 +1,5 @@
 """
-Trimmed mean: of every entry the largest and the smallest values are left out, and the rest is averaged.
+Trimmed mean: for every entry, leave out the largest and the smallest values, and average the rest.
 
 Yin et al., Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates, ICML 2018, algorithm 1 (option II).
 """
@@ -24,7 +24,7 @@ def trimmed_mean(
     trim: float = 0.1,
 ) -> MergeResult:
     """
-    Take the trimmed mean of every entry: of the products s*H, of LoRA's products B A, of the task head.
+    Take the trimmed mean of every entry of the products s*H, of LoRA's products B A, and of the task head.
 
     Args:
         global_state (`Mapping[str, torch.Tensor]`):
@@ -38,7 +38,7 @@ def trimmed_mean(
             it withstands. The number of clients is rounded up.
 
     Returns:
-        [`MergeResult`]: The new state. For LoRA the diagnostics have `kept_energy`, see [`merge_coordinatewise`].
+        [`MergeResult`]: The new state. For LoRA, the diagnostics contain `kept_energy`, see [`merge_coordinatewise`].
 
     Raises:
         ValueError: if `trim` is out of range.
@@ -48,7 +48,7 @@ def trimmed_mean(
 
     def combine(values: torch.Tensor) -> torch.Tensor:
         num_clients = values.shape[-1]
-        # the small term is for products such as 0.1 * 30, which are a little more than 3
+        # the small term is for products such as 0.1 * 30, which are slightly above 3
         num_trimmed = math.ceil(trim * num_clients - 1e-9)
         return trimmed_mean_of_entries(values, min(num_trimmed, (num_clients - 1) // 2))
 
