@@ -137,7 +137,7 @@ class Message:
         metadata = _read_metadata(data)
         fields = _parse_json(metadata["message"], "the fields")
         if not isinstance(fields, dict) or fields.pop("kind", None) != cls.__name__:
-            raise MessageError(f"The message is no {cls.__name__}.")
+            raise MessageError(f"The message is not a {cls.__name__}.")
         version = fields.pop("format_version", None)
         if version != FORMAT_VERSION:
             raise MessageError(
@@ -183,7 +183,7 @@ def _dtype_name(name: str, tensor: torch.Tensor) -> str:
     kind = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
     dtype = DTYPE_NAMES.get(kind)
     if dtype not in _DTYPES:
-        raise MessageError(f"{name!r} is {kind}, which is not sent. What can be: tensors of {', '.join(_DTYPES)}.")
+        raise MessageError(f"{name!r} is {kind}, which cannot be sent. Use tensors of {', '.join(_DTYPES)}.")
     return dtype
 
 
@@ -208,13 +208,13 @@ def _read_manifest(text: str, sections: tuple[str, ...]) -> tuple[list[str], lis
     parsed = _parse_json(manifest, "the list of the tensors")
     is_pair = isinstance(parsed, list) and len(parsed) == 2 and all(isinstance(part, list) for part in parsed)
     if not is_pair or len(parsed[1]) > MAX_TENSORS:
-        raise MessageError(f"The list of the tensors is none, or has more than {MAX_TENSORS:,} of them.")
+        raise MessageError(f"The list of the tensors is malformed, or has more than {MAX_TENSORS:,} of them.")
     present, entries = parsed
     if [name for name in sections if name in present] != present:
         raise MessageError("The message has tensors in fields that it should not have.")
     checked = [_checked_entry(entry, present) for entry in entries]
     if len({entry[:2] for entry in checked}) < len(checked):
-        raise MessageError("The message has two tensors of one name.")
+        raise MessageError("The message has two tensors with the same name.")
     return present, checked
 
 
@@ -232,7 +232,7 @@ def _checked_entry(entry: Any, present: list[str]) -> Entry:
             and all(type(size) is int and 0 <= size < 2**40 for size in shape)
         ):
             return section, name, dtype, tuple(shape)
-    raise MessageError(f"The list of the tensors has an entry that is none: {entry!r:.100}.")
+    raise MessageError(f"The list of the tensors has a malformed entry: {entry!r:.100}.")
 
 
 def _read_metadata(data: bytes) -> dict[str, str]:

@@ -171,7 +171,7 @@ def _store_errors(client: str, path: Path, done: str) -> Iterator[None]:
         raise ClientStoreError(
             errno or 0,
             f"What client {client!r} keeps could not be {done} ({reason}). This is a fault of this machine and not of the "
-            "client, so the run ends. Mend it, such as by making room; a run that saves checkpoints goes on from the last "
-            "one with `resume_from_checkpoint=True`",
+            "client, so the run ends. Fix it, for example by freeing disk space. If the run saves checkpoints, resume "
+            "from the last one with `resume_from_checkpoint=True`",
             str(path),
         ) from error
