@@ -1,4 +1,4 @@
-"""Evaluating the clients of a federation one by one, each with what is personal to it, without a trace in its run."""
+"""Evaluates the clients of a federation one by one with their personal parts, without side effects on the run."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from .server.state import ServerState
 @dataclass(frozen=True)
 class ModelInRounds:
     """
-    Where the rounds have come to with the adapter that is in the model.
+    The progress of the rounds for the adapter in the model.
 
     Args:
         round (`int`): The round that the adapter is from.
-        server ([`ServerState`], *optional*): The state of the server, which knows what clients keep counts from when.
+        server ([`ServerState`], *optional*): The state of the server, which knows the valid files of the clients.
         seed (`int`, *optional*, defaults to 42): The seed of the run.
         heads ([`HeadSettings`], *optional*): How clients choose heads.
         client_budgets (`Mapping[str, float]`, *optional*): Client names to shares of the heads. By default all heads.
@@ -48,27 +48,28 @@ class ModelInRounds:
         Args:
             client (`str`): The name of a client.
             state (`Mapping[str, torch.Tensor]`): The shared adapter.
-            steps (`int`): For how many steps it is to train for itself.
+            steps (`int`): For how many steps the client trains on its own data.
 
         Returns:
-            [`ClientTask`]: The task to do so, with other draws than those of any round.
+            [`ClientTask`]: The task, with random numbers that differ from those of all rounds.
         """
         names = (f"{self.round} (personalization)", client)
         heads = None
         if self.client_budgets is not None:
             heads = self.heads.choice(self.client_budgets[client], derive_seed(self.seed, "heads", *names))
         seed = derive_seed(self.seed, "client", *names)
-        # the learning rate is not that of the round, so that it is the same after the last one
+        # not the learning rate of the round, so that it is the same after the last round
         return ClientTask(self.round, client, state, seed, max_steps=steps or None, heads=heads)
 
     def kept_in(self, local_client: LocalClient, client: str) -> int | None:
         """
         Args:
             local_client ([`LocalClient`]): The clients.
-            client (`str`): The name of one of them.
+            client (`str`): The name of a client.
 
         Returns:
-            `int`: The round up to this one from which it has its own parts, or `None` if it has those it started with.
+            `int`: The last round up to this one in which the client saved its personal parts, or `None` if they still
+            have their initial values.
         """
         kept = None if self.server is None else self.server.kept.get(client)
         if kept is None or local_client.store is None or not local_client.personal_start:
@@ -86,10 +87,10 @@ def evaluate_each(
     """
     Args:
         local_client ([`LocalClient`]): The clients.
-        datasets (`Mapping[str, Dataset]`): Client names to what they are evaluated on.
-        evaluate (`Callable[[Dataset], Mapping[str, float]]`): Evaluates the model as it is.
-        model ([`ModelInRounds`]): Where the rounds have come to.
-        steps (`int`, *optional*, defaults to 0): For how many steps a client trains for itself before.
+        datasets (`Mapping[str, Dataset]`): Client names to the data sets that they are evaluated on.
+        evaluate (`Callable[[Dataset], Mapping[str, float]]`): Evaluates the model in its current state.
+        model ([`ModelInRounds`]): The progress of the rounds.
+        steps (`int`, *optional*, defaults to 0): For how many steps a client first trains on its own data.
 
     Yields:
         `tuple[str, dict[str, float]]`: The name of a client, and its metrics.
@@ -109,20 +110,20 @@ def evaluate_each(
 @contextlib.contextmanager
 def aside(trainer: Trainer, local_client: LocalClient, runner: Runner) -> Iterator[None]:
     """
-    Leave no trace of what is evaluated within: a run of the federation must be the same with and without it.
+    Evaluate without side effects: a run of the federation must be the same with and without the evaluation.
 
     Args:
         trainer ([`~transformers.Trainer`]): The trainer.
         local_client ([`LocalClient`]): The clients, around this trainer.
-        runner ([`Runner`]): The processes that there are.
+        runner ([`Runner`]): The runner of the clients.
     """
     hooks = {
-        # which ends a training after its steps; nobody else is told of them
+        # it stops training after its steps; no other callback is notified of them
         "callback_handler": CallbackHandler(
             [DefaultFlowCallback()], trainer.model, trainer.processing_class, None, None
         ),
         "control": trainer.control,
-        "is_in_train": True,  # or `fp16_full_eval` would cast the model for good
+        "is_in_train": True,  # otherwise `fp16_full_eval` would cast the model permanently
     }
     with replaced(trainer, hooks), runner.alone(), local_client.adapter.preserved(), preserved_random_state():
         yield

@@ -1,5 +1,5 @@
 """
-What travels between a server and its clients: a task down, a reply up. It is all that the two know of each other.
+What a server and its clients exchange: tasks go down, replies go up. The two know nothing else about each other.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ HEAD_ALLOCATIONS = ("layer", "global")
 
 class KeptFile(NamedTuple):
     """
-    The file of what a client keeps.
+    A file with the tensors that a client keeps.
 
     Args:
         round (`int`): The round that it was written in.
@@ -37,7 +37,7 @@ class HeadChoice:
     Args:
         share (`float`): The share of the heads that it can train, above 0 and up to 1.
         selection (`str`): How they are chosen, one of `HEAD_SELECTIONS`.
-        allocation (`str`): How the share is spent over targets, one of `HEAD_ALLOCATIONS`.
+        allocation (`str`): How the share is spent across targets, one of `HEAD_ALLOCATIONS`.
         seed (`int`): The seed of the choice.
     """
 
@@ -57,27 +57,27 @@ class HeadChoice:
 @dataclass(frozen=True)
 class ClientTask(Message):
     """
-    What a server asks of one client.
+    A task that a server sends to one client.
 
     Args:
         round_number (`int`): The round, from 1; 0 is the one that makes bases.
         client (`str`): The name of the client.
-        state (`Mapping[str, torch.Tensor]`): The global state, or what of it the client needs, by checkpoint names.
+        state (`Mapping[str, torch.Tensor]`): The global state, or the part that the client needs, by checkpoint names.
         seed (`int`): The seed of the local training.
         purpose (`str`, *optional*, defaults to `"train"`):
-            `"train"`; or in round 0 `"warm_up"`, to train the task head only, and `"sketch"`, to sketch the gradient.
-        run (`str`, *optional*): The name of the run, which the reply has, too.
-        attempt (`int`, *optional*, defaults to 1): How often the round is tried, this time included.
-        learning_rate_factor (`float`, *optional*, defaults to 1.0): What the learning rate of the round is multiplied by.
-        max_steps (`int`, *optional*): How many steps to train, or batches to sketch. By default as the client's arguments
-            say.
-        rank (`int`, *optional*): How many directions of its gradient a sketch is to have at each target. By default all.
+            `"train"`; or in round 0 `"warm_up"` to train only the task head, and `"sketch"` to sketch the gradient.
+        run (`str`, *optional*): The name of the run, which the reply carries, too.
+        attempt (`int`, *optional*, defaults to 1): How often the round was tried, including this attempt.
+        learning_rate_factor (`float`, *optional*, defaults to 1.0): The factor of the learning rate in this round.
+        max_steps (`int`, *optional*): How many steps to train, or batches to sketch. By default as in the client's
+            arguments.
+        rank (`int`, *optional*): How many directions of its gradient a sketch keeps at each target. By default all.
         heads ([`HeadChoice`], *optional*): Which heads the client trains. By default all.
         frozen (`tuple[str, ...]`, *optional*): Parts of names of tensors that are not trained in this round.
-        kept_in (`int`, *optional*): The last round whose update of this client was merged, from which it has what it keeps
-            for itself. By default there was none.
-        keep_from (`int`, *optional*, defaults to 0): The first round after which the run may be taken up again. Of what the
-            client keeps, it can delete what only earlier ones would need.
+        kept_in (`int`, *optional*): The last round in which the client saved tensors and its update was merged. It
+            continues from the tensors of that round. By default there was none.
+        keep_from (`int`, *optional*, defaults to 0): The earliest round after which the run may be resumed. The client
+            can delete tensors that only earlier rounds would need.
         control (`Mapping[str, torch.Tensor]`, *optional*): SCAFFOLD's c.
     """
 
@@ -118,23 +118,23 @@ class ClientTask(Message):
 @dataclass(frozen=True)
 class ClientReply(Message):
     """
-    What a client sends back.
+    The reply of a client to a task.
 
     Args:
-        round_number (`int`): The round, as the task has it.
+        round_number (`int`): The round, as in the task.
         client (`str`): The name of the client.
-        purpose (`str`, *optional*, defaults to `"train"`): As the task has it.
-        run (`str`, *optional*): As the task has it.
-        attempt (`int`, *optional*, defaults to 1): As the task has it.
-        update (`Mapping[str, torch.Tensor]`, *optional*): What the client uploads, or `None` if it has failed.
-        num_examples (`int`, *optional*, defaults to 0): The examples that it has trained on.
-        trained_heads (`Mapping[str, torch.Tensor]`, *optional*): As [`~peft_ravan.merging.ClientUpdate`] has them.
+        purpose (`str`, *optional*, defaults to `"train"`): As in the task.
+        run (`str`, *optional*): As in the task.
+        attempt (`int`, *optional*, defaults to 1): As in the task.
+        update (`Mapping[str, torch.Tensor]`, *optional*): The update of the client, or `None` if it failed.
+        num_examples (`int`, *optional*, defaults to 0): The number of examples that it trained on.
+        trained_heads (`Mapping[str, torch.Tensor]`, *optional*): As in [`~peft_ravan.merging.ClientUpdate`].
         train_loss (`float`, *optional*, defaults to 0.0): Its mean local training loss.
-        learning_rate (`float`, *optional*): Its learning rate, if it has trained.
-        control_change (`Mapping[str, torch.Tensor]`, *optional*): By how much SCAFFOLD's c_i has changed.
-        kept_digest (`str`, *optional*): The SHA-256 of the file of what the client keeps of this round, if it keeps anything.
-        failure (`str`, *optional*): Why it has failed.
-        error (`Exception`, *optional*): The error, where the client and the server are one process. It is never sent.
+        learning_rate (`float`, *optional*): Its learning rate, if it trained.
+        control_change (`Mapping[str, torch.Tensor]`, *optional*): The change of SCAFFOLD's c_i.
+        kept_digest (`str`, *optional*): The SHA-256 of the file that the client saved in this round, if it saved one.
+        failure (`str`, *optional*): Why it failed.
+        error (`Exception`, *optional*): The error, if the client and the server share a process. It is never sent.
     """
 
     TENSOR_FIELDS: ClassVar[tuple[str, ...]] = ("update", "trained_heads", "control_change")
@@ -171,7 +171,7 @@ class ClientReply(Message):
         """
         Args:
             task ([`ClientTask`]): A task.
-            **fields: What the client has to say.
+            **fields: The other fields of the reply.
 
         Returns:
             [`ClientReply`]: The reply to it.
@@ -184,7 +184,7 @@ class ClientReply(Message):
             task ([`ClientTask`]): A task.
 
         Returns:
-            `bool`: Whether this is a reply to it, and not to one of another round, attempt or run.
+            `bool`: Whether this is a reply to this task, and not to one of another round, attempt or run.
         """
         names = ("round_number", "client", "purpose", "run", "attempt")
         return all(getattr(self, name) == getattr(task, name) for name in names)

@@ -55,20 +55,20 @@ logger = logging.get_logger(__name__)
 
 class FederatedMixin(PreparationMixin, CheckpointingMixin, SharingMixin, ReportsMixin):
     """
-    The rounds of a federation, to be mixed over a [`~transformers.Trainer`], see [`federated`]. [`FederatedTrainer`] says
-    what they are.
+    The rounds of a federation, as a mixin for a [`~transformers.Trainer`], see [`federated`]. They are described in
+    [`FederatedTrainer`].
 
-    A client's local training is the `train` of the trainer below, and so are its losses, data loaders, optimizers and
-    evaluation. What that trainer logs while a client trains stays with the client.
+    A client's local training is the `train` method of the base trainer, with its losses, data loaders, optimizers and
+    evaluation. What the base trainer logs while a client trains is not reported.
 
     **Attributes**:
-        - **client_attributes** (`tuple[str, ...]`) -- Names of attributes of the trainer below that change while a client
-          trains, such as running sums of metrics. Each client has a copy of them, which is thrown away after its training.
-          By default those of TRL's trainers; add to them those of your own.
+        - **client_attributes** (`tuple[str, ...]`) -- Names of attributes of the base trainer that change while a
+          client trains, such as running sums of metrics. Each client gets a copy of them, which is discarded after its
+          training. By default those of TRL's trainers. Add those of your own trainer.
     """
 
     client_attributes: ClassVar[tuple[str, ...]] = ClientSettings().attributes
-    arguments_class: ClassVar[type[FederatedArgumentsMixin]] = FederatedArgumentsMixin  # what `args` have to be
+    arguments_class: ClassVar[type[FederatedArgumentsMixin]] = FederatedArgumentsMixin  # the required type of `args`
 
     privacy: PrivateRounds | None = None
     _last_run: Run | None = None
@@ -103,7 +103,7 @@ class FederatedMixin(PreparationMixin, CheckpointingMixin, SharingMixin, Reports
             self._datasets_to_evaluate()  # raises if there are none
         self.last_merge: MergeResult | None = None
         self.last_global_state: dict[str, torch.Tensor] | None = None
-        # that of notebooks needs epochs, which the rounds do not have
+        # the progress bar for notebooks needs epochs, which rounds do not have
         if self.pop_callback(trainer_module.DEFAULT_PROGRESS_CALLBACK) is not None:
             self.add_callback(FederatedProgressCallback)
         self.add_callback(HistoryFileCallback)
@@ -143,18 +143,18 @@ class FederatedMixin(PreparationMixin, CheckpointingMixin, SharingMixin, Reports
         check_labels(self, given)
         sizes = self._client_sizes()
         args.participation.check(sizes, self.availability)
-        if not self._preparations:  # which may make more examples of few
+        if not self._preparations:  # preparation may make more examples from few
             check_batches(max(sizes.values()), args.train_batch_size * self._runner.group.size, args)
         if args.privacy is not None:
             check_privacy_of_adapter(adapter.awaits_gradient, adapter.statistics)
             privacy, always = Privacy.parse(args.privacy), self.availability is None
             self.privacy = private_rounds(privacy, args.participation, len(clients), args.num_rounds, always)
 
-    # ---- What the rounds are made of ---------------------------------------------
+    # ---- Parts of a federation ---------------------------------------------------
 
     @property
     def merge_method(self) -> str:
-        """The name of the merge method: that of the arguments, or what suits the adapter."""
+        """The name of the merge method: the one in the arguments, or one that suits the adapter."""
         return self._merging.method
 
     @property
@@ -163,7 +163,7 @@ class FederatedMixin(PreparationMixin, CheckpointingMixin, SharingMixin, Reports
 
     @property
     def federation(self) -> Federation:
-        """What the federation is made with."""
+        """The setup of the federation."""
         return Federation(
             self.args,
             self.model,
@@ -177,7 +177,7 @@ class FederatedMixin(PreparationMixin, CheckpointingMixin, SharingMixin, Reports
 
     @property
     def last_server_state(self) -> ServerState | None:
-        """What the server has after the last round that was run, as one value."""
+        """The state of the server after the last round, as one value."""
         return None if self._last_run is None else self._last_run.server.state
 
     def _server_settings(self) -> ServerSettings:
@@ -237,8 +237,8 @@ class FederatedMixin(PreparationMixin, CheckpointingMixin, SharingMixin, Reports
 
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*):
-                A checkpoint to go on from, or `True` for the last complete one of the run that has begun last in
-                `args.output_dir`.
+                A checkpoint to resume from, or `True` for the last complete checkpoint of the run that was started
+                last in `args.output_dir`.
             trial (*optional*):
                 As for [`~transformers.Trainer.train`].
             ignore_keys_for_eval (`list[str]`, *optional*):
@@ -252,9 +252,9 @@ class FederatedMixin(PreparationMixin, CheckpointingMixin, SharingMixin, Reports
             ValueError: if there is no training data, or nothing to resume from.
             CheckpointError: if the checkpoint is damaged or belongs to another federation.
             FolderInUseError: if another run is writing into `args.output_dir`.
-            RoundFailedError: if in all attempts at a round too few clients succeeded. The model then holds the last
+            RoundFailedError: if too few clients succeeded in all attempts at a round. The model then holds the last
                 merged adapter.
-            RuntimeError: if in no round as many clients as `min_clients` were available.
+            RuntimeError: if there was no round in which `min_clients` clients were available.
         """
         if not self.clients:
             raise ValueError(f"The {type(self).__name__} needs a `train_dataset` to train.")
@@ -270,7 +270,7 @@ class FederatedMixin(PreparationMixin, CheckpointingMixin, SharingMixin, Reports
                     self._load_best_model()
                     run.take_global()
             finally:
-                # also after an error: the model holds the last merged adapter, not that of a client
+                # also after an error, so that the model holds the last merged adapter and not that of a client
                 run.load_global()
                 self.last_global_state = dict(run.server.state.global_state)
                 self.is_in_train = False
@@ -288,14 +288,14 @@ class FederatedMixin(PreparationMixin, CheckpointingMixin, SharingMixin, Reports
             self._run_round(run, round_number, ignore_keys_for_eval, trial)
 
     def _init_model_again(self, trial: Any) -> None:
-        # as Trainer does, so that a second train() does not go on from the first
+        # as Trainer does, so that a second train() does not continue from the first
         set_seed(self.args.seed)
         self.model = self.call_model_init(trial)
         self._move_model_to_device(self.model, self.args.device)
         self.model_wrapped = self.callback_handler.model = self.model
 
     def _start_run(self, resume_from_checkpoint: str | bool | None, trial: Any) -> Run:
-        self._runner.share(chain(self.model.parameters(), self.model.buffers()))  # what was drawn may differ
+        self._runner.share(chain(self.model.parameters(), self.model.buffers()))  # random initial values may differ
         client = self._local_client()
         server = Server(self._server_settings(), ServerState(client.take_start()))
         self._last_run = run = Run(server, client)
@@ -314,7 +314,7 @@ class FederatedMixin(PreparationMixin, CheckpointingMixin, SharingMixin, Reports
         self.state.is_local_process_zero = self.is_local_process_zero()
         self.state.is_world_process_zero = self.is_world_process_zero()
         self.state.compute_steps(self.args, self.args.num_rounds)
-        self.state.epoch = None  # rounds are counted; an epoch means something to a client only
+        self.state.epoch = None  # rounds are counted; epochs exist only for clients
         self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
         if run.round:
             self.control.should_training_stop |= was_stopped
@@ -322,10 +322,10 @@ class FederatedMixin(PreparationMixin, CheckpointingMixin, SharingMixin, Reports
 
     def _open_run(self, run: Run, trial: Any) -> None:
         """
-        What comes before the first round, and is not repeated when a run goes on after one: one record, if there is
-        anything.
+        Do what comes before the first round, and is not repeated when a run is resumed after one. It gives at most one
+        record.
         """
-        if run.server.keep_from is None:  # else the run goes on from its start, which is saved
+        if run.server.keep_from is None:  # else the run is resumed from its start, which is saved already
             self._save_start(run, trial)
         record = {}
         if run.client.adapter.awaits_gradient:
@@ -344,7 +344,7 @@ class FederatedMixin(PreparationMixin, CheckpointingMixin, SharingMixin, Reports
             "train_runtime": time.time() - start_time,
             "train_loss": train_loss,
             **{
-                name: sum(record.get(name, 0) for record in self.state.log_history)  # those of round 0, too
+                name: sum(record.get(name, 0) for record in self.state.log_history)  # including round 0
                 for name in ("upload_bytes", "download_bytes")
             },
         }
@@ -355,7 +355,7 @@ class FederatedMixin(PreparationMixin, CheckpointingMixin, SharingMixin, Reports
     def _run_round(self, run: Run, round_number: int, ignore_keys_for_eval: list[str] | None, trial: Any) -> None:
         start_time = time.perf_counter()
         record = None
-        while record is None:  # too few clients have succeeded, and others are asked
+        while record is None:  # too few clients succeeded, so other clients are asked
             record = self._attempt_round(run, round_number)
         self.last_merge = run.server.last_merge
         run.load_global()

@@ -1,4 +1,4 @@
-"""What a federation is made with, as one value: for checkpoints, which compare it, and for cards, which tell of it."""
+"""The setup of a federation as one value, for checkpoints, which compare it, and model cards, which describe it."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from .server.settings import ServerSettings
 @dataclass(frozen=True)
 class Federation:
     """
-    What a federation is made with.
+    The setup of a federation.
 
     Args:
-        args ([`~transformers.TrainingArguments`]): The arguments, of which those of local training are read.
+        args ([`~transformers.TrainingArguments`]): The arguments, from which those of local training are read.
         model ([`~peft.PeftModel`]): The model with the adapter.
         clients (`Mapping[str, Dataset]`): Client names to data sets.
         server ([`ServerSettings`]): How rounds are run.
         partition ([`PartitionSettings`]): How the data was split.
         optimizer (`tuple[type, dict]`, *optional*): The class and the arguments of the clients' optimizer, if given.
-        is_given_by_client (`bool`, *optional*, defaults to `True`): Whether the data came by client, and was not split.
+        is_given_by_client (`bool`, *optional*, defaults to `True`): Whether the data were given by client rather than
+            split.
         num_processes_sharing (`int`, *optional*, defaults to 1): How many processes train a client together.
     """
 

@@ -1,4 +1,4 @@
-"""Folders that are written aside and then renamed, so that there is never half of one, and digests of files."""
+"""Folders that are written atomically, so that there is never an incomplete one, and digests of files."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ import safetensors
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is cut off, or of another federation. The message names it and says why."""
+    """A checkpoint is damaged, or belongs to another federation. The message names it and says why."""
 
 
 @contextlib.contextmanager
 def atomic_folder(path: str | os.PathLike, way_out: str = "Make room, and try again") -> Iterator[Path]:
     """
-    Write a folder aside, and put it in its place when all is written.
+    Write a folder under a temporary name, and move it into place when it is complete.
 
     Args:
-        path (`str` or `os.PathLike`): The folder. One that exists is replaced.
-        way_out (`str`, *optional*): What to tell who has no room for it.
+        path (`str` or `os.PathLike`): The folder. An existing one is replaced.
+        way_out (`str`, *optional*): Advice for the error message, for example if the disk is full.
 
     Yields:
         `Path`: The folder to write into.
 
     Raises:
-        OSError: if it could not be written. The place is as it was then.
+        OSError: if it could not be written. The target is then left as it was.
     """
     path = Path(path)
     aside = path.with_name(f".{path.name}.incomplete")
@@ -57,7 +57,7 @@ def atomic_folder(path: str | os.PathLike, way_out: str = "Make room, and try ag
 
 
 def _sync(path: Path) -> None:
-    # a rename that reaches the disk before the contents would leave empty files after a power failure
+    # if a rename reached the disk before the contents, a power failure would leave empty files
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""What a federation leaves out of garbage collection."""
+"""Excludes existing objects from garbage collection during a federation."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from collections.abc import Iterator
 @contextlib.contextmanager
 def frozen_heap() -> Iterator[None]:
     """
-    Leave all that exists out of garbage collection for a while.
+    Exclude all existing objects from garbage collection within a context.
 
-    Accelerate collects garbage at the start of each local training. That walks the whole heap, which the imported modules
-    fill, and takes longer than many a client's steps. Who has frozen the heap already has done the same, and wants it to
-    stay so: Python cannot unfreeze a part of it.
+    Accelerate collects garbage at the start of each local training. This walks the whole heap, which is full of
+    imported modules, and often takes longer than the steps of a client. If the heap is frozen already, it is left
+    frozen: Python cannot unfreeze a part of it.
     """
     is_frozen = gc.get_freeze_count() > 0
     if not is_frozen:

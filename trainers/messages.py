@@ -1,9 +1,9 @@
 """
-Messages between a server and its clients, and their bytes.
+Messages between a server and its clients, and their serialization.
 
-A message is a safetensors file. Its metadata hold the fields of the message as JSON, and which tensors it has; the tensors
-themselves lie one after another, all of one dtype together, so that a small tensor costs no header of its own. The bytes
-that a run counts are the bytes of this format.
+A message is a safetensors file. Its metadata hold the fields of the message as JSON, and a list of its tensors. All
+tensors of a dtype are concatenated into one, so that small tensors need no headers of their own. The bytes that a run
+reports are the bytes of this format.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from .serialized import DTYPE_NAMES, serialized_bytes
 
 
 FORMAT_VERSION = 1
-# far above what an adapter has, and far below what it takes to fill a memory
+# far more than an adapter needs, and far too little to exhaust memory
 MAX_HEADER_BYTES = 2**24
 MAX_MANIFEST_BYTES = 2**25
 MAX_TENSORS = 100_000
 MAX_TEXT_LENGTH = 10_000
 MAX_TEXTS = 1_000
 
-# what a message may have, in the order in which safetensors lays out tensors
+# the dtypes that a message may contain, in the order in which safetensors lays out tensors
 _SENT = ("I64", "F64", "I32", "F32", "I16", "BF16", "F16", "I8", "U8", "BOOL")
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items() if name in _SENT}
 
@@ -40,15 +40,15 @@ State = Mapping[str, torch.Tensor]
 AnyMessage = TypeVar("AnyMessage", bound="Message")
 # the field that a tensor belongs to, its name, its dtype and its shape
 Entry = tuple[str, str, str, tuple[int, ...]]
-# makes of a JSON value the value of a field, or raises a ValueError that says what it must be
+# turns a JSON value into the value of a field, or raises a ValueError that says what it must be
 Check = Callable[[Any], Any]
 
 
 class MessageError(ValueError):
-    """Bytes that are no message of this version. Nothing of them was used."""
+    """The bytes are not a valid message of this version. No part of them was used."""
 
 
-# ---- What the fields of a message may be -------------------------------------------
+# ---- Checks of fields --------------------------------------------------------------
 
 
 def integer(least: int, most: int = 2**63 - 1) -> Check:
@@ -96,16 +96,16 @@ def optional(check: Check) -> Check:
 
 @dataclass(frozen=True)
 class Message:
-    """What tasks and replies have in common: their bytes."""
+    """What tasks and replies have in common: their serialization."""
 
-    # the fields that hold tensors by name, or `None`; the others are JSON
+    # the fields that hold dicts of tensors, or `None`; the other fields are JSON
     TENSOR_FIELDS: ClassVar[tuple[str, ...]] = ()
     JSON_FIELDS: ClassVar[Mapping[str, Check]] = {}
 
     def to_bytes(self) -> bytes:
         """
         Returns:
-            `bytes`: The message.
+            `bytes`: The serialized message.
         """
         by_dtype: dict[str, list[torch.Tensor]] = {}
         for section, name, dtype, _ in self._entries():
@@ -114,7 +114,7 @@ class Message:
 
     @property
     def num_bytes(self) -> int:
-        """The length of the message in bytes. The message is not made for this."""
+        """The size of the message in bytes, computed without serializing it."""
         sizes: dict[str, int] = {}
         for _, _, dtype, shape in self._entries():
             sizes[dtype] = sizes.get(dtype, 0) + math.prod(shape)
@@ -125,19 +125,19 @@ class Message:
     def from_bytes(cls: type[AnyMessage], data: bytes) -> AnyMessage:
         """
         Args:
-            data (`bytes`): A message of this kind, from anywhere.
+            data (`bytes`): A serialized message of this kind. It may come from an untrusted source.
 
         Returns:
             The message.
 
         Raises:
-            MessageError: if it is cut off, larger than it says, of another kind or version, or if its fields are not those
-                that it should have. All sizes are compared with each other before a tensor is made.
+            MessageError: if it is truncated, larger than its header says, of another kind or version, or has wrong
+                fields. All sizes are compared with each other before a tensor is created.
         """
         metadata = _read_metadata(data)
         fields = _parse_json(metadata["message"], "the fields")
         if not isinstance(fields, dict) or fields.pop("kind", None) != cls.__name__:
-            raise MessageError(f"The message is no {cls.__name__}.")
+            raise MessageError(f"The message is not a {cls.__name__}.")
         version = fields.pop("format_version", None)
         if version != FORMAT_VERSION:
             raise MessageError(
@@ -166,7 +166,7 @@ class Message:
             for name, tensor in (getattr(self, section) or {}).items()
         ]
         order = {dtype: index for index, dtype in enumerate(_DTYPES)}
-        return sorted(entries, key=lambda entry: order[entry[2]])  # stable: a mapping keeps its order within a dtype
+        return sorted(entries, key=lambda entry: order[entry[2]])  # stable: within a dtype, tensors keep their order
 
     def _metadata(self) -> dict[str, str]:
         fields = {name: getattr(self, name) for name in self.JSON_FIELDS}
@@ -183,16 +183,16 @@ def _dtype_name(name: str, tensor: torch.Tensor) -> str:
     kind = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
     dtype = DTYPE_NAMES.get(kind)
     if dtype not in _DTYPES:
-        raise MessageError(f"{name!r} is {kind}, which is not sent. What can be: tensors of {', '.join(_DTYPES)}.")
+        raise MessageError(f"{name!r} is {kind}, which cannot be sent. Use tensors of {', '.join(_DTYPES)}.")
     return dtype
 
 
 # ---- Bytes -------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=64)  # that of a state is the same for all clients of a round
+@functools.lru_cache(maxsize=64)  # the manifest of a state is the same for all clients of a round
 def _manifest(present: tuple[str, ...], entries: tuple[Entry, ...]) -> str:
-    """Which tensors there are, compressed: their names are long, and much alike."""
+    """The list of the tensors, compressed because their names are long and similar."""
     text = json.dumps([present, entries], separators=(",", ":"))
     return base64.b64encode(zlib.compress(text.encode(), 9)).decode()
 
@@ -208,13 +208,13 @@ def _read_manifest(text: str, sections: tuple[str, ...]) -> tuple[list[str], lis
     parsed = _parse_json(manifest, "the list of the tensors")
     is_pair = isinstance(parsed, list) and len(parsed) == 2 and all(isinstance(part, list) for part in parsed)
     if not is_pair or len(parsed[1]) > MAX_TENSORS:
-        raise MessageError(f"The list of the tensors is none, or has more than {MAX_TENSORS:,} of them.")
+        raise MessageError(f"The list of the tensors is malformed, or has more than {MAX_TENSORS:,} of them.")
     present, entries = parsed
     if [name for name in sections if name in present] != present:
         raise MessageError("The message has tensors in fields that it should not have.")
     checked = [_checked_entry(entry, present) for entry in entries]
     if len({entry[:2] for entry in checked}) < len(checked):
-        raise MessageError("The message has two tensors of one name.")
+        raise MessageError("The message has two tensors with the same name.")
     return present, checked
 
 
@@ -232,7 +232,7 @@ def _checked_entry(entry: Any, present: list[str]) -> Entry:
             and all(type(size) is int and 0 <= size < 2**40 for size in shape)
         ):
             return section, name, dtype, tuple(shape)
-    raise MessageError(f"The list of the tensors has an entry that is none: {entry!r:.100}.")
+    raise MessageError(f"The list of the tensors has a malformed entry: {entry!r:.100}.")
 
 
 def _read_metadata(data: bytes) -> dict[str, str]:
@@ -263,7 +263,7 @@ def _read_tensors(data: bytes, manifest: tuple[list[str], list[Entry]]) -> dict[
     if sum(size * _DTYPES[dtype].itemsize for dtype, size in sizes.items()) > len(data):
         raise MessageError("The message is shorter than its tensors.")
     try:
-        flat = safetensors.torch.load(bytes(data))  # which compares its header with the length, and copies
+        flat = safetensors.torch.load(bytes(data))  # checks its header against the length, and copies
     except (safetensors.SafetensorError, ValueError, KeyError, RuntimeError) as error:
         raise MessageError(f"The message is damaged: its tensors cannot be read ({error}).") from error
     if {dtype: (tensor.dtype, tuple(tensor.shape)) for dtype, tensor in flat.items()} != {

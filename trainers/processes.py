@@ -1,4 +1,4 @@
-"""Processes that work together, as a launcher has started them."""
+"""Processes that work together, as started by a launcher."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class TrainingGroup:
 
     Args:
         size (`int`, *optional*, defaults to 1): How many there are.
-        is_main (`bool`, *optional*, defaults to `True`): Whether this is the one that writes down what the client keeps.
+        is_main (`bool`, *optional*, defaults to `True`): Whether this process saves what the client keeps.
         agree_on_time (`Callable[[float], float]`, *optional*):
-            Makes of the seconds by the clock of this process what all take for it.
+            Turns the seconds measured by this process into the value that all processes use.
     """
 
     size: int = 1
@@ -35,8 +35,8 @@ class TrainingGroup:
 @contextlib.contextmanager
 def one_process() -> Iterator[None]:
     """
-    Let Accelerate and Trainer think for a while that this process is the only one: then models are not wrapped, data is not
-    sharded, and nobody waits for others.
+    Let Accelerate and Trainer assume within a context that this process is the only one: models are not wrapped, data
+    are not sharded, and no process waits for others.
     """
     only = {
         "distributed_type": DistributedType.NO,

@@ -1,4 +1,4 @@
-"""The random generators of a process, as they are at one moment."""
+"""The state of the random generators of a process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class RandomState:
     The state of the random generators of Python, NumPy and torch.
 
     Args:
-        numbers (`Mapping[str, Any]`): What JSON can hold of it.
+        numbers (`Mapping[str, Any]`): The part that JSON can hold.
         tensors (`Mapping[str, torch.Tensor]`): The rest.
     """
 
@@ -29,7 +29,7 @@ class RandomState:
     def now(cls) -> RandomState:
         """
         Returns:
-            [`RandomState`]: The generators as they are now.
+            [`RandomState`]: The current state of the generators.
         """
         kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
         tensors = {"rng.torch": torch.get_rng_state(), "rng.numpy": torch.from_numpy(keys.astype(np.int64))}
@@ -40,7 +40,7 @@ class RandomState:
         return cls(numbers, tensors)
 
     def restore(self) -> None:
-        """Put the generators into this state."""
+        """Set the generators to this state."""
         torch.set_rng_state(self.tensors["rng.torch"])
         kind, position, has_gauss, gauss = self.numbers["numpy"]
         keys = self.tensors["rng.numpy"].numpy().astype(np.uint32)
@@ -54,7 +54,7 @@ class RandomState:
 
 @contextlib.contextmanager
 def preserved_random_state() -> Iterator[None]:
-    """Leave the random generators as they were, whatever is drawn from them within."""
+    """Restore the random generators at the end, whatever is drawn from them within the context."""
     state = RandomState.now()
     try:
         yield

@@ -1,4 +1,4 @@
-"""Saving a federation after a round, and going on from there."""
+"""Saving a federation after a round, and resuming it from there."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ _WITHOUT_ROOM = "Checkpoints of earlier rounds are complete: make room, and resu
 
 
 class CheckpointingMixin:
-    """Lets a federation be saved after a round, and go on from there as if it had not been interrupted."""
+    """Saves a federation after a round, and resumes it from there as if it had not been interrupted."""
 
     @contextlib.contextmanager
     def _locked_folder(self, trial: Any) -> Iterator[None]:
-        """Keep other runs out of the folder of this one."""
+        """Keep other runs from writing into the folder of this run."""
         held, problem = contextlib.ExitStack(), None
         if self._runner.is_main:
             try:
@@ -63,8 +63,8 @@ class CheckpointingMixin:
             yield
 
     def _claim_folder(self, run: Run, trial: Any) -> None:
-        """Make this run the last that has begun in its folder: `resume_from_checkpoint=True` goes on with it."""
-        self._runner.wait()  # others may still be looking for what to go on from
+        """Record this run as the last one started in its folder, so that `resume_from_checkpoint=True` resumes it."""
+        self._runner.wait()  # other processes may still be looking for a checkpoint to resume from
         run.identity = self._runner.agree(run.identity)
         run.server.settings = replace(run.server.settings, run=run.identity.name)
         if self._runner.is_main:
@@ -92,7 +92,7 @@ class CheckpointingMixin:
         return self.args.save_strategy != SaveStrategy.NO
 
     def _save_start(self, run: Run, trial: Any) -> None:
-        """So that a run that is killed before its first round is saved can be resumed as any other."""
+        """Save the start, so that a run that is killed before its first round was saved can be resumed as well."""
         if self.args.save_strategy in (SaveStrategy.STEPS, SaveStrategy.EPOCH) and not self.args.save_only_model:
             self._write_checkpoint(run, trial)
             run.server.keep_from = run.round
@@ -143,11 +143,11 @@ class CheckpointingMixin:
             own.copy_(saved_basis)
         run.client.adapter.load_checkpoint(tensors)
         run.take_global()
-        # in the order of the model, as before: sums over tensors are then the same to the last bit
+        # in the order of the model, as before, so that sums over tensors are the same bit for bit
         merged = {name: saved.state.global_state.get(name, own) for name, own in run.server.state.global_state.items()}
         run.server.state = replace(saved.state, global_state=merged, random_state=None)
         run.identity = RunIdentity.read(folder).going_on(run.round)
-        # clients keep what any checkpoint may need, not only this one
+        # clients keep what any checkpoint may need, not only what this one needs
         run.server.keep_from = self._oldest_checkpoint(run, trial)
         self.state = state
         saved.state.random_state.restore()
@@ -185,7 +185,7 @@ class CheckpointingMixin:
         return saved
 
     def _check_bases(self, folder: Path, tensors: dict[str, torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """The bases of the model and those that have to be written into them: none, unless they come from a round 0."""
+        """Pairs of bases of the model and saved values to write into them. Empty unless a round 0 made the bases."""
         adapter_name = self.model.active_adapter
         frozen = get_peft_model_state_dict(self.model, adapter_name=adapter_name, save_embedding_layers=False)
         bases = {name: tensor for name, tensor in frozen.items() if is_basis(name)}
@@ -214,7 +214,7 @@ class CheckpointingMixin:
         self._local_client().adapter.load_checkpoint(tensors)
 
     def _restore_callbacks(self) -> None:
-        # Trainer does so on request; here a run that goes on is to be the run that was interrupted
+        # Trainer does so on request; here a resumed run must be the same as an uninterrupted one
         before, self.args.restore_callback_states_from_checkpoint = (
             self.args.restore_callback_states_from_checkpoint, True,
         )  # fmt: skip

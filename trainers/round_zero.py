@@ -1,4 +1,4 @@
-"""Round 0 of a run: from the clients' gradients to the common bases of the adapter in the model."""
+"""Round 0 of a run, which makes the common bases of the adapter from the clients' gradients."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ State = Mapping[str, torch.Tensor]
 
 def make_common_bases(run: Run, runner: Runner, model: nn.Module, bases: BasesSettings) -> dict[str, Any]:
     """
-    Run round 0. Neither the bases nor the global state have changed if it fails.
+    Run round 0. If it fails, neither the bases nor the global state change.
 
     Args:
         run ([`Run`]): The run, before its first round.
-        runner ([`Runner`]): What runs the clients.
+        runner ([`Runner`]): The runner of the clients.
         model ([`~peft.PeftModel`]): The model, with an adapter that awaits gradients.
         bases ([`BasesSettings`]): How the bases are made.
 

@@ -1,4 +1,4 @@
-"""A run of a federation on one machine: its server, its clients, and which run it is."""
+"""A run of a federation on one machine: its server, its clients and its identity."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Run:
     Args:
         server ([`Server`]): The server.
         client ([`LocalClient`]): The clients, which take turns.
-        facts (`Mapping[str, Any]`): What it is made with, see [`run_facts`]; nothing for a run that saves no checkpoints.
-        identity ([`RunIdentity`]): What tells it from other runs in its folder.
+        facts (`Mapping[str, Any]`): The setup of the run, see [`run_facts`]. Empty if the run saves no checkpoints.
+        identity ([`RunIdentity`]): What distinguishes it from other runs in its folder.
     """
 
     server: Server
@@ -38,14 +38,14 @@ class Run:
     def state(self) -> dict[str, torch.Tensor]:
         """
         Returns:
-            `dict[str, torch.Tensor]`: The global adapter. Personal parts are those that clients start with.
+            `dict[str, torch.Tensor]`: The global adapter. Its personal parts have their initial values.
         """
         return {**self.server.state.global_state, **self.client.personal_start}
 
     def load_global(self) -> None:
-        """Put the global adapter into the model."""
+        """Load the global adapter into the model."""
         self.client.adapter.load(self.state())
 
     def take_global(self) -> None:
-        """Make the adapter that is in the model the global one."""
+        """Use the adapter in the model as the global one."""
         self.server.state = replace(self.server.state, global_state=self.client.take_start())

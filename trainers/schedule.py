@@ -1,4 +1,4 @@
-"""What counts time in a federation: the learning rate of its rounds, what happens after them, and what they add up to."""
+"""The schedule of a federation: the learning rate of its rounds, what is due after a round, and the mean loss."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from transformers.trainer_utils import IntervalStrategy
 
 def learning_rate_factors(args: TrainingArguments, num_rounds: int) -> list[float]:
     """
-    What `lr_scheduler_type` makes of the learning rate over the rounds.
+    Compute the learning rate schedule over the rounds from `lr_scheduler_type`.
 
     Args:
-        args ([`~transformers.TrainingArguments`]): The arguments, of which the schedule is read.
+        args ([`~transformers.TrainingArguments`]): The arguments that define the schedule.
         num_rounds (`int`): The number of rounds.
 
     Returns:
@@ -39,11 +39,11 @@ def learning_rate_factors(args: TrainingArguments, num_rounds: int) -> list[floa
 
 def is_due(strategy: str, every: float, round_number: int, last: int, also_last: bool = False) -> bool:
     """
-    Whether something is done after a round.
+    Check whether something is due after a round.
 
     Args:
-        strategy (`str`): `"epoch"` for every round, `"steps"` for every `every` rounds; anything else for none.
-        every (`float`): The number of rounds, or if below 1 the share of all rounds.
+        strategy (`str`): `"epoch"` for every round, `"steps"` for every `every` rounds, anything else for never.
+        every (`float`): The number of rounds, or if below 1, a share of all rounds.
         round_number (`int`): The round, from 1.
         last (`int`): The number of the last round.
         also_last (`bool`, *optional*, defaults to `False`): Whether `"steps"` includes the last round.
@@ -63,13 +63,13 @@ def mean_train_loss(history: Sequence[Mapping[str, Any]], min_clients: int) -> f
     """
     Args:
         history (`Sequence[Mapping[str, Any]]`): The records of the rounds.
-        min_clients (`int`): How many clients a round needs, for the error.
+        min_clients (`int`): How many clients a round needs, for the error message.
 
     Returns:
         `float`: The mean training loss over the rounds in which clients trained.
 
     Raises:
-        RuntimeError: if there was none.
+        RuntimeError: if there was no such round.
     """
     losses = [record["train_loss"] for record in history if "train_loss" in record]
     if not losses:

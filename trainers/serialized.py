@@ -1,4 +1,4 @@
-"""How many bytes tensors take in a safetensors file, which is what clients and server send each other."""
+"""The size of tensors as a safetensors file, the format that clients and server exchange."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 
 
-# as safetensors calls them, in the order in which it lays out tensors
+# the names that safetensors uses, in the order in which it lays out tensors
 DTYPE_NAMES = {
     torch.uint64: "U64", torch.int64: "I64", torch.float64: "F64", torch.complex64: "C64", torch.float32: "F32",
     torch.uint32: "U32", torch.int32: "I32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint16: "U16",
@@ -24,12 +24,12 @@ def serialized_bytes(state: Mapping[str, torch.Tensor], metadata: Mapping[str, s
     """
     Args:
         state (`Mapping[str, torch.Tensor]`): Tensors by name. They may be on the meta device.
-        metadata (`Mapping[str, str]`, *optional*): What the file says besides.
+        metadata (`Mapping[str, str]`, *optional*): The metadata of the file.
 
     Returns:
         `int`: The size of the tensors as a safetensors file, in bytes.
     """
-    # worked out, since a file in memory takes twice the memory of the tensors while it is written
+    # computed, because serializing needs twice the memory of the tensors
     if any(tensor.dtype not in DTYPE_NAMES for tensor in state.values()):
         return len(safetensors.torch.save(dict(state), metadata))
     header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}

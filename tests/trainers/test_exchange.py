@@ -123,7 +123,7 @@ def rewritten(message, change_fields=lambda fields: fields, change_list=lambda e
 FIELDS = {
     "version": ({"format_version": 2}, "format version 2, and this version reads 1"),
     "no-version": ({"format_version": None}, "format version None"),
-    "kind": ({"kind": "ClientTask"}, "The message is no ClientReply"),
+    "kind": ({"kind": "ClientTask"}, "The message is not a ClientReply"),
     "extra": ({"extra": 1}, "has the field 'extra'"),
     "round": ({"round_number": -1}, "'round_number' must be an integer from 0"),
     "round-true": ({"round_number": True}, "'round_number' must be an integer from 0"),

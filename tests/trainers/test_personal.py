@@ -266,7 +266,7 @@ def test_a_full_disk_is_distinguished_from_a_failing_client(tmp_path, monkeypatc
     store.save("a", 1, value(1))
     monkeypatch.setattr(store_module, "save_file", full)
     with pytest.raises(
-        ClientStoreError, match="What client 'a' keeps could not be written .*No space left.*making room"
+        ClientStoreError, match="What client 'a' keeps could not be written .*No space left.*freeing disk space"
     ):
         store.save("a", 2, value(2), kept_in=1)
     assert [path.name for path in tmp_path.rglob("round-*")] == ["round-1.safetensors"]

@@ -1,4 +1,4 @@
-"""A client of a federation: what it makes of a task, with its own data. It knows no server."""
+"""A client of a federation: it turns a task into a reply, using its own data. It does not depend on the server."""
 
 from .local_client import LocalClient
 from .settings import ClientSettings

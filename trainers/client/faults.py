@@ -1,4 +1,4 @@
-"""What may go wrong with a client, which costs its own contribution and not the round."""
+"""Faults of a client, which cost its own contribution but not the round."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from transformers import TrainerCallback
 from peft_ravan.merging import ClientUpdate
 
 
-# Called with the client, the round and its update before the upload, so that tests can inject faults: it may raise, take
-# its time, or return another update.
+# Called with the client, the round and the update before the upload, so that tests can inject faults: it may raise an
+# error, wait, or return another update.
 ClientFault = Callable[[str, int, ClientUpdate], ClientUpdate | None]
 
 
 @dataclass(frozen=True)
 class FaultSettings:
     """
-    What is done about clients that fail.
+    How failing clients are handled.
 
     Args:
-        client_timeout (`float`, *optional*): The seconds after which a client's local training is given up. By default never.
+        client_timeout (`float`, *optional*): The time limit of a client's local training, in seconds. By default none.
         max_round_attempts (`int`, *optional*, defaults to 3): How often a round is tried before the run ends.
 
     Raises:
-        ValueError: if the seconds are not above 0, or the attempts not 1 or more.
+        ValueError: if the time limit is not above 0, or the number of attempts is below 1.
     """
 
     client_timeout: float | None = None
@@ -49,14 +49,14 @@ class NothingTrainedError(RuntimeError):
 
 class TimeoutCallback(TrainerCallback):
     """
-    Ends the local training of a client that takes too long. It looks at the clock after every step: a step that hangs is
-    not interrupted.
+    Stops the local training of a client if it takes too long. The time is checked after every step, so a step that
+    hangs is not interrupted.
 
     Args:
         seconds (`float`, *optional*):
-            The limit, or `None` for none.
+            The limit, or `None` for no limit.
         agree (`Callable[[float], float]`, *optional*):
-            Makes of the time by the clock of this process what all processes that train the client take for it.
+            Turns the time measured by this process into the one that all processes that train the client use.
     """
 
     def __init__(self, seconds: float | None, agree: Callable[[float], float] | None = None):
@@ -67,7 +67,7 @@ class TimeoutCallback(TrainerCallback):
     def check(self) -> None:
         """
         Raises:
-            ClientTimeoutError: if the time is over.
+            ClientTimeoutError: if the time limit is exceeded.
         """
         if self.seconds is None:
             return

@@ -1,6 +1,6 @@
 """
-Which heads of a Ravan adapter a client trains in a round, for clients that cannot train all of them. Pure functions: they
-know of shares, scores and seeds, and of no model.
+Selects the heads of a Ravan adapter that a client trains in a round, for clients that cannot train all of them. The
+functions are pure: they work on shares, scores and seeds, without a model.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from ..seeds import derive_seed
 
 def head_scores(matrices: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """
-    Score heads by the size of their products s*H, or of the gradients of H: by the root mean square of the entries. Within
-    a target this is the order of the Frobenius norms. Between targets of different ranks, it is the norm for its cost.
+    Score heads by the size of their products s*H, or of the gradients of H: the root mean square of the entries.
+    Within a target this gives the same order as the Frobenius norms. Across targets of different ranks, it relates the
+    norm to the cost of a head.
 
     Args:
-        matrices (`Mapping[str, torch.Tensor]`): Target names to one matrix a head, `[h, r, r]`.
+        matrices (`Mapping[str, torch.Tensor]`): Target names to one matrix per head, `[h, r, r]`.
 
     Returns:
         `dict[str, torch.Tensor]`: Target names to scores, `[h]`.
@@ -41,19 +42,19 @@ def select_heads(
 
     Args:
         scores (`Mapping[str, torch.Tensor]`):
-            Target names to the scores of their heads, `[h]`. The seed decides between equal scores, so scores that are all
-            equal give a random choice.
+            Target names to the scores of their heads, `[h]`. Ties are broken by the seed, so if all scores are equal,
+            the choice is random.
         share (`float`):
             The share of the heads that can be trained, above 0 and up to 1.
         seed (`int`):
             The seed.
         allocation (`str`, *optional*, defaults to `"layer"`):
-            `"layer"` chooses the same share of every target's heads: `share * h`, where half a head is rounded up, and one
-            at least. `"global"` spends the budget over all targets at once, so that a target may get none: it chooses
-            that share of all heads, or where heads differ in size, the best ones that fit into that share of all
+            `"layer"` chooses the same share of heads at every target: `share * h`, with half a head rounded up, but at
+            least one. `"global"` spends the budget over all targets at once, so a target may get no heads: it chooses
+            that share of all heads or, if heads differ in size, the best ones that fit into that share of all
             parameters.
         head_sizes (`Mapping[str, int]`, *optional*):
-            Target names to the number of parameters of a head. By default they are the same everywhere.
+            Target names to the number of parameters of a head. By default all heads have the same size.
 
     Returns:
         `dict[str, torch.Tensor]`: Target names to masks of the chosen heads, bool tensors `[h]`. At least one head is
@@ -79,19 +80,19 @@ def select_heads(
 
 
 def _num_heads(share: float, num_heads: int) -> int:
-    # Half up: `round` takes halves to even, so that shares of 0.375, 0.5 and 0.625 of four heads would all be two. The
-    # tolerance is for shares such as 0.29, whose product with 50 is a little less than 14.5 as a float.
+    # Half is rounded up: `round` rounds halves to even, so shares of 0.375, 0.5 and 0.625 of four heads would all give
+    # two. The tolerance is for shares such as 0.29, whose product with 50 is slightly less than 14.5 as a float.
     return max(1, math.floor(share * num_heads + 0.5 + 1e-9))
 
 
 def _rank(scores: Mapping[str, torch.Tensor], seed: int) -> list[tuple[str, int]]:
-    """All heads, the best first."""
+    """All heads, best first."""
     keys = {}
     for name, heads in scores.items():
         # a generator for each target, so that the order of the targets makes no difference
         rng = random.Random(derive_seed(seed, name))
         for head, score in enumerate(heads.tolist()):
-            # nothing can be said of a NaN, and a sort with one in it would depend on the order
+            # NaN cannot be compared, and sorting with it would depend on the order
             keys[name, head] = (0.0 if math.isnan(score) else -score, rng.random())
     return sorted(keys, key=lambda head: (*keys[head], head))
 

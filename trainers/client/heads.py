@@ -1,4 +1,4 @@
-"""The heads of a Ravan adapter that a client trains, where it cannot train all."""
+"""Lets a client train only some heads of a Ravan adapter, if it cannot train all of them."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from .head_selection import head_scores, select_heads
 
 def choose_heads(trainer: Trainer, choice: HeadChoice) -> None:
     """
-    Let the model train the heads that a client can afford. To be called when the trainer is that of the client, right
-    before its training, whose random numbers are left as they were.
+    Let the model train the heads that a client can afford. Call this when the trainer is set up for the client, right
+    before its training. The random numbers of the training do not change.
 
     Args:
         trainer ([`~transformers.Trainer`]): The trainer, with a model that trains all heads.
-        choice ([`HeadChoice`]): How many, and how they are chosen.
+        choice ([`HeadChoice`]): How many heads, and how they are chosen.
     """
     if choice.share == 1:
         return
@@ -53,21 +53,21 @@ def _first_gradients(trainer: Trainer, layers: dict[str, tuple[RavanLayer, str]]
     """The gradients of the cores of all heads, `[h, r, r]`, on the batches of the client's first optimizer step."""
     model = trainer.model
     with _undisturbed(model, trainer.args.seed):
-        # with this seed the sampler gives the batches that it will give the training
+        # with this seed the sampler yields the same batches as in the training
         batches = itertools.islice(trainer.get_train_dataloader(), trainer.args.gradient_accumulation_steps)
         for inputs in batches:
-            # accelerate puts autocast into the model's forward only when the first client trains
+            # accelerate adds autocast to the model's forward only when the first client trains
             with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
                 loss = trainer.compute_loss(model, trainer._prepare_inputs(inputs))
             loss.backward()
         cores = {name: layer.ravan_H[adapter] for name, (layer, adapter) in layers.items()}
-        # a layer that the loss does not depend on has no gradient
+        # a layer without influence on the loss has no gradient
         return {name: torch.zeros_like(core) if core.grad is None else core.grad for name, core in cores.items()}
 
 
 @contextmanager
 def _undisturbed(model: nn.Module, seed: int) -> Iterator[None]:
-    """Compute gradients in training mode and leave the model, and what follows from the seed, as they were."""
+    """Compute gradients in training mode, then restore the model and set the seed again."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers() if ".ravan_" not in name}
     training = model.training
     model.train()
@@ -82,7 +82,7 @@ def _undisturbed(model: nn.Module, seed: int) -> Iterator[None]:
 
 
 def _with_trained_heads(kwargs: dict[str, Any], layers: Iterable[tuple[RavanLayer, str]]) -> dict[str, Any]:
-    """The arguments of an optimizer, with the parameters of the trained heads in the place of those of all heads."""
+    """The arguments of an optimizer, with the parameters of the trained heads instead of those of all heads."""
     if "params" not in kwargs:
         return kwargs
     instead = {}
@@ -93,7 +93,7 @@ def _with_trained_heads(kwargs: dict[str, Any], layers: Iterable[tuple[RavanLaye
             instead[id(everything.scaling)] = layer.ravan_s[adapter]
 
     def replaced(entry: Any) -> Any:
-        # all that torch takes: parameters, pairs of a name and a parameter, groups of one or several of these
+        # everything that torch accepts: parameters, (name, parameter) pairs, and groups of one or more of these
         if isinstance(entry, dict):
             return {**entry, "params": replaced(entry["params"])}
         if isinstance(entry, torch.Tensor):

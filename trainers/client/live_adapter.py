@@ -1,4 +1,4 @@
-"""The adapter in the model of a client: loaded before its training, and read after it."""
+"""The adapter in the model of a client: it is loaded before training and read after training."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ from peft_ravan.tuner.state import CORE_NAME, checkpoint_state, exchange_state, 
 
 def freeze(model: nn.Module, parts: tuple[str, ...]) -> list[nn.Parameter]:
     """
-    Freeze what a merge method keeps common, such as LoRA's A for FFA-LoRA. It then neither trains nor travels.
+    Freeze the parameters that a merge method keeps common, such as LoRA's A for FFA-LoRA. They are then neither
+    trained nor exchanged.
 
     Args:
         model (`torch.nn.Module`): The model.
         parts (`tuple[str, ...]`): Parts of the names of the parameters.
 
     Returns:
-        `list[torch.nn.Parameter]`: What was not frozen before.
+        `list[torch.nn.Parameter]`: The parameters that were not frozen before.
     """
     frozen = [
         parameter for name, parameter in model.named_parameters() if parameter.requires_grad and has_part(name, parts)
@@ -39,8 +40,8 @@ def freeze(model: nn.Module, parts: tuple[str, ...]) -> list[nn.Parameter]:
 @contextlib.contextmanager
 def frozen_for_now(model: nn.Module, parts: tuple[str, ...]) -> Iterator[None]:
     """
-    Freeze what is not trained within, such as the one of LoRA's A and B whose turn it is not. Optimizers that are made
-    within do not have it.
+    Freeze parameters within a context, such as LoRA's A in a round that trains only B. Optimizers that are created
+    within the context do not include them.
 
     Args:
         model (`torch.nn.Module`): The model.
@@ -56,25 +57,25 @@ def frozen_for_now(model: nn.Module, parts: tuple[str, ...]) -> Iterator[None]:
 
 class LiveAdapter:
     """
-    The tensors of the active adapter of a model that travel between server and clients, by the names of the adapter's
-    checkpoint. They are the model's own memory: loading writes into the model, and nothing is copied twice.
+    The tensors of the active adapter of a model that are exchanged between server and clients, by the names of the
+    adapter's checkpoint. They share the model's memory: loading writes into the model, and nothing is copied twice.
 
-    What a client trains is what travels: the trained parameters of the adapter and of `modules_to_save`, and the running
-    statistics of the latter. Frozen bases do not, nor do heads that are not trained at the moment. Buffers of the base
-    model, such as the statistics of a batch norm, are put back to their first values at each load, so that nothing leaks
-    from one client to the next.
+    The tensors that clients train are exchanged: the trained parameters of the adapter and of `modules_to_save`, and
+    the running statistics of the latter. Frozen bases are not exchanged, nor are heads that are not trained at the
+    moment. Buffers of the base model, such as the statistics of a batch norm, are reset to their initial values at
+    each load, so that nothing leaks from one client to the next.
 
     Args:
         model ([`~peft.PeftModel`]):
             The model, with one active adapter.
 
     **Attributes**:
-        - **statistics** (`list[str]`) -- The names of those that are running statistics.
+        - **statistics** (`list[str]`) -- The names of the tensors that are running statistics.
 
     Raises:
         TypeError: if the model is not a PEFT model.
         ValueError: if there is more than one active adapter, nothing to train, only some heads to train, or a trained
-            parameter that is not in the adapter's checkpoint and so could neither be uploaded nor averaged.
+            parameter that is not in the adapter's checkpoint, so that it could neither be uploaded nor averaged.
     """
 
     def __init__(self, model: nn.Module):
@@ -108,18 +109,18 @@ class LiveAdapter:
 
     @property
     def awaits_gradient(self) -> bool:
-        """Whether its bases are to come from a gradient, and have not."""
+        """Whether its bases still have to be made from a gradient."""
         return awaits_gradient(self._model, self.adapter_name)
 
     def load(self, state: Mapping[str, torch.Tensor]) -> None:
         """
-        Write a global state into the model, which then trains all heads. Every scaling becomes 1.
+        Write a global state into the model, which then trains all heads. Every scaling is set to 1.
 
         Args:
-            state (`Mapping[str, torch.Tensor]`): Checkpoint names to tensors, as [`LiveAdapter.read`] gives them.
+            state (`Mapping[str, torch.Tensor]`): Checkpoint names to tensors, as returned by [`LiveAdapter.read`].
 
         Raises:
-            ValueError: if it is not a state of this adapter. Nothing is written then.
+            ValueError: if it is not a state of this adapter. In this case nothing is written.
         """
         self._check_fits(state)
         if self._layers:
@@ -147,7 +148,7 @@ class LiveAdapter:
 
     @contextlib.contextmanager
     def preserved(self) -> Iterator[None]:
-        """Give the model back as it was, to the last bit, whatever is loaded or trained within."""
+        """Restore the model bit for bit at the end, whatever is loaded or trained within the context."""
         values = [(tensor, tensor.detach().clone()) for tensor in self._tensors.values()]
         values += [(buffer, buffer.clone()) for buffer, _ in self._other_buffers]
         training = self._model.training
@@ -173,7 +174,8 @@ class LiveAdapter:
 
     def read(self) -> dict[str, torch.Tensor]:
         """
-        Read what a client uploads: products s*H of the heads that it trains, and all other trained tensors as they are.
+        Read the tensors that a client uploads: the products s*H of its trained heads, and all other trained tensors as
+        they are.
 
         Returns:
             `dict[str, torch.Tensor]`: Checkpoint names to copies on the CPU.
@@ -181,17 +183,17 @@ class LiveAdapter:
         with torch.no_grad():
             state = exchange_state(self._tensors)
             for name in self.trained_heads() or ():
-                # the tensors of all heads do not have the trained values yet
+                # the tensors of all heads do not contain the trained values yet
                 layer = self._layers[name]
                 state[name] = scaled_cores(layer.ravan_H[self.adapter_name], layer.ravan_s[self.adapter_name])
             return {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
 
     def trained_heads(self) -> dict[str, torch.Tensor] | None:
         """
-        Which heads the model trains, where it trains some only.
+        Find out which heads the model trains, if it trains only some of them.
 
         Returns:
-            `dict[str, torch.Tensor]`: Checkpoint names of cores to bool tensors, `[h]`, as [`ClientUpdate`] has them, or
+            `dict[str, torch.Tensor]`: Checkpoint names of cores to bool tensors, `[h]`, as in [`ClientUpdate`], or
             `None` if all heads are trained.
         """
         masks = {
@@ -203,7 +205,7 @@ class LiveAdapter:
 
 
 def _ravan_layers(tuner: nn.Module, adapter_name: str) -> dict[str, RavanLayer]:
-    """The layers of a Ravan adapter by the checkpoint names of their cores; none for another adapter."""
+    """The layers of a Ravan adapter, by the checkpoint names of their cores. Empty for other adapters."""
     if not isinstance(tuner, RavanModel):
         return {}
     masks = tuner.trained_heads(adapter_name)
@@ -222,11 +224,11 @@ def single_active_adapter(model: nn.Module) -> str:
         model (`torch.nn.Module`): A model.
 
     Returns:
-        `str`: The name of its one active adapter.
+        `str`: The name of its only active adapter.
 
     Raises:
         TypeError: if it is not a PEFT model.
-        ValueError: if it has no adapter that is active, or several, or one that a federation cannot train.
+        ValueError: if it has no active adapter, more than one, or one that a federation cannot train.
     """
     if not isinstance(model, PeftModel):
         raise TypeError(

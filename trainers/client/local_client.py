@@ -1,4 +1,4 @@
-"""A client of a federation: it makes a reply of a task, by the training of any Trainer."""
+"""A client of a federation: it turns a task into a reply by local training with any Trainer."""
 
 from __future__ import annotations
 
@@ -34,21 +34,21 @@ State = Mapping[str, torch.Tensor]
 
 class LocalClient:
     """
-    A client, or several that take turns, around one [`~transformers.Trainer`]. It needs neither the data of other clients
-    nor their number.
+    A client, or several that take turns, around one [`~transformers.Trainer`]. It needs to know neither the data nor
+    the number of the other clients.
 
     Args:
         trainer ([`~transformers.Trainer`]): Any trainer, with a model that has an adapter.
-        store ([`ClientStore`], *optional*): Where the client keeps what stays with it, if anything does.
-        settings ([`ClientSettings`], *optional*): How it trains, beside what the trainer does by itself.
-        data ([`ClientData`], *optional*): What it trains on. By default the training set of the trainer.
-        train (`Callable[[], TrainOutput]`, *optional*): The local training. By default that of the trainer.
-        group ([`TrainingGroup`], *optional*): The processes that train a client together. By default this one alone.
-        fault (`Callable`, *optional*): Changes what is uploaded, or raises, so that tests can inject faults.
+        store ([`ClientStore`], *optional*): Where the client keeps its personal tensors, if it has any.
+        settings ([`ClientSettings`], *optional*): How it trains, in addition to the trainer's arguments.
+        data ([`ClientData`], *optional*): The training data. By default the training set of the trainer.
+        train (`Callable[[], TrainOutput]`, *optional*): Runs the local training. By default `trainer.train`.
+        group ([`TrainingGroup`], *optional*): The processes that train a client together. By default only this one.
+        fault (`Callable`, *optional*): Changes the update or raises, so that tests can inject faults.
 
     **Attributes**:
         - **adapter** ([`LiveAdapter`]) -- The adapter in the model.
-        - **personal_start** (`dict[str, torch.Tensor]`) -- What stays with clients, as they start with it.
+        - **personal_start** (`dict[str, torch.Tensor]`) -- The initial values of the personal parts.
 
     Example:
 
@@ -83,7 +83,7 @@ class LocalClient:
 
     def take_start(self) -> dict[str, torch.Tensor]:
         """
-        Take the personal parts of the adapter that is in the model for those that clients start with.
+        Use the personal parts of the adapter in the model as those that clients start with.
 
         Returns:
             `dict[str, torch.Tensor]`: The other parts, which are shared.
@@ -95,40 +95,41 @@ class LocalClient:
 
     def train(self, task: ClientTask) -> ClientReply:
         """
-        Do what a server asks.
+        Run a task of the server.
 
         Args:
             task ([`ClientTask`]): The task.
 
         Returns:
-            [`ClientReply`]: What the client uploads, or why it has failed.
+            [`ClientReply`]: The update of the client, or why it failed.
 
         Raises:
-            ClientStoreError: if what the client keeps could not be read or written, which is a fault of the machine.
+            ClientStoreError: if the client's personal tensors could not be read or written, which is a fault of the
+                machine.
         """
         work = {"train": self._update, "warm_up": self._warm_up, "sketch": self._sketch}[task.purpose]
         try:
             reply = work(task, TimeoutCallback(self.settings.timeout, self._group.agree_on_time))
-            _ = reply.num_bytes  # raises here, where it costs no more than this client, if it cannot be sent
+            _ = reply.num_bytes  # raises if it cannot be sent: here only this client fails
             return reply
         except ClientStoreError:
             raise
         except Exception as error:
-            traceback.clear_frames(error.__traceback__)  # what they hold may be what memory ran out for
+            traceback.clear_frames(error.__traceback__)  # they may hold the tensors for which memory ran out
             failure = f"{type(error).__name__}: {error}"[:MAX_TEXT_LENGTH]
             return ClientReply.to(task, failure=failure, error=error)
 
     def load(self, client: str, state: State, kept_in: int | None = None) -> dict[str, torch.Tensor]:
         """
-        Put what a client has into the model: the shared adapter, and its own parts.
+        Load the adapter of a client into the model: the shared parts and its personal parts.
 
         Args:
             client (`str`): The name of the client.
             state (`Mapping[str, torch.Tensor]`): The shared adapter.
-            kept_in (`int`, *optional*): The round from which it has its own parts. By default those it starts with.
+            kept_in (`int`, *optional*): The round whose personal parts are loaded. By default the initial ones.
 
         Returns:
-            `dict[str, torch.Tensor]`: What it keeps.
+            `dict[str, torch.Tensor]`: All tensors that the client keeps.
         """
         kept = self.store.load(client, kept_in) if self.store is not None else {}
         own = {name: kept.get(name, tensor) for name, tensor in self.personal_start.items()}
@@ -142,19 +143,19 @@ class LocalClient:
         objective: Callable[[torch.nn.Module], GradientCorrection] | None = None,
     ) -> tuple[TrainOutput, float, LocalTraining]:
         """
-        Train the model as it is on the data of a client.
+        Train the model on the data of a client, without loading anything first.
 
         Args:
-            task ([`ClientTask`]): Who trains, with which seed, learning rate, heads and steps.
-            timeout ([`TimeoutCallback`], *optional*): Ends a training that takes too long. By default none.
-            objective (`Callable[[nn.Module], GradientCorrection]`, *optional*): What is added to the gradients.
+            task ([`ClientTask`]): Which client trains, with which seed, learning rate, heads and steps.
+            timeout ([`TimeoutCallback`], *optional*): Stops training that takes too long. By default none.
+            objective (`Callable[[nn.Module], GradientCorrection]`, *optional*): Makes the correction of the gradients.
 
         Returns:
-            `tuple[TrainOutput, float, LocalTraining]`: What the training gives, its learning rate, and the training.
+            `tuple[TrainOutput, float, LocalTraining]`: The training output, the learning rate, and the training.
         """
         with self.as_client(task, timeout, objective) as training:
             if task.heads is not None:
-                with one_process():  # all processes that train a client choose the same
+                with one_process():  # all processes that train a client make the same choice
                     choose_heads(self.trainer, task.heads)
             return self.train_locally(), self.trainer.lr_scheduler.get_last_lr()[0], training
 
@@ -166,15 +167,15 @@ class LocalClient:
         objective: Callable[[torch.nn.Module], GradientCorrection] | None = None,
     ) -> Iterator[LocalTraining]:
         """
-        Make the trainer that of a client for a while, as for [`LocalClient.fit`].
+        Set up the trainer for a client within a context, as for [`LocalClient.fit`].
 
         Args:
             task ([`ClientTask`]): The task.
-            timeout ([`TimeoutCallback`], *optional*): Ends a training that takes too long.
-            objective (`Callable[[nn.Module], GradientCorrection]`, *optional*): What is added to the gradients.
+            timeout ([`TimeoutCallback`], *optional*): Stops training that takes too long.
+            objective (`Callable[[nn.Module], GradientCorrection]`, *optional*): Makes the correction of the gradients.
         """
         training = LocalTraining(
-            self.data.dataset(task.client),  # which may have to be prepared, and not be fit for it
+            self.data.dataset(task.client),  # may have to be prepared, which can fail
             task.seed,
             task.learning_rate_factor,
             task.max_steps if task.purpose != "sketch" else None,
@@ -195,13 +196,13 @@ class LocalClient:
 
     def train_locally(self) -> TrainOutput:
         """
-        The training of the trainer, which may say nothing if there was nothing to train on.
+        Run the local training, and raise an error if there was nothing to train on: the trainer may not report it.
 
         Returns:
-            [`~transformers.trainer_utils.TrainOutput`]: What it gives.
+            [`~transformers.trainer_utils.TrainOutput`]: The output of the training.
 
         Raises:
-            NothingTrainedError: if it does no step.
+            NothingTrainedError: if no step was done.
         """
         args, dataset = self.trainer.args, self.trainer.train_dataset
         needed = args.train_batch_size * (args.world_size if self._group.size > 1 else 1)
@@ -215,12 +216,12 @@ class LocalClient:
             raise NothingTrainedError("It has done no step: its data gave no batch. Leave the client out.")
         return output
 
-    # ---- What a round asks -------------------------------------------------------
+    # ---- Tasks of a round --------------------------------------------------------
 
     def _update(self, task: ClientTask, timeout: TimeoutCallback) -> ClientReply:
         kept = self.load(task.client, task.state, task.kept_in)
         resting_control, old_control = of_parts(of_scaffold(kept), task.frozen)
-        # a server takes no gradients
+        # the caller may have disabled gradients
         with torch.enable_grad(), frozen_for_now(self.trainer.model, task.frozen):
             output, learning_rate, training = self.fit(task, timeout, self._objective(task.control, old_control))
         own_control, change = {}, None
@@ -245,7 +246,7 @@ class LocalClient:
     def _objective(
         self, control: State | None, client_control: State
     ) -> Callable[[torch.nn.Module], GradientCorrection] | None:
-        """What FedProx and SCAFFOLD add to the gradients of the client that trains."""
+        """The terms that FedProx and SCAFFOLD add to the gradients of the client."""
         if not self.settings.proximal_mu and control is None:
             return None
         return partial(
@@ -283,13 +284,13 @@ class LocalClient:
             given = self._fault(client, task.round_number, update)
             update = update if given is None else given
         timeout.check()
-        # read here, where it costs no more than this client
+        # checked here, where an error fails only this client
         update = plain_update(update, f"client {client!r}")
         if update.client_id != client:
             raise UpdateError(f"client {client!r}: its update has the name of {update.client_id!r}.")
         return update
 
-    # ---- What round 0 asks -------------------------------------------------------
+    # ---- Tasks of round 0 --------------------------------------------------------
 
     def _warm_up(self, task: ClientTask, timeout: TimeoutCallback) -> ClientReply:
         self._load_start(task)
@@ -306,7 +307,7 @@ class LocalClient:
         return self._reply_of_round_zero(task, sketch, loss, timeout)
 
     def _load_start(self, task: ClientTask) -> None:
-        # what is not sent in round 0 is as it was at the start
+        # tensors that are not sent in round 0 keep their initial values
         self.adapter.load({**self.adapter.read(), **self.personal_start, **task.state})
 
     def _reply_of_round_zero(

@@ -1,8 +1,8 @@
 """
-What a client minimises beside its own loss: FedProx's pull towards the global adapter, SCAFFOLD's control variates.
+Additions to the objective of a client: FedProx's pull towards the global adapter, and SCAFFOLD's control variates.
 
-Both are terms of the gradient. They are added right before an optimizer step, after clipping, so they work with every
-trainer, optimizer, mixed precision and gradient accumulation, and the loss that is reported is that of the client.
+Both are terms of the gradient. They are added right before an optimizer step, after clipping. So they work with every
+trainer and optimizer, with mixed precision and with gradient accumulation, and the reported loss is the client's own.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ SCAFFOLD_PREFIX = "scaffold."
 
 class GradientCorrection:
     """
-    Changes the gradients of one client's local training.
+    Corrects the gradients in the local training of one client.
 
     FedProx (Li et al., Federated Optimization in Heterogeneous Networks, MLSys 2020) adds `mu * (w - w_global)`. SCAFFOLD
     (Karimireddy et al., SCAFFOLD: Stochastic Controlled Averaging for Federated Learning, ICML 2020) adds `c - c_i`. The
-    client's new control variate is the mean of its gradients over all steps, which for SGD is option II of the paper. A
-    parameter that the loss of a step does not depend on has a gradient of zero there, to which both terms are added.
+    client's new control variate is the mean of its gradients over all steps, which for SGD is option II of the paper.
+    If the loss of a step does not depend on a parameter, its gradient counts as zero, and both terms are added to it.
 
     Args:
         model (`torch.nn.Module`):
-            The model, with the global adapter and the parameters that the client trains.
+            The model, with the global adapter loaded and with the parameters that the client trains.
         proximal_mu (`float`):
-            FedProx's mu; 0 for none.
+            FedProx's mu; 0 disables it.
         server_control (`Mapping[str, torch.Tensor]`, *optional*):
-            SCAFFOLD's c by the names of parameters, with zeros where there is none; `None` without SCAFFOLD.
+            SCAFFOLD's c, by parameter names. Missing entries count as zeros. `None` without SCAFFOLD.
         client_control (`Mapping[str, torch.Tensor]`, *optional*):
-            SCAFFOLD's c_i, likewise.
+            SCAFFOLD's c_i, in the same form.
     """
 
     def __init__(
@@ -70,14 +70,14 @@ class GradientCorrection:
 
     def _take_into_mean(self, name: str, gradient: torch.Tensor | None) -> None:
         if gradient is None and name not in self._means:
-            return  # a mean of zeros so far
+            return  # the mean is zero so far
         mean = self._means.get(name)
         if mean is None:
             mean = self._means[name] = torch.zeros_like(gradient, dtype=torch.float32)
         mean.lerp_(torch.zeros_like(mean) if gradient is None else gradient.float(), 1 / self._num_steps)
 
     def _has_term(self, name: str) -> bool:
-        """Whether something other than zero is added to the gradient of a parameter."""
+        """Whether anything but zero is added to the gradient of a parameter."""
         if any(control[name].any() for control in (self._server_control, self._client_control) if name in control):
             return True
         return bool(self.proximal_mu) and not torch.equal(self._parameters[name], self._global[name])
@@ -89,8 +89,8 @@ class GradientCorrection:
     def new_client_control(self) -> dict[str, torch.Tensor]:
         """
         Returns:
-            `dict[str, torch.Tensor]`: The client's new c_i, on the CPU: the mean of its gradients over the steps; nothing
-            for parameters that had none in any of them.
+            `dict[str, torch.Tensor]`: The client's new c_i, on the CPU: the mean of its gradients over the steps.
+            Parameters without a gradient in any step are left out.
         """
         return {name: mean.cpu() for name, mean in self._means.items()}
 
@@ -98,10 +98,10 @@ class GradientCorrection:
 def of_scaffold(kept: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """
     Args:
-        kept (`Mapping[str, torch.Tensor]`): What a client keeps, or the server remembers.
+        kept (`Mapping[str, torch.Tensor]`): The tensors that a client keeps, or the memory of the server.
 
     Returns:
-        `dict[str, torch.Tensor]`: Its control variate, by the names of parameters.
+        `dict[str, torch.Tensor]`: The control variate among them, by parameter names.
     """
     prefixed = {name: tensor for name, tensor in kept.items() if name.startswith(SCAFFOLD_PREFIX)}
     return {name.removeprefix(SCAFFOLD_PREFIX): tensor for name, tensor in prefixed.items()}
@@ -110,8 +110,8 @@ def of_scaffold(kept: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def control_change(old: Mapping[str, torch.Tensor], new: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """
     Args:
-        old (`Mapping[str, torch.Tensor]`): A client's c_i before the round; zeros where there is none.
-        new (`Mapping[str, torch.Tensor]`): The one after it.
+        old (`Mapping[str, torch.Tensor]`): A client's c_i before the round. Missing entries count as zeros.
+        new (`Mapping[str, torch.Tensor]`): Its c_i after the round.
 
     Returns:
         `dict[str, torch.Tensor]`: Their difference, which the client uploads.

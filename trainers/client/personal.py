@@ -1,4 +1,4 @@
-"""Which tensors stay with their clients, and are neither uploaded nor merged."""
+"""The personal parts of the adapter: tensors that stay with their client and are neither uploaded nor merged."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def split_state(state: Mapping[str, torch.Tensor], patterns: Sequence[str]) -> t
     """
     Args:
         state (`Mapping[str, torch.Tensor]`): Checkpoint names to tensors.
-        patterns (`Sequence[str]`): Regular expressions, which are searched for in the names.
+        patterns (`Sequence[str]`): Regular expressions that are searched for in the names.
 
     Returns:
-        `tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]`: What stays with its client, and what is shared.
+        `tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]`: The personal tensors and the shared tensors.
     """
     personal = {name: tensor for name, tensor in state.items() if any(re.search(p, name) for p in patterns)}
     return personal, {name: tensor for name, tensor in state.items() if name not in personal}
@@ -33,7 +33,8 @@ def of_parts(state: Mapping[str, torch.Tensor], parts: tuple[str, ...]) -> tuple
         parts (`tuple[str, ...]`): Parts of names, such as those that a merge method freezes in a round.
 
     Returns:
-        `tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]`: What has one of them in its name, and the rest.
+        `tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]`: The tensors with one of these parts in their name,
+        and the others.
     """
     return split_state(state, [re.escape(part) for part in parts])
 
@@ -41,10 +42,10 @@ def of_parts(state: Mapping[str, torch.Tensor], parts: tuple[str, ...]) -> tuple
 def read_patterns(value: Sequence[str] | str | None) -> list[str] | None:
     """
     Args:
-        value (`list[str]` or `str`, *optional*): Regular expressions: one, or several, also as JSON.
+        value (`list[str]` or `str`, *optional*): One regular expression, or a list of them, also as JSON.
 
     Returns:
-        `list[str]`: The expressions, or `None` if there are none given.
+        `list[str]`: The expressions, or `None` if none are given.
 
     Raises:
         ValueError: if one of them is not a regular expression.
@@ -53,7 +54,7 @@ def read_patterns(value: Sequence[str] | str | None) -> list[str] | None:
         return None
     patterns = [value] if isinstance(value, str) else list(value)
     if isinstance(value, str) and value.lstrip().startswith("["):
-        with contextlib.suppress(ValueError):  # else it is one that begins with a set of characters
+        with contextlib.suppress(ValueError):  # otherwise it is an expression that starts with a character set
             patterns = json.loads(value)
     for pattern in patterns:
         try:
@@ -73,7 +74,7 @@ def check_patterns(state: Mapping[str, torch.Tensor], patterns: Sequence[str]) -
         patterns (`Sequence[str]`): Regular expressions.
 
     Raises:
-        ValueError: if one of them is found in no name, or nothing is left to share.
+        ValueError: if an expression matches no name, or if nothing is left to share.
     """
     for pattern in patterns:
         if not any(re.search(pattern, name) for name in state):

@@ -1,4 +1,4 @@
-"""What clients do in round 0, which makes the common bases of an adapter with `init_bases="gradient_svd"`."""
+"""The clients' part of round 0, which makes the common bases of an adapter with `init_bases="gradient_svd"`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def warm_up_head(model: nn.Module, train: Callable[[], TrainOutput]) -> float:
 
     Args:
         model (`torch.nn.Module`): The model.
-        train (`Callable[[], TrainOutput]`): Its training.
+        train (`Callable[[], TrainOutput]`): Trains the model.
 
     Returns:
         `float`: The mean training loss.
@@ -41,10 +41,10 @@ def sketch_gradient(
     Sketch the mean gradient over some batches.
 
     Args:
-        trainer ([`~transformers.Trainer`]): The trainer, while it is that of the client.
+        trainer ([`~transformers.Trainer`]): The trainer, set up for the client.
         num_batches (`int`, *optional*): Over how many batches. By default all.
-        rank (`int`, *optional*): How many directions are asked for at each target. By default all that bases have.
-        timeout ([`TimeoutCallback`]): Ends it if it takes too long.
+        rank (`int`, *optional*): How many directions to keep at each target. By default as many as the bases have.
+        timeout ([`TimeoutCallback`]): Stops it if it takes too long.
 
     Returns:
         `tuple[dict[str, torch.Tensor], float]`: The sketch, and the mean loss.
@@ -57,12 +57,12 @@ def sketch_gradient(
             yield trainer._prepare_inputs(inputs)
 
     def compute_loss(model: nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor:
-        # accelerate puts autocast into the model's forward only when the first client trains
+        # accelerate adds autocast to the model's forward only when the first client trains
         with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
             loss = trainer.compute_loss(model, inputs)
         losses.append(loss.item())
         return loss
 
-    with one_process():  # also where several train a client together
+    with one_process():  # also if several processes train a client together
         sketches = sketch_gradients(model, batches(), model.active_adapter, compute_loss, rank)
     return sketch_state(sketches), sum(losses) / len(losses)

@@ -1,4 +1,4 @@
-"""What a client is told before its first task."""
+"""The settings of a client."""
 
 from __future__ import annotations
 
@@ -8,18 +8,20 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class ClientSettings:
     """
-    How a client trains, beside what its trainer does by itself.
+    How a client trains, in addition to the arguments of its trainer.
 
     Args:
         personal_patterns (`tuple[str, ...]`, *optional*):
-            Regular expressions for the checkpoint names of what stays with the client. By default nothing does.
+            Regular expressions for the checkpoint names of personal tensors, which stay with the client. By default
+            none.
         frozen_parts (`tuple[str, ...]`, *optional*):
-            Parts of the names of parameters that nobody ever trains, such as LoRA's A for FFA-LoRA. By default none.
-        proximal_mu (`float`, *optional*, defaults to 0.0): FedProx: how strongly it is pulled back to the global adapter.
-        timeout (`float`, *optional*): The seconds after which its training is given up. By default never.
+            Parts of the names of parameters that no client trains, such as LoRA's A for FFA-LoRA. By default none.
+        proximal_mu (`float`, *optional*, defaults to 0.0): FedProx's mu: how strongly the client is pulled towards the
+            global adapter.
+        timeout (`float`, *optional*): The time limit of its training, in seconds. By default none.
         attributes (`tuple[str, ...]`, *optional*):
             Names of attributes of the trainer that change while a client trains, such as running sums of metrics. They are
-            as before afterwards.
+            restored afterwards.
     """
 
     personal_patterns: tuple[str, ...] = ()

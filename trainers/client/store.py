@@ -1,4 +1,4 @@
-"""What a client keeps between its rounds: personal parts of the adapter, and control variates."""
+"""Storage for what clients keep between their rounds: personal parts of the adapter, and control variates."""
 
 from __future__ import annotations
 
@@ -22,16 +22,17 @@ _VERSION = re.compile(r"round-(\d+)\.safetensors")
 
 
 class ClientStoreError(OSError):
-    """What clients keep could not be written or read: a fault of this machine, and not of a client."""
+    """Tensors that clients keep could not be written or read. This is a fault of the machine, not of a client."""
 
 
 class ClientStore:
     """
-    Keeps tensors of clients on disk, a file for each client and round, so that memory does not grow with the number of
-    clients, and a run that goes on from a checkpoint finds what its clients had then.
+    Keeps tensors of clients on disk, one file per client and round. So memory does not grow with the number of
+    clients, and a run that is resumed from a checkpoint finds the tensors that its clients had at that time.
 
-    What counts is what was merged, which the server knows: it names the round whose file a client goes on from. Newer files
-    are of rounds in which the client's update was not merged, and are deleted when it keeps something again.
+    A file is valid only if the client's update of that round was merged. The server knows this: it names the round
+    whose file a client continues from. Newer files belong to rounds in which the client's update was not merged. They
+    are deleted the next time the client saves something.
 
     Args:
         output_dir (`str` or `os.PathLike`): The folder of the run. Files are written into its folder `client_states`.
@@ -44,13 +45,13 @@ class ClientStore:
         """
         Args:
             client (`str`): The name of the client.
-            round_number (`int`, *optional*): The round that it has kept it in.
+            round_number (`int`, *optional*): The round in which they were saved.
 
         Returns:
-            `dict[str, torch.Tensor]`: What it has kept; nothing without a round.
+            `dict[str, torch.Tensor]`: The tensors that the client kept. Empty without a round.
 
         Raises:
-            ClientStoreError: if its file cannot be read.
+            ClientStoreError: if the file cannot be read.
         """
         if round_number is None:
             return {}
@@ -65,7 +66,7 @@ class ClientStore:
             up_to (`int`): A round.
 
         Returns:
-            `int`: The last round up to this one in which the client has kept something, or `None` if there is none.
+            `int`: The last round up to this one in which the client saved something, or `None` if there is none.
         """
         return max((version for version in self._versions(client) if version <= up_to), default=None)
 
@@ -78,21 +79,21 @@ class ClientStore:
         keep_from: int = 0,
     ) -> str:
         """
-        Write what a client keeps of a round. It counts if the client's update is merged.
+        Write the tensors that a client keeps after a round. They become valid if the client's update is merged.
 
         Args:
             client (`str`): The name of the client.
             round_number (`int`): The round.
-            tensors (`Mapping[str, torch.Tensor]`): What the client keeps.
-            kept_in (`int`, *optional*): The round from which it has what it has had so far. What is newer is deleted.
-            keep_from (`int`, *optional*, defaults to 0): The first round after which a run may go on. What only earlier ones
-                need is deleted.
+            tensors (`Mapping[str, torch.Tensor]`): The tensors that the client keeps.
+            kept_in (`int`, *optional*): The round whose file the client continued from. Newer files are deleted.
+            keep_from (`int`, *optional*, defaults to 0): The earliest round after which a run may be resumed. Files
+                that only earlier rounds need are deleted.
 
         Returns:
             `str`: The SHA-256 of the file.
 
         Raises:
-            ClientStoreError: if it could not be written.
+            ClientStoreError: if the file could not be written.
         """
         path = self._path(client, round_number)
         aside = path.with_suffix(".incomplete")
@@ -113,7 +114,7 @@ class ClientStore:
             kept (`Mapping[str, KeptFile]`): The files that a checkpoint needs, by the names of the clients.
 
         Raises:
-            CheckpointError: if one of them is missing, cut off or changed.
+            CheckpointError: if one of them is missing, truncated or modified.
         """
         for client, file in kept.items():
             path = self._path(client, file.round)
@@ -128,10 +129,10 @@ class ClientStore:
 
     def forget_newer(self, kept: Mapping[str, KeptFile]) -> None:
         """
-        Delete what was written in rounds that are run again, or by another run, and what does not count.
+        Delete files that are not valid, or were written by another run or in rounds that are run again.
 
         Args:
-            kept (`Mapping[str, KeptFile]`): What clients have now, by their names: none for a new run.
+            kept (`Mapping[str, KeptFile]`): Client names to their valid files. Empty for a new run.
         """
         newest = {self._folder(client).name: file.round for client, file in kept.items()}
         folders = self.root.iterdir() if self.root.is_dir() else ()
@@ -153,7 +154,7 @@ class ClientStore:
         return [int(match[1]) for name in names if (match := _VERSION.fullmatch(name))]
 
     def _folder(self, client: str) -> Path:
-        # a name may be long, or have characters that lead out of the folder
+        # a name may be long, or contain characters that lead out of the folder
         readable = re.sub(r"[^A-Za-z0-9_-]+", "_", client)[:40]
         return self.root / f"{readable}-{hashlib.sha256(client.encode()).hexdigest()[:12]}"
 
@@ -170,7 +171,7 @@ def _store_errors(client: str, path: Path, done: str) -> Iterator[None]:
         raise ClientStoreError(
             errno or 0,
             f"What client {client!r} keeps could not be {done} ({reason}). This is a fault of this machine and not of the "
-            "client, so the run ends. Mend it, such as by making room; a run that saves checkpoints goes on from the last "
-            "one with `resume_from_checkpoint=True`",
+            "client, so the run ends. Fix it, for example by freeing disk space. If the run saves checkpoints, resume "
+            "from the last one with `resume_from_checkpoint=True`",
             str(path),
         ) from error

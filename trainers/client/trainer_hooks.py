@@ -1,4 +1,4 @@
-"""A Trainer while it is that of a client: what it trains on, and what its hooks do. This is the one place that overrides them."""
+"""A Trainer while it trains one client: its data and its hooks. This is the only place that overrides these hooks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .objective import GradientCorrection
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
-# what a client's local training replaces, and what is put back after it
+# replaced by the local training of a client, and restored after it
 _RESTORED_ATTRIBUTES = (
     "args",
     "callback_handler",
@@ -36,7 +36,7 @@ _MISSING = object()
 
 def local_arguments(args: Arguments, seed: int) -> Arguments:
     """
-    The arguments of a client's local training: nothing is logged, evaluated, saved or pushed there.
+    Make the arguments of a client's local training, in which nothing is logged, evaluated, saved or pushed.
 
     Args:
         args ([`~transformers.TrainingArguments`]): The arguments of the federation.
@@ -61,17 +61,18 @@ class LocalTraining:
     The training of one client.
 
     Args:
-        dataset (`Dataset`): What it trains on.
+        dataset (`Dataset`): The training data.
         seed (`int`): Its seed.
-        learning_rate_factor (`float`, *optional*, defaults to 1.0): What the learning rate is multiplied by, in all steps.
-        max_steps (`int`, *optional*): How many steps. By default as the arguments say.
-        callbacks (`tuple[TrainerCallback, ...]`, *optional*): Callbacks of the client.
-        objective (`Callable[[nn.Module], GradientCorrection]`, *optional*): Makes what is added to the gradients of a model.
-        attributes (`tuple[str, ...]`, *optional*): Attributes of the trainer of which the client has a copy.
+        learning_rate_factor (`float`, *optional*, defaults to 1.0): The factor of the learning rate in all steps.
+        max_steps (`int`, *optional*): The number of steps. By default that of the arguments.
+        callbacks (`tuple[TrainerCallback, ...]`, *optional*): The callbacks of the client.
+        objective (`Callable[[nn.Module], GradientCorrection]`, *optional*): Makes the correction of the gradients of a
+            model.
+        attributes (`tuple[str, ...]`, *optional*): Attributes of the trainer that the client gets a copy of.
         is_shared (`bool`, *optional*, defaults to `False`): Whether several processes train the client together.
 
     **Attributes**:
-        - **correction** ([`GradientCorrection`]) -- What `objective` has made, once there is an optimizer.
+        - **correction** ([`GradientCorrection`]) -- The correction that `objective` made, once there is an optimizer.
     """
 
     dataset: Dataset
@@ -88,10 +89,11 @@ class LocalTraining:
 @contextlib.contextmanager
 def as_client(trainer: Trainer, training: LocalTraining) -> Iterator[None]:
     """
-    Make a trainer that of one client: its data, its seed and its hooks, and nothing that belongs to the federation.
+    Set up a trainer for one client within a context: with its data, its seed and its hooks, and without anything that
+    belongs to the federation.
 
     Args:
-        trainer ([`~transformers.Trainer`]): The trainer. It is as before afterwards.
+        trainer ([`~transformers.Trainer`]): The trainer. It is restored afterwards.
         training ([`LocalTraining`]): The training of the client.
     """
     own = [name for name in training.attributes if hasattr(trainer, name)]
@@ -106,12 +108,12 @@ def as_client(trainer: Trainer, training: LocalTraining) -> Iterator[None]:
     trainer.model_init = None
     trainer.train_dataset = training.dataset
     if trainer.optimizer_cls_and_kwargs is not None:
-        # Trainer takes parameter groups out of the dict, which would leave the next client without them
+        # Trainer removes the parameter groups from the dict, so the next client would not have them
         optimizer_cls, kwargs = trainer.optimizer_cls_and_kwargs
         trainer.optimizer_cls_and_kwargs = (optimizer_cls, dict(kwargs))
     trainer.optimizer = trainer.lr_scheduler = None
     if training.is_shared:
-        # a wrapper for several processes knows the parameters that the last client has trained
+        # the wrapper for several processes still refers to the parameters that the last client trained
         trainer.model_wrapped = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     set_seed(training.seed)
     try:
@@ -126,11 +128,11 @@ def as_client(trainer: Trainer, training: LocalTraining) -> Iterator[None]:
 @contextlib.contextmanager
 def replaced(trainer: Trainer, hooks: Mapping[str, Any]) -> Iterator[None]:
     """
-    Give a trainer other hooks for a while.
+    Replace hooks of a trainer within a context.
 
     Args:
         trainer ([`~transformers.Trainer`]): The trainer.
-        hooks (`Mapping[str, Any]`): Names of methods or attributes to what is in their place.
+        hooks (`Mapping[str, Any]`): Names of methods or attributes to their replacements.
     """
     before = {name: vars(trainer).get(name, _MISSING) for name in hooks}
     vars(trainer).update(hooks)
@@ -150,26 +152,26 @@ def _hooks(trainer: Trainer, training: LocalTraining) -> dict[str, Callable]:
     def create_optimizer(*args, **kwargs) -> torch.optim.Optimizer:
         optimizer = make_optimizer(*args, **kwargs)
         if training.objective is not None:
-            training.correction = training.objective(trainer.model)  # with the heads that the client has chosen
+            training.correction = training.objective(trainer.model)  # after the client has chosen its heads
             optimizer.register_step_pre_hook(training.correction)
         return optimizer
 
     def create_scheduler(num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
-        # constant within a round
+        # the learning rate is constant within a round
         factor = training.learning_rate_factor
         trainer.lr_scheduler = LambdaLR(trainer.optimizer if optimizer is None else optimizer, lambda step: factor)
         trainer._created_lr_scheduler = True
         return trainer.lr_scheduler
 
     def get_decay_parameter_names(model: torch.nn.Module) -> list[str]:
-        # Ravan's scalings start at 1, and decay would draw them to 0
+        # Ravan's scalings start at 1, and weight decay would pull them to 0
         return [name for name in decayed(model) if ".ravan_s." not in name]
 
     return {
         "create_optimizer": create_optimizer,
         "create_scheduler": create_scheduler,
         "get_decay_parameter_names": get_decay_parameter_names,
-        # the state of a client is thrown away, and to count the parameters of a model takes as long as a small step
+        # the client's state is discarded, and counting the parameters of a model takes as long as a small step
         "floating_point_ops": lambda inputs: 0,
         # what is logged while a client trains stays with the client
         "log": lambda logs, start_time=None: None,

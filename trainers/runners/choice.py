@@ -1,4 +1,4 @@
-"""Which runner suits the processes that there are."""
+"""Chooses the runner for the available processes."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ PARALLEL_MODES = ("clients", "data")
 def make_runner(parallel: str) -> Runner:
     """
     Args:
-        parallel (`str`): What several processes share: `"clients"` or `"data"`.
+        parallel (`str`): What is divided among several processes: `"clients"` or `"data"`.
 
     Returns:
-        [`Runner`]: What suits the processes that there are.
+        [`Runner`]: The runner for the available processes.
 
     Raises:
-        ValueError: if the model is sharded over them, or if they do not know of each other.
+        ValueError: if the model is sharded over the processes, or if the processes are not connected.
     """
     state = PartialState()
     if not state.use_distributed:
@@ -45,11 +45,12 @@ def make_runner(parallel: str) -> Runner:
     return ProcessRunner() if parallel == "clients" else TogetherRunner()
 
 
-@functools.cache  # once is enough
+@functools.cache  # register only once
 def _leave_the_group_at_exit() -> None:
-    # A thread of gloo that is still letting go of the tensors of the last exchange when the interpreter ends would abort a
-    # process that has done all its work ("terminate called without an active exception"). To leave the group waits for its
-    # threads, unless a wrapped model holds on to it. NCCL ends by itself; to leave it after an error might wait for others.
+    # If a gloo thread is still releasing the tensors of the last exchange when the interpreter exits, it aborts the
+    # process although all work is done ("terminate called without an active exception"). Leaving the group waits for
+    # its threads, unless a wrapped model still holds the group. NCCL shuts down by itself, and leaving it after an
+    # error could hang.
     def leave() -> None:
         if torch.distributed.is_initialized() and torch.distributed.get_backend() == torch.distributed.Backend.GLOO:
             torch.distributed.destroy_process_group()
@@ -67,8 +68,8 @@ def _check_alone() -> None:
 
 
 def _forget_numbers_of_cpus() -> None:
-    # Accelerate numbers the CPUs of processes. No tensor is ever on "cpu:0", so it would move the model each time it is
-    # prepared, away from the tensors that are loaded and read.
+    # Accelerate numbers the CPU devices of processes. No tensor is ever on "cpu:0", so Accelerate would move the model
+    # each time it is prepared, away from the tensors that are loaded and read.
     for state in (PartialState._shared_state, AcceleratorState._shared_state):
         if "device" in state and state["device"].type == "cpu":
             state["device"] = torch.device("cpu")

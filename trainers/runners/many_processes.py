@@ -1,4 +1,4 @@
-"""What all ways to use several processes have in common."""
+"""What all runners for several processes have in common."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class ManyProcesses(Runner):
-    """A runner in one of several processes."""
+    """A runner that works in one of several processes."""
 
     def __init__(self):
         self.state = PartialState()

@@ -1,4 +1,4 @@
-"""Clients one after the other, in the one process that there is."""
+"""Runs clients one after the other in a single process."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ..processes import TrainingGroup
 
 
 T = TypeVar("T")
-# what becomes of a task: a reply, or those of several clients that were trained at once
+# turns a task into a reply, or into several replies if several clients were trained at once
 Work = Callable[[ClientTask], ClientReply | Sequence[ClientReply]]
 
 
 def replies_of(done: ClientReply | Sequence[ClientReply]) -> Sequence[ClientReply]:
     """
     Args:
-        done (`ClientReply` or `Sequence[ClientReply]`): What has become of a task.
+        done (`ClientReply` or `Sequence[ClientReply]`): The result of a task.
 
     Returns:
         `Sequence[ClientReply]`: The replies.
@@ -29,19 +29,19 @@ def replies_of(done: ClientReply | Sequence[ClientReply]) -> Sequence[ClientRepl
 
 
 class Runner:
-    """Runs one client after the other, in the one process that there is."""
+    """Runs one client after the other in a single process."""
 
     is_main = True
     group = TrainingGroup()
 
     def run(self, tasks: Sequence[ClientTask], work: Work) -> Iterator[ClientReply]:
         """
-        Let clients do their tasks. Nothing is kept of a reply once the next is asked for.
+        Run the tasks. A reply is released once the next one is requested.
 
         Args:
             tasks (`Sequence[ClientTask]`): The tasks.
             work (`Callable[[ClientTask], ClientReply | Sequence[ClientReply]]`):
-                Does one of them. An error that it raises ends the run, in all processes.
+                Runs one task. If it raises an error, the run ends in all processes.
 
         Yields:
             [`ClientReply`]: The replies.
@@ -51,10 +51,10 @@ class Runner:
 
     def at_server(self, replies: Iterable[ClientReply], close: Callable[[Iterable[ClientReply]], T]) -> T:
         """
-        Let the server have the replies where it is, and all processes what comes out.
+        Pass the replies to the server in the process where it runs, and give the result to all processes.
 
         Args:
-            replies (`Iterable[ClientReply]`): The replies, which are asked for once.
+            replies (`Iterable[ClientReply]`): The replies, which are iterated over once.
             close (`Callable[[Iterable[ClientReply]], T]`): What the server does with them.
 
         Returns:
@@ -65,25 +65,25 @@ class Runner:
     def agree(self, value: T) -> T:
         """
         Args:
-            value: A value that processes may have differently, such as a measured time.
+            value: A value that may differ between processes, such as a measured time.
 
         Returns:
-            That of the main process.
+            The value of the main process.
         """
         return value
 
     def share(self, tensors: Iterable[torch.Tensor]) -> None:
         """
-        Give all processes the tensors of the main process.
+        Copy the tensors of the main process to all processes.
 
         Args:
-            tensors (`Iterable[torch.Tensor]`): The tensors, which are written into.
+            tensors (`Iterable[torch.Tensor]`): The tensors, which are overwritten.
         """
 
     def alone(self) -> contextlib.AbstractContextManager[None]:
         """
         Returns:
-            A context in which this process does by itself what one process would.
+            A context in which this process behaves as if it were the only one.
         """
         return contextlib.nullcontext()
 

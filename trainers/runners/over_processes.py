@@ -1,4 +1,4 @@
-"""Clients shared out over processes, each of which trains its own."""
+"""Spreads clients over processes, each of which trains its own clients."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class _Turn(NamedTuple):
-    """What a process has done: the replies, and the error that ends the run, if there is one."""
+    """The result of one turn of a process: the replies, and the error that ends the run, if there is one."""
 
     replies: Sequence[ClientReply] = ()
     error: Exception | None = None
@@ -35,10 +35,10 @@ class _Turn(NamedTuple):
 
 class ProcessRunner(ManyProcesses):
     """
-    Shares clients out over processes, each of which trains its own as if it were the only one. In turns, each process
-    trains one client; then the replies go to the main process in the order of the tasks, where the server is. So a process
-    holds one update at a time, and what comes out does not depend on how many processes there are. The other processes
-    are told who has replied, without what was uploaded.
+    Spreads clients over processes, each of which trains its own clients as if it were the only process. In each turn,
+    every process trains at most one client. Then the replies are sent to the main process, where the server runs, in
+    the order of the tasks. So a process holds one update at a time, and the result does not depend on the number of
+    processes. The other processes are notified of the replies, but do not receive the updates.
     """
 
     def run(self, tasks: Sequence[ClientTask], work: Work) -> Iterator[ClientReply]:
@@ -53,11 +53,11 @@ class ProcessRunner(ManyProcesses):
                 yield from self._to_main(own if mine == owner else None, owner)
 
     def _to_main(self, turn: _Turn | None, owner: int) -> Sequence[ClientReply]:
-        """All processes learn how the clients of one of them did, and the main process has their updates."""
+        """Send the replies of one process to the main process, and notify the others without sending the updates."""
         mine = self.state.process_index
         errors = {} if turn is None else {reply.client: reply.error for reply in turn.replies}
         if turn is not None:
-            # errors cannot all be sent
+            # not every error can be sent to other processes
             turn = turn._replace(replies=[replace(reply, error=None) for reply in turn.replies])
         if owner != MAIN and mine in (owner, MAIN):
             turn = self._sent(turn, owner)
@@ -83,9 +83,9 @@ class ProcessRunner(ManyProcesses):
         except Exception as raised:
             error = raised
         try:
-            for _ in replies:  # all take part in each exchange, also in those that the server has not asked for
+            for _ in replies:  # all take part in every exchange, even if the server did not ask for it
                 pass
-        except Exception as raised:  # which ends the run in all processes
+        except Exception as raised:  # it ends the run in all processes
             error = error or raised
         outcome, told = self.agree((outcome, None if error is None else _sendable(error)))
         if error is not None or told is not None:
@@ -106,7 +106,7 @@ def _attempt(work: Work, task: ClientTask) -> _Turn:
 
 
 def _sendable(error: Exception) -> Exception:
-    """The same error without its frames, or if it cannot be put together again, one that says the same."""
+    """A copy of the error without its frames, or if it cannot be copied, an error with the same message."""
     try:
         return copy.copy(error)
     except Exception:

@@ -1,4 +1,4 @@
-"""Clients one after the other, each trained by all processes together."""
+"""Runs clients one after the other, each trained by all processes together."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ T = TypeVar("T")
 
 
 class TogetherRunner(ManyProcesses):
-    """Runs one client after the other, each by all processes together, as Trainer trains with several processes."""
+    """Runs one client after the other, each with all processes together, like distributed training with Trainer."""
 
     @property
     def group(self) -> TrainingGroup:
         return TrainingGroup(self.state.num_processes, self.is_main, self.agree)
 
     def at_server(self, replies: Iterable[ClientReply], close: Callable[[Iterable[ClientReply]], T]) -> T:
-        # all have all replies; nobody may go on from a merge that differs in the last bit
+        # every process has all replies, but all must continue from the same merge, bit for bit
         return self.agree(close(replies))

@@ -1,4 +1,4 @@
-"""The server of a federation: who trains, what each is sent, and what becomes of what comes back. It knows no Trainer."""
+"""The server of a federation: it selects clients, sends them tasks and merges their replies. It needs no Trainer."""
 
 from .merging import MergeSettings
 from .server import Server

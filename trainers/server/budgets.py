@@ -1,4 +1,4 @@
-"""Clients that can train only some heads of a Ravan adapter: the share of each, and how they choose."""
+"""Budgets of clients that can train only some heads of a Ravan adapter, and how they choose their heads."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from ..exchange import HEAD_ALLOCATIONS, HEAD_SELECTIONS, HeadChoice
 from ..seeds import derive_seed
 
 
-# The names follow the paper; the form is ours and was not checked against it. Beta distributions of the share of heads lie
-# between 0 and 1 whatever the number of heads; these have means of 0.5, 0.5 and 2 / 7.
+# The names follow the paper; the shapes are ours and were not checked against it. A share drawn from a Beta
+# distribution lies between 0 and 1 for any number of heads. The means of these three are 0.5, 0.5 and 2 / 7.
 BUDGET_DISTRIBUTIONS = {"uniform": (1.0, 1.0), "bell": (5.0, 5.0), "right_skewed": (2.0, 5.0)}
 
 
@@ -28,13 +28,13 @@ class HeadSettings:
 
     Args:
         budgets (`float`, `dict[str, float]` or `str`, *optional*):
-            The share of heads of all clients, or by the name of the client, or the name of a distribution, see
-            [`draw_client_budgets`]. By default all heads.
+            The share of heads that clients train: one for all clients, a dict of client names to shares, or the name
+            of a distribution, see [`draw_client_budgets`]. By default all heads.
         selection (`str`, *optional*, defaults to `"random"`): How a client chooses its heads, one of `HEAD_SELECTIONS`.
         allocation (`str`, *optional*, defaults to `"layer"`): How its share is spent, one of `HEAD_ALLOCATIONS`.
 
     Raises:
-        ValueError: if one of them is none of these.
+        ValueError: if one of them has another value.
     """
 
     budgets: float | Mapping[str, float] | str | None = None
@@ -50,11 +50,11 @@ class HeadSettings:
     def choice(self, share: float, seed: int) -> HeadChoice:
         """
         Args:
-            share (`float`): The share of a client.
+            share (`float`): The share of heads of a client.
             seed (`int`): The seed of its choice.
 
         Returns:
-            [`HeadChoice`]: What the client is told.
+            [`HeadChoice`]: What the client is sent.
         """
         return HeadChoice(share, self.selection, self.allocation, seed)
 
@@ -80,7 +80,7 @@ def resolve_client_budgets(
         `dict[str, float]`: Client names to shares, above 0 and up to 1, or `None` if `client_budgets` is not set.
 
     Raises:
-        ValueError: if the adapter has no heads, if clients are named that there are not, or if the merge method needs all
+        ValueError: if the adapter has no heads, if a named client does not exist, or if the merge method needs all
             heads of every client.
     """
     if budgets is None:
@@ -129,9 +129,9 @@ def draw_client_budgets(clients: Iterable[str], distribution: str, seed: int) ->
     Draw the share of heads that each client can train.
 
     Args:
-        clients (`Iterable[str]`): The names of the clients. What one of them gets does not depend on the others.
+        clients (`Iterable[str]`): The names of the clients. The share of a client does not depend on the others.
         distribution (`str`):
-            `"uniform"` (every share is as likely), `"bell"` (most clients can train about half of the heads) or
+            `"uniform"` (all shares are equally likely), `"bell"` (most clients can train about half of the heads) or
             `"right_skewed"` (most clients can train few heads, and a few clients many): the Beta distributions (1, 1),
             (5, 5) and (2, 5).
         seed (`int`): The seed.
@@ -154,14 +154,14 @@ def draw_client_budgets(clients: Iterable[str], distribution: str, seed: int) ->
 
 def parse_client_budgets(budgets: Any) -> float | dict[str, float] | str | None:
     """
-    Read the budgets of clients as an argument gives them.
+    Parse the value of `client_budgets`.
 
     Args:
         budgets (`float`, `dict[str, float]` or `str`, *optional*):
             A share for all clients, client names to shares, one of these as JSON, or the name of a distribution.
 
     Returns:
-        `float`, `dict[str, float]` or `str`: The same, without JSON.
+        `float`, `dict[str, float]` or `str`: The same value, with JSON parsed.
 
     Raises:
         ValueError: if it is none of these, or if a share is not above 0 and up to 1.

@@ -1,8 +1,9 @@
 """
-Checkpoints of a server: its state, and a hash of every file in the folder, so that one that was cut off is not gone on with.
+Checkpoints of a server: its state, and a hash of every file in the folder, so that an incomplete one is never used.
 
-A checkpoint has what [`~transformers.Trainer`] puts there for an adapter, and what the federation needs to go on: tensors as
-safetensors, and as JSON the rest, with the facts of the run, the hashes of all files, and one of itself.
+A checkpoint has the files that [`~transformers.Trainer`] saves for an adapter, and the files that the federation needs
+to resume: its tensors as safetensors, and the rest as JSON, with the facts of the run, the hashes of all other files,
+and a hash of the JSON file itself.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from .state import ServerState
 FORMAT_VERSION = 3
 STATE_FILE = "federation_state.json"
 TENSORS_FILE = "federation_state.safetensors"
-OWN_DIGEST = "sha256"  # of the state file, within it
+OWN_DIGEST = "sha256"  # the digest of the state file, which is stored in it
 # the fields of the state that hold tensors
 _TENSOR_FIELDS = ("global_state", "merge_memory", "control")
 _RANDOM_PREFIX = "rng."
@@ -35,11 +36,11 @@ _RANDOM_PREFIX = "rng."
 
 class SavedServer(NamedTuple):
     """
-    What a checkpoint has.
+    The contents of a checkpoint.
 
     Args:
         state ([`ServerState`]): The state of the server.
-        facts (`Mapping[str, Any]`): What must be the same in the run that goes on.
+        facts (`Mapping[str, Any]`): The facts that must be the same in the resumed run.
     """
 
     state: ServerState
@@ -48,12 +49,12 @@ class SavedServer(NamedTuple):
 
 def write_server_state(folder: Path, state: ServerState, facts: Mapping[str, Any]) -> None:
     """
-    Write the state of a server into a checkpoint that has all other files already.
+    Write the state of a server into a checkpoint that already has all other files.
 
     Args:
         folder (`Path`): The checkpoint.
         state ([`ServerState`]): The state.
-        facts (`Mapping[str, Any]`): What must be the same in the run that goes on.
+        facts (`Mapping[str, Any]`): The facts that must be the same in the resumed run.
     """
     random_state = state.random_state or RandomState.now()
     tensors = {
@@ -62,7 +63,7 @@ def write_server_state(folder: Path, state: ServerState, facts: Mapping[str, Any
         for name, tensor in getattr(state, field).items()
     }
     safetensors.torch.save_file({**tensors, **random_state.tensors}, folder / TENSORS_FILE)
-    # also in folders: PEFT saves an adapter that is not named "default" into one
+    # including subfolders: PEFT saves an adapter that is not named "default" into one
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     files = {path.relative_to(folder).as_posix(): file_digest(path) for path in paths}
     content = {
@@ -80,16 +81,16 @@ def write_server_state(folder: Path, state: ServerState, facts: Mapping[str, Any
 
 def read_server_state(folder: str | os.PathLike) -> SavedServer:
     """
-    Read a checkpoint, and check that it is whole.
+    Read a checkpoint and check that it is complete.
 
     Args:
         folder (`str` or `os.PathLike`): The checkpoint.
 
     Returns:
-        [`SavedServer`]: What it has.
+        [`SavedServer`]: Its contents.
 
     Raises:
-        CheckpointError: if a file is missing, cut off or changed.
+        CheckpointError: if a file is missing, truncated or modified.
     """
     content = _checked_content(Path(folder))
     tensors = safetensors.torch.load_file(Path(folder) / TENSORS_FILE)
@@ -113,10 +114,10 @@ def _of_field(tensors: Mapping[str, torch.Tensor], field: str) -> dict[str, torc
 def content_digest(content: Mapping[str, Any]) -> str:
     """
     Args:
-        content (`Mapping[str, Any]`): What `federation_state.json` has beside its own digest.
+        content (`Mapping[str, Any]`): The contents of `federation_state.json`, without its own digest.
 
     Returns:
-        `str`: That digest, the SHA-256 of it all.
+        `str`: The digest: the SHA-256 of these contents.
     """
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

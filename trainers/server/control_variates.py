@@ -15,11 +15,11 @@ State = Mapping[str, torch.Tensor]
 
 class ControlVariates:
     """
-    The control variate of the server during a round. Only clients whose updates are merged move it, so that c stays the
+    The control variate of the server during a round. Only clients whose updates are merged change it, so c stays the
     mean of all c_i.
 
     Args:
-        server (`Mapping[str, torch.Tensor]`): c before the round, by the names of parameters; zeros where there is none.
+        server (`Mapping[str, torch.Tensor]`): c before the round, by parameter names. Missing entries count as zeros.
         num_clients (`int`): The number of all clients.
     """
 
@@ -31,14 +31,14 @@ class ControlVariates:
 
     def receive(self, client: str, change: State | None) -> None:
         """
-        Keep what a client has sent until it is known whether its update is merged.
+        Hold the change of a client until it is known whether its update is merged.
 
         Args:
             client (`str`): The name of the client.
-            change (`Mapping[str, torch.Tensor]`, *optional*): By how much its c_i has changed.
+            change (`Mapping[str, torch.Tensor]`, *optional*): The change of its c_i.
 
         Raises:
-            UpdateError: if there is no change, or one that cannot be added to c.
+            UpdateError: if the change is missing, or cannot be added to c.
         """
         if change is None:
             raise UpdateError(f"client {client!r}: it has sent no change of its control variate.")
@@ -58,7 +58,7 @@ class ControlVariates:
             client (`str`): A client whose update is merged.
         """
         for name, tensor in self._arrived.pop(client).items():
-            # c moves by the mean over the clients of the round times their share of all clients
+            # c changes by the mean over the clients of the round, times their share of all clients
             share = tensor / self._num_clients
             self._change[name] = self._change[name] + share if name in self._change else share
 
@@ -67,6 +67,6 @@ class ControlVariates:
         Returns:
             `dict[str, torch.Tensor]`: c after the round.
         """
-        # in an order that does not depend on whether c was saved and read since
+        # sorted, so that the order is the same after c was saved and loaded
         names = sorted({**self.server, **self._change})
         return {name: sum(part[name] for part in (self.server, self._change) if name in part) for name in names}

@@ -1,4 +1,4 @@
-"""What comes back in a round: which replies are taken, and who has failed."""
+"""Receives the replies of a round: which ones are accepted, and which clients failed."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ logger = logging.get_logger(__name__)
 
 class Inbox:
     """
-    Takes the replies of a round, and records those of clients that have failed.
+    Receives the replies of a round and records the clients that failed.
 
     Args:
         this_round ([`Round`]): The round. Clients that fail are recorded there.
-        tasks (`Mapping[str, ClientTask]`): What the clients were asked, by their names.
+        tasks (`Mapping[str, ClientTask]`): Client names to the tasks they were sent.
 
     **Attributes**:
-        - **kept_digests** (`dict[str, str | None]`) -- What the files have of what clients keep, by their names.
+        - **kept_digests** (`dict[str, str | None]`) -- Client names to the digests of the files that clients keep.
     """
 
     def __init__(self, this_round: Round, tasks: Mapping[str, ClientTask]):
@@ -34,11 +34,11 @@ class Inbox:
     def taken(self, replies: Iterable[ClientReply]) -> Iterator[ClientReply]:
         """
         Args:
-            replies (`Iterable[ClientReply]`): What comes back.
+            replies (`Iterable[ClientReply]`): The replies.
 
         Yields:
-            [`ClientReply`]: The first reply to each task that has an update. Nothing is kept of one once the next is asked
-            for.
+            [`ClientReply`]: The first reply to each task, if it has an update. A reply is released once the next one
+            is requested.
         """
         for reply in replies:
             if not self._is_expected(reply):
@@ -63,7 +63,7 @@ class Inbox:
             del reply
 
     def miss_the_others(self) -> None:
-        """Record the clients that have not replied."""
+        """Record the clients that did not reply as failed."""
         for client in [client for client in self._tasks if client not in self._arrived]:
             self._fail(client, "It has not replied.", None)
 

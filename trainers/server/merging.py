@@ -1,4 +1,4 @@
-"""What a server does with uploads, beside what the merge method itself is."""
+"""How a server merges updates: the merge method, the server optimizer and the limits on updates."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ from .state import ServerState
 @dataclass(frozen=True)
 class MergeSettings:
     """
-    What a server does with uploads.
+    How a server merges updates.
 
     Args:
-        method (`str`, *optional*): The name of the merge method. By default what suits the adapter.
-        options (`Mapping[str, Any]`, *optional*): Its options.
+        method (`str`, *optional*): The name of the merge method. By default one that suits the adapter.
+        options (`Mapping[str, Any]`, *optional*): The options of the merge method.
         server_optimizer (`str`, *optional*): The name of the server optimizer. By default none.
-        server_optimizer_options (`Mapping[str, Any]`, *optional*): Its options.
-        limits ([`~peft_ravan.merging.UpdateLimits`], *optional*): What one client can do at most.
+        server_optimizer_options (`Mapping[str, Any]`, *optional*): The options of the server optimizer.
+        limits ([`~peft_ravan.merging.UpdateLimits`], *optional*): Limits on the influence of one client.
         config ([`~peft.PeftConfig`], *optional*): The configuration of the adapter.
 
     Raises:
-        TypeError: if the method or the optimizer does not have one of the options.
+        TypeError: if the method or the optimizer does not take one of the options.
         ValueError: if there is no such method or optimizer, or if the method changes the base model or the rank.
     """
 
@@ -70,7 +70,7 @@ class MergeSettings:
             config ([`~peft.PeftConfig`]): The configuration of an adapter.
 
         Returns:
-            [`MergeSettings`]: The same for this adapter, with a method that suits it if none was given.
+            [`MergeSettings`]: The same settings for this adapter, with a suitable method if none was given.
         """
         suitable = "ravan" if config.peft_type == PeftType.RAVAN else "fedavg"
         return replace(self, method=self.method or suitable, config=config)
@@ -90,17 +90,17 @@ class MergeSettings:
     ) -> MergeResult:
         """
         Args:
-            state ([`ServerState`]): What the server has before the round.
-            updates (`Iterable[ClientUpdate]`): What clients have uploaded.
+            state ([`ServerState`]): The state of the server before the round.
+            updates (`Iterable[ClientUpdate]`): The updates of the clients.
             round_number (`int`): The round.
             mechanism ([`~peft_ravan.merging.GaussianMechanism`], *optional*): The clipping and the noise.
             on_merged (`Callable[[str], None]`, *optional*): As for [`~peft_ravan.merging.ServerStep`].
 
         Returns:
-            [`~peft_ravan.merging.MergeResult`]: What was merged. Updates that do not fit are left out.
+            [`~peft_ravan.merging.MergeResult`]: The result. Invalid updates are dropped.
 
         Raises:
-            UpdateError: if none is left.
+            UpdateError: if no update is left.
         """
         step = ServerStep(
             self.server_optimizer, self.server_optimizer_options, state.merge_memory, round_number, on_merged
@@ -120,14 +120,14 @@ class MergeSettings:
 
 def merge_of(this_round: Round, merge_updates: Callable[[], MergeResult]) -> MergeResult | None:
     """
-    Merge the updates of a round, and record the clients whose updates were not fit to be merged.
+    Merge the updates of a round, and record the clients whose updates were invalid.
 
     Args:
         this_round ([`Round`]): The round.
         merge_updates (`Callable[[], MergeResult]`): The merge, with `on_bad_update="drop"`.
 
     Returns:
-        [`~peft_ravan.merging.MergeResult`]: What was merged, or `None` if no update was left.
+        [`~peft_ravan.merging.MergeResult`]: The result, or `None` if no update was left.
     """
     try:
         result = merge_updates()

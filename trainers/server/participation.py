@@ -1,4 +1,4 @@
-"""Who takes part in a round: who is available, how likely each is drawn, and when a round is skipped."""
+"""Which clients take part in a round: availability, sampling weights, and when a round is skipped."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ Availability = Callable[[str, int], bool]
 @dataclass(frozen=True)
 class Participation:
     """
-    Who takes part in which round.
+    Which clients take part in which round.
 
     Args:
-        clients_per_round (`int`, *optional*): How many clients are drawn for a round. By default all.
+        clients_per_round (`int`, *optional*): How many clients are sampled for a round. By default all.
         weights (`str` or `dict[str, float]`, *optional*):
-            How likely each client is to be drawn: `"examples"`, or a weight for each by its name, also as JSON. By default
-            all are equally likely.
+            How likely each client is to be sampled: `"examples"` for its number of examples, or a dict of client names
+            to weights, also as JSON. By default all are equally likely.
         min_clients (`int`, *optional*, defaults to 1): How many clients must be available for a round.
-        min_successful_clients (`int`, *optional*, defaults to 1): How many must succeed in it.
+        min_successful_clients (`int`, *optional*, defaults to 1): How many clients must succeed in a round.
         seed (`int`, *optional*, defaults to 42): The seed of the draws.
 
     Raises:
-        ValueError: if `weights` are neither `"examples"` nor a number for each client, 0 or above.
+        ValueError: if `weights` is neither `"examples"` nor a dict of numbers, 0 or above.
     """
 
     clients_per_round: int | None = None
@@ -53,21 +53,22 @@ class Participation:
         attempt: int = 0,
     ) -> list[str]:
         """
-        Draw the clients of a round from those that are available, without replacement.
+        Sample the clients of a round from those that are available, without replacement.
 
-        The draw depends on the seed, the round and who is available, not on earlier rounds or the order of the clients, so
-        a resumed run draws what an uninterrupted one would. With fewer than `min_clients` available the round is skipped.
-        A server on the network would wait for more, as Flower's does; here they may come with the next round.
+        The sample depends on the seed, the round and the available clients, but not on earlier rounds or the order of
+        the clients, so a resumed run samples the same clients as an uninterrupted one. If fewer than `min_clients` are
+        available, the round is skipped. A server on the network would wait for more clients, as Flower's server does;
+        here more may be available in the next round.
 
         Args:
-            clients (`Mapping[str, int]`): The names of all clients, and how many examples each has.
+            clients (`Mapping[str, int]`): The names of all clients and their numbers of examples.
             round_number (`int`): The round, from 1.
             availability (`Callable[[str, int], bool]`, *optional*): Whether a client is available in a round. By default
                 all are.
-            attempt (`int`, *optional*, defaults to 0): How often the round was tried before.
+            attempt (`int`, *optional*, defaults to 0): How many attempts at the round came before.
 
         Returns:
-            `list[str]`: The clients that take part, in the order of `clients`. None, if too few are available.
+            `list[str]`: The clients that take part, in the order of `clients`. Empty if too few are available.
         """
         weights = self._weights_of(clients)
         available = [
@@ -89,15 +90,16 @@ class Participation:
 
     def check(self, clients: Mapping[str, int], availability: Availability | None = None) -> None:
         """
-        Check that rounds can be drawn from the clients that there are.
+        Check that rounds can be sampled from these clients.
 
         Args:
-            clients (`Mapping[str, int]`): The names of all clients, and how many examples each has.
+            clients (`Mapping[str, int]`): The names of all clients and their numbers of examples.
             availability (`Callable[[str, int], bool]`, *optional*): Whether a client is available in a round.
 
         Raises:
-            TypeError: if `availability` cannot be called.
-            ValueError: if the weights do not name the clients, or there are never enough clients.
+            TypeError: if `availability` is not callable.
+            ValueError: if the names in the weights are not those of the clients, or if there can never be enough
+                clients.
         """
         if availability is not None and not callable(availability):
             raise TypeError(
@@ -119,7 +121,7 @@ class Participation:
             num_clients (`int`): The number of all clients.
 
         Returns:
-            `str`: How many clients take part in a round and how they are drawn, in words.
+            `str`: A description of how many clients take part in a round and how they are sampled.
         """
         number = str(self.clients_per_round or num_clients)
         if self.weights is None:
@@ -132,7 +134,7 @@ class Participation:
         seed = derive_seed(self.seed, "participation", round_number, *attempts)
         if self.weights is None:
             return set(random.Random(seed).sample(available, self.clients_per_round))
-        # Gumbel's trick: the largest scores are a draw, one after another, each in proportion to the weights of those left
+        # Gumbel's trick: the largest scores are successive draws, each in proportion to the remaining weights
         noise = np.random.default_rng(seed).gumbel(size=len(available))
         scores = np.log([weights[client] for client in available]) + noise
         return {available[index] for index in np.argsort(-scores)[: self.clients_per_round]}
@@ -157,7 +159,7 @@ def _read_weights(weights: Mapping[str, float] | str | None) -> dict[str, float]
             raise ValueError(
                 f"`participation_weights` must be finite numbers, 0 or above, got {weight!r} for client {client!r}."
             )
-    # as JSON has them: the arguments are written into checkpoints and logs
+    # types that JSON uses, because the arguments are written into checkpoints and logs
     return {str(client): float(weight) for client, weight in weights.items()}
 
 

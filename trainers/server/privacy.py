@@ -1,9 +1,9 @@
 """
-Client-level differential privacy over the rounds: what a run is asked to keep, and what its rounds add up to.
+Client-level differential privacy over the rounds: the settings of a run, and the accounting of its rounds.
 
-Two data sets are neighbours if one client's data are replaced by any other (or by none): the number of clients is no
-secret. The mean of m clipped changes then moves by at most `2 * clip_norm / m`, so that the noise is `noise_multiplier / 2`
-times the sensitivity. The accounting is that of Google's dp-accounting.
+Two data sets are neighbours if one client's data are replaced by any other data (or by none): the number of clients is
+not secret. The mean of m clipped changes then moves by at most `2 * clip_norm / m`, so the noise is
+`noise_multiplier / 2` times the sensitivity. The accounting uses Google's dp-accounting.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ from ..seeds import derive_seed
 @dataclass(frozen=True)
 class Privacy:
     """
-    What a federation does for the privacy of its clients: each client's upload is clipped as a whole, and Gaussian noise is
-    added to the mean, which has uniform weights.
+    How a federation protects the privacy of its clients: the update of each client is clipped as a whole, and Gaussian
+    noise is added to the mean, which has uniform weights.
 
     Args:
         clip_norm (`float`):
-            The largest L2 norm of what a client changes in a round, over all tensors of its upload together.
+            The largest L2 norm of a client's change in a round, over all tensors of its update together.
         noise_multiplier (`float`, *optional*):
             The standard deviation of the noise on the sum of the clients' changes, divided by `clip_norm`. By default the
-            smallest with which all `num_rounds` rounds stay within `target_epsilon`.
+            smallest value with which all `num_rounds` rounds stay within `target_epsilon`.
         target_epsilon (`float`, *optional*):
-            The run ends before a round that would take ε above it. By default it does not end for that.
+            The run ends before a round that would raise ε above this value. By default there is no limit.
         delta (`float`, *optional*, defaults to 1e-5):
             δ of the guarantee. Must be below 1 / the number of clients.
         secret_sampling (`bool`, *optional*, defaults to `False`):
-            Whether it stays secret who takes part in which round. That makes ε smaller, and is true only if nobody to be
-            protected from sees the records or can guess `federated_seed`. By default every client is counted as one that
-            takes part in every round.
+            Whether it stays secret which clients take part in which round. This makes ε smaller, but it holds only if
+            no adversary sees the records or can guess `federated_seed`. By default every client is assumed to take
+            part in every round.
         noise_seed (`int`, *optional*):
-            A seed of the noise, with which a run can be repeated. Who knows it can take the noise away, so it must be
+            A seed of the noise, to make a run reproducible. Anyone who knows it can remove the noise, so it must stay
             secret: it is left out wherever the arguments are written. By default the noise comes from the operating system.
 
     Raises:
@@ -76,10 +76,10 @@ class Privacy:
     def parse(cls, value: Privacy | Mapping[str, Any] | str) -> Privacy:
         """
         Args:
-            value (`Privacy`, `dict[str, Any]` or `str`): What was given as `privacy`. A string is read as JSON.
+            value (`Privacy`, `dict[str, Any]` or `str`): The value of `privacy`. A string is parsed as JSON.
 
         Returns:
-            [`Privacy`]: The same, checked.
+            [`Privacy`]: The validated settings.
 
         Raises:
             TypeError: if it is none of these, or has a field that [`Privacy`] does not have.
@@ -100,14 +100,14 @@ class Privacy:
     def to_dict(self) -> dict[str, Any]:
         """
         Returns:
-            `dict[str, Any]`: The fields, as JSON has them.
+            `dict[str, Any]`: The fields, in a form that JSON can hold.
         """
         return asdict(self)
 
 
 class NoisyRound(NamedTuple):
     """
-    What the accounting has to know of a round.
+    What the accounting has to know about a round.
 
     Args:
         noise_multiplier (`float`): The standard deviation of the noise on the sum, divided by the clipping norm.
@@ -138,19 +138,20 @@ def import_dp_accounting() -> ModuleType:
 
 def epsilon_of(rounds: Mapping[NoisyRound, int], num_clients: int, delta: float) -> float:
     """
-    What rounds add up to, whatever order they had.
+    Compute the ε of several rounds together. Their order does not matter.
 
-    Without secret sampling this is exact: rounds with Gaussian noise are together one with less noise (Dong et al., Gaussian
-    Differential Privacy, 2022), whose ε is that of Balle and Wang, 2018. With it, each round is a draw of a fixed size
-    without replacement, accounted by Rényi differential privacy (Wang et al., 2019, theorem 27); the smaller of the two holds.
+    Without secret sampling the result is exact: rounds with Gaussian noise compose to a single round with less noise
+    (Dong et al., Gaussian Differential Privacy, 2022), whose ε is given by Balle and Wang, 2018. With secret sampling,
+    each round samples a fixed number of clients without replacement and is accounted for by Rényi differential privacy
+    (Wang et al., 2019, theorem 27); the result is the smaller of the two values.
 
     Args:
-        rounds (`Mapping[NoisyRound, int]`): Rounds, and how often there were such.
+        rounds (`Mapping[NoisyRound, int]`): The rounds, and how often each kind occurred.
         num_clients (`int`): The number of all clients.
         delta (`float`): δ.
 
     Returns:
-        `float`: ε. Infinite, if a round had no noise.
+        `float`: ε. Infinite if a round had no noise.
     """
     return _epsilon(tuple(sorted(rounds.items())), num_clients, delta)
 
@@ -183,7 +184,7 @@ def _rdp_accountant() -> Any:
 
 
 def _rdp_event(noisy: NoisyRound, num_clients: int) -> Any:
-    # dp-accounting's PLD accountant doubles the sensitivity for this relation by itself, its RDP accountant does not
+    # for this relation, dp-accounting's PLD accountant doubles the sensitivity, but its RDP accountant does not
     dp = import_dp_accounting()
     event = dp.GaussianDpEvent(_noise_by_sensitivity(noisy))
     if noisy.sampling_rate == 1:
@@ -197,14 +198,14 @@ def calibrated_noise_multiplier(privacy: Privacy, num_rounds: int, num_clients: 
         privacy ([`Privacy`]): What is asked for.
         num_rounds (`int`): The number of rounds.
         num_clients (`int`): The number of all clients.
-        sampling_rate (`float`): The share of them that is drawn in secret, or 1.
+        sampling_rate (`float`): The share of them that is drawn in secret, or 1 without secret sampling.
 
     Returns:
-        `float`: A noise multiplier with which the rounds stay within `target_epsilon`: the smallest, or with secret sampling
-        little more.
+        `float`: A noise multiplier with which the rounds stay within `target_epsilon`: the smallest one, or slightly
+        more with secret sampling.
     """
     dp = import_dp_accounting()
-    # rounded up, since ε is worked out by a search that may end a little above
+    # rounded up, because ε is computed by a search that may end slightly above the target
     noise = dp.get_sigma_gaussian(privacy.target_epsilon, privacy.delta) * (1 + 1e-9)
     noise_multiplier = 2 * math.sqrt(num_rounds) * float(noise)
     if sampling_rate == 1:
@@ -214,7 +215,7 @@ def calibrated_noise_multiplier(privacy: Privacy, num_rounds: int, num_clients: 
         lambda noise: dp.SelfComposedDpEvent(_rdp_event(NoisyRound(noise, sampling_rate), num_clients), num_rounds),
         privacy.target_epsilon,
         privacy.delta,
-        # with less noise the accountant has no finite number, and never is so little enough
+        # with less noise the accountant returns no finite number, and so little is never enough
         dp.LowerEndpointAndGuess(noise_multiplier / 1000, noise_multiplier),
         tol=noise_multiplier * 1e-4,
     )
@@ -223,16 +224,17 @@ def calibrated_noise_multiplier(privacy: Privacy, num_rounds: int, num_clients: 
 
 class PrivateRounds:
     """
-    The privacy of one federation: the noise of its rounds, and the ε that they have cost.
+    The privacy of one federation: the noise of its rounds, and the ε that they have spent.
 
     Args:
         privacy ([`Privacy`]): What is asked for.
         num_clients (`int`): The number of all clients.
-        clients_per_round (`int`): The number of clients that are drawn for a round.
-        num_rounds (`int`): The number of rounds, for which the noise is worked out if it is not given.
+        clients_per_round (`int`): The number of clients that are sampled for a round.
+        num_rounds (`int`): The number of rounds, used to calibrate the noise if it is not given.
 
     Raises:
-        ValueError: if `delta` is too large for so many clients, or already one round would cost more than `target_epsilon`.
+        ValueError: if `delta` is too large for the number of clients, or if even one round would exceed
+            `target_epsilon`.
     """
 
     def __init__(self, privacy: Privacy, num_clients: int, clients_per_round: int, num_rounds: int):
@@ -255,7 +257,7 @@ class PrivateRounds:
 
     @property
     def target_epsilon(self) -> float:
-        """The ε that is not to be exceeded; infinite, if there is none."""
+        """The ε that must not be exceeded; infinite if there is no limit."""
         return math.inf if self.privacy.target_epsilon is None else self.privacy.target_epsilon
 
     def epsilon(self, history: Iterable[Mapping[str, Any]]) -> float:
@@ -264,7 +266,7 @@ class PrivateRounds:
             history (`Iterable[Mapping[str, Any]]`): The records of rounds, as in `trainer.state.log_history`.
 
         Returns:
-            `float`: The ε that they have cost. Infinite, if clients took part in a round without noise.
+            `float`: The ε that they have spent. Infinite if clients took part in a round without noise.
         """
         return self.epsilon_of(_noisy_rounds(history))
 
@@ -274,38 +276,38 @@ class PrivateRounds:
             history (`Iterable[Mapping[str, Any]]`): The records of rounds.
 
         Returns:
-            `float`: The ε that they and one more round cost.
+            `float`: The ε of these rounds and one more.
         """
         return self.next_epsilon_of(_noisy_rounds(history))
 
     def epsilon_of(self, spent: Mapping[NoisyRound, int]) -> float:
         """
         Args:
-            spent (`Mapping[NoisyRound, int]`): Rounds, and how often there were such.
+            spent (`Mapping[NoisyRound, int]`): The rounds, and how often each kind occurred.
 
         Returns:
-            `float`: The ε that they have cost.
+            `float`: The ε that they have spent.
         """
         return epsilon_of(spent, self.num_clients, self.privacy.delta)
 
     def next_epsilon_of(self, spent: Mapping[NoisyRound, int]) -> float:
         """
         Args:
-            spent (`Mapping[NoisyRound, int]`): Rounds, and how often there were such.
+            spent (`Mapping[NoisyRound, int]`): The rounds, and how often each kind occurred.
 
         Returns:
-            `float`: The ε that they and one more round cost.
+            `float`: The ε of these rounds and one more.
         """
         return self.epsilon_of(Counter(spent) + Counter([self.round]))
 
     def record(self, spent: Mapping[NoisyRound, int], asked: bool) -> dict[str, float]:
         """
         Args:
-            spent (`Mapping[NoisyRound, int]`): The rounds before.
-            asked (`bool`): Whether clients were asked in the round, and it was not skipped.
+            spent (`Mapping[NoisyRound, int]`): The rounds before this one.
+            asked (`bool`): Whether clients were asked in the round, rather than the round being skipped.
 
         Returns:
-            `dict[str, float]`: What the record of the round says: its noise, if it had any, and the ε up to its end.
+            `dict[str, float]`: The entries for the record of the round: its noise, if it had any, and the ε after it.
         """
         if not asked:
             return {"epsilon": self.epsilon_of(spent)}
@@ -322,13 +324,13 @@ class PrivateRounds:
         """
         privacy, seed = self.privacy, None
         if privacy.noise_seed is not None:
-            # 128 bits, of which derive_seed gives 32 at a time
+            # 128 bits; derive_seed gives 32 at a time
             seed = [derive_seed(privacy.noise_seed, "noise", round_number, part) for part in range(4)]
         return GaussianMechanism(privacy.clip_norm, self.round.noise_multiplier, num_clients, seed)
 
 
 def _noisy_rounds(history: Iterable[Mapping[str, Any]]) -> Counter[NoisyRound]:
-    # nobody was asked in a round that was skipped
+    # no client was asked in a skipped round
     asked = [record for record in history if record.get("clients") or record.get("failed_clients")]
     return Counter(
         NoisyRound(record.get("noise_multiplier", 0.0), record.get("sampling_rate", 1.0)) for record in asked

@@ -1,4 +1,4 @@
-"""Whether a federation can be private, as far as that depends on its clients and its adapter."""
+"""Checks whether a federation can be private with its clients and its adapter."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from .privacy import Privacy, PrivateRounds, import_dp_accounting
 def check_privacy_of_adapter(awaits_gradient: bool, statistics: Sequence[str]) -> None:
     """
     Args:
-        awaits_gradient (`bool`): Whether the bases of the adapter are to be made from gradients.
-        statistics (`Sequence[str]`): The names of running statistics among what clients upload.
+        awaits_gradient (`bool`): Whether the bases of the adapter still have to be made from gradients.
+        statistics (`Sequence[str]`): The names of running statistics in the updates of clients.
 
     Raises:
-        ValueError: if what clients upload cannot be private.
+        ValueError: if the updates of clients cannot be private.
     """
     if awaits_gradient:
         raise ValueError(
@@ -33,11 +33,11 @@ def private_rounds(
     privacy: Privacy, participation: Participation, num_clients: int, num_rounds: int, always_available: bool = True
 ) -> PrivateRounds:
     """
-    Work out the noise of a federation.
+    Calibrate the noise of a federation.
 
     Args:
         privacy ([`Privacy`]): What is asked for.
-        participation ([`Participation`]): Who takes part in which round.
+        participation ([`Participation`]): Which clients take part in which round.
         num_clients (`int`): The number of all clients.
         num_rounds (`int`): The number of rounds.
         always_available (`bool`, *optional*, defaults to `True`): Whether all clients can be drawn in all rounds.
@@ -47,7 +47,7 @@ def private_rounds(
 
     Raises:
         ImportError: if dp-accounting is not installed.
-        ValueError: if the federation cannot be private as it is asked to be.
+        ValueError: if the federation cannot provide the privacy that is asked for.
     """
     import_dp_accounting()
     if privacy.secret_sampling and not always_available:

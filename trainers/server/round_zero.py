@@ -1,9 +1,9 @@
 """
-The server's part in round 0: the means of what clients make of their gradients, from which common bases are made.
+The server's part of round 0, which averages sketches of the clients' gradients to make common bases.
 
-Some clients warm up the task head, since a head with random weights gives gradients that say little. With the mean of
-their heads, each uploads a sketch of its mean gradient; the bases come from the mean of the sketches. Both means are
-plain weighted ones: a server that adds up securely would do.
+Some clients first warm up the task head, because the gradients of a head with random weights carry little information.
+Starting from the mean of these heads, each client uploads a sketch of its mean gradient. The bases are made from the
+mean of the sketches. Both means are plain weighted means, so they would also work with secure aggregation.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class BasesSettings:
     How common bases are made from gradients.
 
     Args:
-        clients (`int`, *optional*): How many clients take part. By default as many as in a round.
-        warmup_steps (`int`, *optional*, defaults to 10): How many steps each of them trains the task head first.
-        batches (`int`, *optional*, defaults to 8): Over how many batches each of them takes its mean gradient.
-        rank (`int`, *optional*): How many directions of the mean gradient the bases have at each target. By default all.
+        clients (`int`, *optional*): How many clients take part. By default as many as in other rounds.
+        warmup_steps (`int`, *optional*, defaults to 10): For how many steps each of them first trains the task head.
+        batches (`int`, *optional*, defaults to 8): Over how many batches each of them averages its gradient.
+        rank (`int`, *optional*): How many directions of the mean gradient to keep at each target. By default all.
 
     Raises:
         ValueError: if one of them is below 1, or `warmup_steps` below 0.
@@ -61,15 +61,15 @@ def sample_bases_clients(
     sizes: Mapping[str, int], participation: Participation, bases_clients: int | None
 ) -> list[str]:
     """
-    Draw the clients of round 0.
+    Sample the clients of round 0.
 
     Args:
-        sizes (`Mapping[str, int]`): The names of all clients, and how many examples each has.
-        participation ([`Participation`]): Who takes part in other rounds.
+        sizes (`Mapping[str, int]`): The names of all clients and their numbers of examples.
+        participation ([`Participation`]): Which clients take part in other rounds.
         bases_clients (`int`, *optional*): How many take part. By default as many as in other rounds.
 
     Returns:
-        `list[str]`: The names of the clients, drawn with the weights of a round but from a seed of their own.
+        `list[str]`: The names of the clients, drawn with the weights of other rounds but with a seed of its own.
     """
     of_bases = replace(
         participation,
@@ -81,14 +81,14 @@ def sample_bases_clients(
 
 class RoundZero:
     """
-    The round that makes common bases, of one or two exchanges, each of which is opened and closed as a round is.
+    The round that makes common bases. It has one or two exchanges, each of which is opened and closed like a round.
 
     Args:
         settings ([`ServerSettings`]): How rounds are run.
-        bases ([`BasesSettings`]): How bases are made.
+        bases ([`BasesSettings`]): How the bases are made.
 
     **Attributes**:
-        - **this_round** ([`Round`]) -- What is recorded of it.
+        - **this_round** ([`Round`]) -- The round in progress.
     """
 
     def __init__(self, settings: ServerSettings, bases: BasesSettings):
@@ -101,17 +101,17 @@ class RoundZero:
         """
         Args:
             purpose (`str`): `"warm_up"` or `"sketch"`.
-            state (`Mapping[str, torch.Tensor]`): What the clients begin with: the task head.
+            state (`Mapping[str, torch.Tensor]`): What the clients start from: the task head.
 
         Returns:
-            `list[ClientTask]`: What each client is asked. Who has failed before is not asked again.
+            `list[ClientTask]`: One task per client. Clients that failed are not asked again.
         """
         this_round, seed = self.this_round, self.settings.seed
         this_round.clients = [client for client in this_round.clients if client not in this_round.failures]
         asked = {"warm_up": {"max_steps": self.bases.warmup_steps}}.get(
             purpose, {"max_steps": self.bases.batches, "rank": self.bases.rank}
         )
-        # the learning rate is not that of the first round, which is 0 if the schedule starts with a warm-up
+        # not the learning rate of the first round, which is 0 if the schedule starts with a warm-up
         self._tasks = {
             client: ClientTask(
                 0, client, state, derive_seed(seed, "client", 0, client), purpose, self.settings.run, **asked
@@ -124,11 +124,11 @@ class RoundZero:
     def close(self, like: State, replies: Iterable[ClientReply]) -> dict[str, torch.Tensor]:
         """
         Args:
-            like (`Mapping[str, torch.Tensor]`): What uploads must be like: their names, shapes and dtypes.
-            replies (`Iterable[ClientReply]`): What comes back.
+            like (`Mapping[str, torch.Tensor]`): The names, shapes and dtypes that updates must have.
+            replies (`Iterable[ClientReply]`): The replies.
 
         Returns:
-            `dict[str, torch.Tensor]`: The mean of the uploads.
+            `dict[str, torch.Tensor]`: The mean of the updates.
 
         Raises:
             RoundFailedError: if too few clients succeeded.
@@ -150,7 +150,7 @@ class RoundZero:
 
     def sent_to_all(self, state: State) -> None:
         """
-        Count what all clients are sent at the end.
+        Count the bytes that are sent to all clients at the end.
 
         Args:
             state (`Mapping[str, torch.Tensor]`): The bases.
@@ -161,7 +161,7 @@ class RoundZero:
     def record(self) -> dict[str, Any]:
         """
         Returns:
-            `dict[str, Any]`: What the history says of it.
+            `dict[str, Any]`: The record of round 0 for the history.
         """
         return self.this_round.record()
 
@@ -175,5 +175,5 @@ class RoundZero:
 
     def _limits(self) -> UpdateLimits:
         limits = self.settings.merging.limits
-        # a number is of changes of the adapter, and means nothing for a gradient; a multiple of the median does
+        # an absolute limit is meant for changes of the adapter, not for gradients; a multiple of the median suits both
         return limits if limits.needs_all_updates else replace(limits, max_update_norm=None)

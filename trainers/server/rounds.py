@@ -1,4 +1,4 @@
-"""One round, as the server sees it: who was asked, what came back, what failed, and what is recorded of it."""
+"""One round as the server sees it: which clients were asked, what they returned, which failed, and its record."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ class RoundFailedError(RuntimeError):
     """Too few clients of a round succeeded, in all its attempts."""
 
 
-# errors that come back whoever trains, unless the data of some clients differs from that of others
+# errors that usually occur for every client, unless the data of some clients differ from those of others
 _MISTAKES = {"AttributeError", "IndexError", "KeyError", "NotImplementedError", "TypeError", "ValueError"}
 
 
 @dataclass
 class Round:
     """
-    One round, as it goes on.
+    One round in progress.
 
     Args:
         round_number (`int`): The round, from 1.
         clients (`list[str]`): The clients that take part.
-        num_examples (`dict[str, int]`): The examples of the clients that have uploaded.
+        num_examples (`dict[str, int]`): How many examples each client with an update has.
         train_losses (`dict[str, float]`): Their mean local training losses.
-        heads_trained (`dict[str, int]`): How many heads they trained, if not all.
+        heads_trained (`dict[str, int]`): How many heads they trained, if not all of them.
         clipped (`list[str]`): The clients whose updates were scaled down to `max_update_norm`.
-        failures (`dict[str, str]`): The clients that failed, and why, in this and earlier attempts at the round.
-        first_error (`Exception`, *optional*): The error of the first of them.
-        attempts (`int`): How often the round was tried, this time included.
+        failures (`dict[str, str]`): The clients that failed and why, in this and earlier attempts.
+        first_error (`Exception`, *optional*): The first error.
+        attempts (`int`): How often the round was tried, including this attempt.
         learning_rate (`float`): The learning rate of the round, of the optimizer's first parameter group.
-        upload_bytes (`int`): What clients have sent, also in attempts that failed.
-        download_bytes (`int`): What they have been sent.
+        upload_bytes (`int`): The bytes that clients have sent, including failed attempts.
+        download_bytes (`int`): The bytes that clients have been sent.
     """
 
     round_number: int
@@ -53,9 +53,9 @@ class Round:
     def add(self, update: ClientUpdate, train_loss: float, count_heads: bool = False) -> None:
         """
         Args:
-            update ([`~peft_ravan.merging.ClientUpdate`]): What a client has uploaded.
+            update ([`~peft_ravan.merging.ClientUpdate`]): The update of a client.
             train_loss (`float`): Its mean local training loss.
-            count_heads (`bool`, *optional*, defaults to `False`): Whether to say how many heads it has trained.
+            count_heads (`bool`, *optional*, defaults to `False`): Whether to record how many heads it trained.
         """
         self.num_examples[update.client_id] = update.num_examples
         self.train_losses[update.client_id] = train_loss
@@ -67,7 +67,7 @@ class Round:
     def fail(self, client: str, reason: str, error: Exception | None = None) -> None:
         """
         Args:
-            client (`str`): The client that failed. What it has uploaded does not count.
+            client (`str`): The client that failed. Its update does not count.
             reason (`str`): Why.
             error (`Exception`, *optional*): The error.
         """
@@ -80,7 +80,7 @@ class Round:
     def failed(self) -> str:
         """
         Returns:
-            `str`: Who failed and why, for a message.
+            `str`: Which clients failed and why, for a message.
         """
         return "Failed: " + "; ".join(f"{client!r} ({reason})" for client, reason in self.failures.items()) + "."
 
@@ -105,8 +105,8 @@ class Round:
     def record(self) -> dict[str, Any]:
         """
         Returns:
-            `dict[str, Any]`: What the history says of the round. A round in which nobody trained has no loss and no
-            learning rate.
+            `dict[str, Any]`: The record of the round for the history. A round in which no client trained has no loss
+            and no learning rate.
         """
         total = sum(self.num_examples.values())
         record = {
@@ -130,15 +130,15 @@ class Round:
 
 def check_for_a_mistake(this_round: Round, num_clients: int) -> None:
     """
-    Tell a mistake in the data, the model or the arguments from faults of clients, which others may not have.
+    Detect a mistake in the data, the model or the arguments, as opposed to faults of single clients.
 
     Args:
-        this_round ([`Round`]): A round that has failed, in a run in which no client has succeeded yet.
+        this_round ([`Round`]): A failed round, in a run in which no client has succeeded yet.
         num_clients (`int`): How many clients there are.
 
     Raises:
-        RoundFailedError: if all clients that have tried, two at least if there are as many, had an error of the same kind, of
-            those that do not pass.
+        RoundFailedError: if all clients that tried (at least two, if there are that many) failed with the same type of
+            error, and it is one that does not go away by itself.
     """
     failures = list(this_round.failures.values())
     kinds = {reason.partition(":")[0] for reason in failures}

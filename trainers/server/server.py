@@ -1,4 +1,4 @@
-"""The server of a federation: it opens a round with tasks, and closes it with what comes back."""
+"""The server of a federation: it opens a round with tasks and closes it with replies."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ logger = logging.get_logger(__name__)
 
 class Progress(NamedTuple):
     """
-    What a server has come to, so that servers in several processes can be the same.
+    The progress of a server, used to keep the servers of several processes in sync.
 
     Args:
         state ([`ServerState`]): The state after the last round.
-        this_round ([`Round`], *optional*): The round that was opened last.
-        last_merge ([`~peft_ravan.merging.MergeResult`], *optional*): What was merged last.
+        this_round ([`Round`], *optional*): The last round that was opened.
+        last_merge ([`~peft_ravan.merging.MergeResult`], *optional*): The last merge.
     """
 
     state: ServerState
@@ -47,17 +47,17 @@ class Server:
         tasks = server.open(round_number)
         record = server.close(round_number, replies)
 
-    where `replies` are what clients make of the tasks, in any order, taken one after the other. Nothing has changed if a
-    round fails.
+    where `replies` are the clients' replies to the tasks, in any order, consumed one at a time. If a round fails, the
+    state does not change.
 
     Args:
         settings ([`ServerSettings`]): How rounds are run.
-        state ([`ServerState`]): What to begin with, or to go on from.
+        state ([`ServerState`]): The state to start or resume from.
 
     **Attributes**:
-        - **state** ([`ServerState`]) -- What the server has, as one value: all that has to be saved.
-        - **keep_from** (`int`) -- The first round after which the run may be taken up again.
-        - **last_merge** ([`~peft_ravan.merging.MergeResult`]) -- What was merged last, with its diagnostics.
+        - **state** ([`ServerState`]) -- The state of the server as one value, which is all that has to be saved.
+        - **keep_from** (`int`) -- The earliest round after which the run may be resumed.
+        - **last_merge** ([`~peft_ravan.merging.MergeResult`]) -- The last merge, with its diagnostics.
     """
 
     def __init__(self, settings: ServerSettings, state: ServerState):
@@ -70,8 +70,8 @@ class Server:
 
     @property
     def progress(self) -> Progress:
-        """What the server has come to."""
-        # errors cannot all be sent
+        """The progress of the server."""
+        # not every error can be sent to other processes
         this_round = None if self._round is None else replace(self._round, first_error=None)
         return Progress(self.state, this_round, self.last_merge)
 
@@ -86,13 +86,13 @@ class Server:
 
     def open(self, round_number: int) -> list[ClientTask]:
         """
-        Draw the clients of a round. A round that is opened again is tried again, with other clients.
+        Sample the clients of a round. If the same round is opened again, it is tried again with other clients.
 
         Args:
             round_number (`int`): The round, from 1.
 
         Returns:
-            `list[ClientTask]`: What each client is asked. Nothing, if too few clients are available: the round is then closed
+            `list[ClientTask]`: One task per client. Empty if too few clients are available: the round is then closed
             without replies.
         """
         is_another = self._round is None or self._round.round_number != round_number
@@ -103,21 +103,21 @@ class Server:
 
     def close(self, round_number: int, replies: Iterable[ClientReply]) -> dict[str, Any] | None:
         """
-        Merge what clients have uploaded.
+        Merge the updates of the clients.
 
         Args:
             round_number (`int`): The round that was opened.
             replies (`Iterable[ClientReply]`):
-                The replies, in any order. None is kept longer than the merge needs it. A client without a reply has failed,
-                and what is no reply to a task of this round is left out.
+                The replies, in any order. Each is kept only as long as the merge needs it. A client that does not
+                reply counts as failed. Anything that is not a reply to a task of this round is ignored.
 
         Returns:
-            `dict[str, Any]`: The record of the round, or `None` if too few clients have succeeded: the round is to be opened
-            again.
+            `dict[str, Any]`: The record of the round, or `None` if too few clients succeeded and the round has to be
+            opened again.
 
         Raises:
-            RoundFailedError: if that was the last attempt, or others would not help.
-            ValueError: if another round was opened.
+            RoundFailedError: if this was the last attempt, or if another one would not help.
+            ValueError: if this round was not opened.
         """
         this_round = self._round
         if this_round is None or this_round.round_number != round_number:
@@ -178,7 +178,7 @@ class Server:
         )
 
     def _merge(self, this_round: Round, replies: Iterable[ClientReply]) -> tuple[MergeResult | None, ServerState]:
-        """What was merged, and the state with it, if the round counts."""
+        """The merge result, and the state of the server if the round counts."""
         settings, state, kept = self.settings, self.state, dict(self.state.kept)
         inbox = Inbox(this_round, self._tasks)
         control = ControlVariates(state.control, len(settings.client_sizes)) if settings.scaffold else None
@@ -225,7 +225,7 @@ class Server:
     # ---- Whether a round counts --------------------------------------------------
 
     def _needed(self, this_round: Round) -> int:
-        """How many clients must succeed. None with privacy: their noise is what counts, and they may not be replaced."""
+        """How many clients must succeed. 0 with privacy: noise alone counts, and clients must not be replaced."""
         if self.settings.privacy is not None:
             return 0
         return min(self.settings.participation.min_successful_clients, len(this_round.clients))
@@ -234,7 +234,7 @@ class Server:
         if not self.state.has_succeeded:
             check_for_a_mistake(
                 this_round, len(self.settings.client_sizes)
-            )  # what works for some is no mistake of all
+            )  # once a client has succeeded, it cannot be a mistake for all
         if this_round.attempts >= self.settings.max_round_attempts:
             raise RoundFailedError(
                 f"Round {this_round.round_number}: fewer than {self._needed(this_round)} clients (`min_successful_clients`) "
@@ -246,7 +246,7 @@ class Server:
     def why_spent(self) -> str | None:
         """
         Returns:
-            `str`: Why there cannot be another round, if it would cost more privacy than is allowed, and else `None`.
+            `str`: Why there cannot be another round, or `None` if another round stays within the privacy budget.
         """
         privacy, spent = self.settings.privacy, self.state.spent
         if privacy is None or privacy.next_epsilon_of(spent) <= privacy.target_epsilon:
@@ -265,7 +265,7 @@ class Server:
         return privacy.record(self.state.spent, bool(this_round.clients))
 
     def _spent_after(self, this_round: Round) -> dict[NoisyRound, int]:
-        """Rounds without privacy are counted, too: a run that goes on with privacy has no finite ε after them."""
+        """Rounds without privacy are counted too: a run that resumes with privacy after them has no finite ε."""
         if not this_round.clients:
             return dict(self.state.spent)
         privacy = self.settings.privacy

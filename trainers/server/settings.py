@@ -1,4 +1,4 @@
-"""What a server is told before its first round."""
+"""The settings of a server."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ class ServerSettings:
     How a server runs its rounds.
 
     Args:
-        client_sizes (`Mapping[str, int]`): The names of all clients, and how many examples each has.
-        merging ([`MergeSettings`]): What it does with uploads.
-        participation ([`Participation`], *optional*): Who takes part in which round. By default all.
+        client_sizes (`Mapping[str, int]`): The names of all clients and their numbers of examples.
+        merging ([`MergeSettings`]): How it merges updates.
+        participation ([`Participation`], *optional*): Which clients take part in which round. By default all.
         seed (`int`, *optional*, defaults to 42): The seed of the run.
         learning_rate_factors (`Sequence[float]`, *optional*):
-            What the learning rate is multiplied by in each round. By default 1.
+            The factor of the learning rate in each round. By default 1.
         max_round_attempts (`int`, *optional*, defaults to 3): How often a round is tried before the run ends.
         availability (`Callable[[str, int], bool]`, *optional*): Whether a client is available in a round.
         heads ([`HeadSettings`], *optional*): How clients choose heads.
         client_budgets (`Mapping[str, float]`, *optional*): Client names to shares of the heads. By default all heads.
-        scaffold (`bool`, *optional*, defaults to `False`): Whether clients correct their gradients by control variates.
-        privacy ([`PrivateRounds`], *optional*): The noise and the accounting.
-        run (`str`, *optional*): The name of the run, which tasks and replies have.
+        scaffold (`bool`, *optional*, defaults to `False`): Whether clients use SCAFFOLD's control variates.
+        privacy ([`PrivateRounds`], *optional*): The noise and the privacy accounting.
+        run (`str`, *optional*): The name of the run, which tasks and replies carry.
     """
 
     client_sizes: Mapping[str, int]
@@ -51,6 +51,6 @@ class ServerSettings:
             round_number (`int`): A round, from 1.
 
         Returns:
-            `float`: What the learning rate is multiplied by in it.
+            `float`: The factor of the learning rate in this round.
         """
         return self.learning_rate_factors[round_number - 1] if self.learning_rate_factors else 1.0

@@ -1,4 +1,4 @@
-"""What a server has between two rounds, as one value: all that has to be saved to go on with a federation."""
+"""The state of a server between two rounds, as one value: all that has to be saved to resume a federation."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ State = Mapping[str, torch.Tensor]
 @dataclass(frozen=True)
 class ServerState:
     """
-    What a server has between two rounds.
+    The state of a server between two rounds.
 
     Args:
-        global_state (`Mapping[str, torch.Tensor]`): What was merged last, by checkpoint names, without what stays with clients.
+        global_state (`Mapping[str, torch.Tensor]`): The last merged tensors by name, without personal parts.
         round (`int`): The last round that was run.
-        merge_memory (`Mapping[str, torch.Tensor]`): What the server optimizer and the merge method remember.
-        control (`Mapping[str, torch.Tensor]`): SCAFFOLD's c, by names of parameters.
+        merge_memory (`Mapping[str, torch.Tensor]`): The memory of the server optimizer and the merge method.
+        control (`Mapping[str, torch.Tensor]`): SCAFFOLD's c, by parameter names.
         spent (`Mapping[NoisyRound, int]`): The noise of the rounds in which clients were asked, and how often it was used.
-        kept (`Mapping[str, KeptFile]`): What clients keep for themselves counts from which round, by their names.
-        has_succeeded (`bool`): Whether the update of any client was ever merged.
-        random_state ([`RandomState`], *optional*): The random generators, when the state was saved.
+        kept (`Mapping[str, KeptFile]`): Client names to the files that clients keep, as of their last merged updates.
+        has_succeeded (`bool`): Whether any client's update was ever merged.
+        random_state ([`RandomState`], *optional*): The state of the random generators when this state was saved.
     """
 
     global_state: State
