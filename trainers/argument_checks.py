@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
 from peft_ravan.merging import get_merge_method
@@ -18,7 +18,7 @@ from .server.privacy import Privacy
 def check_counts(args: TrainingArguments) -> None:
     """Check the arguments that are counts, individually and against each other."""
     counts = ("num_rounds", "num_clients", "clients_per_round", "min_clients", "labels_per_client")
-    for name in (*counts, "min_successful_clients"):
+    for name in (*counts, "min_successful_clients", "average_rounds"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"`{name}` must be 1 or more, got {value!r}.")
@@ -47,6 +47,11 @@ def check_local_training(args: TrainingArguments) -> None:
     args.local_parameters = read_patterns(args.local_parameters)
     if not 0 <= args.learning_rate < math.inf:
         raise ValueError(f"`learning_rate` must be a number of 0 or more, got {args.learning_rate!r}.")
+    if args.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY):
+        raise ValueError(
+            f"`lr_scheduler_type={args.lr_scheduler_type.value!r}` follows a metric, which is not supported over rounds. "
+            "Use a schedule that does not, such as 'constant', 'linear' or 'cosine'."
+        )
     if args.max_steps <= 0 and not args.num_train_epochs > 0:
         raise ValueError(
             f"Clients would train nothing: `num_train_epochs` is {args.num_train_epochs!r} and `max_steps` is "

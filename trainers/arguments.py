@@ -71,6 +71,10 @@ class FederatedArgumentsMixin(PartitionerArgumentMixin):
             The server optimizer that takes a step towards the merged state: `"fedavgm"`, `"fedadam"` or `"fedyogi"`.
         server_optimizer_options (`dict[str, Any]`, *optional*):
             The options of the server optimizer, such as `{"learning_rate": 0.01}`. A string is read as JSON.
+        average_rounds (`int`, *optional*, defaults to 1):
+            Over how many rounds the result is averaged: the model that is evaluated, saved and returned has the mean of
+            the merged adapters of the last rounds. Clients start from the last one, which is evaluated as well, with the
+            prefix `eval_last`. For Ravan it is the exact mean of the weights. By default the result is the last one.
         max_update_norm (`float` or `str`, *optional*):
             The largest norm of a client's change in a round, taken over all tensors together: a number, or a multiple
             of the median over the clients of the round, such as `"3*median"`. With a multiple, all uploads of a round
@@ -178,6 +182,9 @@ class FederatedArgumentsMixin(PartitionerArgumentMixin):
     server_optimizer_options: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Options of the server optimizer, as JSON."}
     )
+    average_rounds: int = field(
+        default=1, metadata={"help": "Number of last rounds over which the result is averaged. By default the last."}
+    )
     max_update_norm: float | str | None = field(
         default=None,
         metadata={
@@ -276,11 +283,6 @@ class FederatedArgumentsMixin(PartitionerArgumentMixin):
         check_sharing(self)
         check_local_training(self)
         check_privacy(self)
-        if self.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY):
-            raise ValueError(
-                f"`lr_scheduler_type={self.lr_scheduler_type.value!r}` follows a metric, which is not supported over rounds. "
-                "Use a schedule that does not, such as 'constant', 'linear' or 'cosine'."
-            )
 
     @property
     def merging(self) -> MergeSettings:

@@ -38,8 +38,9 @@ from .round_zero import make_common_bases
 from .run import Run
 from .run_facts import run_facts
 from .runners import make_runner
-from .schedule import is_due, learning_rate_factors, mean_train_loss
+from .schedule import is_due, learning_rate_factors, run_metrics
 from .server.budgets import resolve_client_budgets
+from .server.mean_of_rounds import check_mean_of_rounds
 from .server.merging import MergeSettings
 from .server.participation import Availability
 from .server.privacy import Privacy, PrivateRounds
@@ -140,6 +141,8 @@ class FederatedMixin(PreparationMixin, CheckpointingMixin, SharingMixin, Reports
         self.client_budgets = resolve_client_budgets(
             args.heads.budgets, list(clients), args.federated_seed, self.model.active_peft_config, self.merge_method
         )
+        if args.average_rounds > 1:
+            check_mean_of_rounds(self._merging.merge_method, self._merging.options, self.model.active_peft_config)
         check_labels(self, given)
         sizes = self._client_sizes()
         args.participation.check(sizes, self.availability)
@@ -193,6 +196,7 @@ class FederatedMixin(PreparationMixin, CheckpointingMixin, SharingMixin, Reports
             heads=args.heads,
             client_budgets=self.client_budgets,
             scaffold=args.scaffold,
+            average_rounds=args.average_rounds,
             privacy=self.privacy,
         )
 
@@ -271,7 +275,7 @@ class FederatedMixin(PreparationMixin, CheckpointingMixin, SharingMixin, Reports
                     run.take_global()
             finally:
                 # also after an error, so that the model holds the last merged adapter and not that of a client
-                run.load_global()
+                run.load_result()
                 self.last_global_state = dict(run.server.state.global_state)
                 self.is_in_train = False
             return self._finish_run(start_time)
@@ -338,17 +342,10 @@ class FederatedMixin(PreparationMixin, CheckpointingMixin, SharingMixin, Reports
     def _finish_run(self, start_time: float) -> TrainOutput:
         self._finish_current_push()
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
-        records = [record for record in self.state.log_history if record.get("round")]
-        train_loss = mean_train_loss(records, self.args.min_clients)
-        metrics = {
-            "train_runtime": time.time() - start_time,
-            "train_loss": train_loss,
-            **{
-                name: sum(record.get(name, 0) for record in self.state.log_history)  # including round 0
-                for name in ("upload_bytes", "download_bytes")
-            },
-        }
-        return TrainOutput(self.state.global_step, train_loss, metrics)
+        metrics = run_metrics(self.state.log_history, self.args.min_clients)
+        return TrainOutput(
+            self.state.global_step, metrics["train_loss"], {"train_runtime": time.time() - start_time, **metrics}
+        )
 
     # ---- A round -----------------------------------------------------------------
 
@@ -358,13 +355,13 @@ class FederatedMixin(PreparationMixin, CheckpointingMixin, SharingMixin, Reports
         while record is None:  # too few clients succeeded, so other clients are asked
             record = self._attempt_round(run, round_number)
         self.last_merge = run.server.last_merge
-        run.load_global()
+        run.load_result()
         record["round_seconds"] = time.perf_counter() - start_time
 
         self.state.global_step = round_number
         is_best = False
         if is_due(self.args.eval_strategy, self.args.eval_steps, round_number, self.args.num_rounds):
-            metrics = self._evaluate_quietly(ignore_keys_for_eval)
+            metrics = self._evaluate_round(run, ignore_keys_for_eval)
             is_best = self._determine_best_metric(metrics, trial)
             record.update(metrics)
         self.log(record)
@@ -374,6 +371,14 @@ class FederatedMixin(PreparationMixin, CheckpointingMixin, SharingMixin, Reports
         )
         if is_save_due or (is_best and self.args.save_strategy == SaveStrategy.BEST):
             self._save_round(run, trial)
+
+    def _evaluate_round(self, run: Run, ignore_keys_for_eval: list[str] | None) -> dict[str, float]:
+        metrics = self._evaluate_quietly(ignore_keys_for_eval)
+        if self.args.average_rounds > 1:
+            run.load_global()
+            metrics.update(self._evaluate_quietly(ignore_keys_for_eval, "eval_last"))
+            run.load_result()
+        return metrics
 
     def _attempt_round(self, run: Run, round_number: int) -> dict[str, Any] | None:
         tasks = run.server.open(round_number)

@@ -10,6 +10,7 @@ import torch
 
 from .client.local_client import LocalClient
 from .run_folder import RunIdentity
+from .server.mean_of_rounds import mean_of_rounds
 from .server.server import Server
 
 
@@ -46,6 +47,10 @@ class Run:
         """Load the global adapter into the model."""
         self.client.adapter.load(self.state())
 
+    def load_result(self) -> None:
+        """Load the result of the run so far into the model: the global adapter, or the mean over the last rounds."""
+        self.client.adapter.load({**mean_of_rounds(self.server.state), **self.client.personal_start})
+
     def take_global(self) -> None:
         """Use the adapter in the model as the global one."""
-        self.server.state = replace(self.server.state, global_state=self.client.take_start())
+        self.server.state = replace(self.server.state, global_state=self.client.take_start(), earlier=())

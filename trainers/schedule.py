@@ -78,3 +78,20 @@ def mean_train_loss(history: Sequence[Mapping[str, Any]], min_clients: int) -> f
             "available. Use a smaller `min_clients`, more rounds, or look into `availability`."
         )
     return sum(losses) / len(losses)
+
+
+def run_metrics(history: Sequence[Mapping[str, Any]], min_clients: int) -> dict[str, float]:
+    """
+    Args:
+        history (`Sequence[Mapping[str, Any]]`): All records of a run.
+        min_clients (`int`): The number of clients that a round needs, for the error message.
+
+    Returns:
+        `dict[str, float]`: The mean training loss over the rounds, and the bytes sent, including those of round 0.
+
+    Raises:
+        RuntimeError: if clients trained in no round.
+    """
+    rounds = [record for record in history if record.get("round")]
+    sent = {name: sum(record.get(name, 0) for record in history) for name in ("upload_bytes", "download_bytes")}
+    return {"train_loss": mean_train_loss(rounds, min_clients), **sent}

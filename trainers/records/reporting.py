@@ -51,6 +51,7 @@ def federation_record(
         "Merge method": f"[{method.pretty_name}]({method.reference})",
         "Merge options": {**method.options, **merging.options} or "none",
         **_server_optimizer(merging),
+        **({"Result": f"mean of the last {server.average_rounds} rounds"} if server.average_rounds > 1 else {}),
         **_client_budgets(federation),
         **_privacy(federation, history),
         **_common_bases(opening),

@@ -35,14 +35,14 @@ class ReportsMixin:
 
     _log_sink: dict[str, Any] | None = None  # set while logs belong to a round's record
 
-    def _evaluate_quietly(self, ignore_keys: list[str] | None) -> dict[str, float]:
+    def _evaluate_quietly(self, ignore_keys: list[str] | None, prefix: str = "eval") -> dict[str, float]:
         """Evaluate without logging a separate record: the metrics become part of the record of the round."""
         self._log_sink = {}
         # if processes train on their own, each evaluates everything, so metrics and callbacks match a single process
         try:
             with self._runner.alone():
-                self.evaluate(ignore_keys=ignore_keys)
-                if self.args.eval_clients:
+                self.evaluate(ignore_keys=ignore_keys, metric_key_prefix=prefix)
+                if self.args.eval_clients and prefix == "eval":
                     self._log_sink.update(summarize_clients(self.evaluate_clients(ignore_keys=ignore_keys)))
             return self._runner.agree(self._log_sink)
         finally:

@@ -32,6 +32,7 @@ OWN_DIGEST = "sha256"  # the digest of the state file, which is stored in it
 # the fields of the state that hold tensors
 _TENSOR_FIELDS = ("global_state", "merge_memory", "control")
 _RANDOM_PREFIX = "rng."
+_EARLIER_PREFIX = "earlier."
 
 
 class SavedServer(NamedTuple):
@@ -62,13 +63,20 @@ def write_server_state(folder: Path, state: ServerState, facts: Mapping[str, Any
         for field in _TENSOR_FIELDS
         for name, tensor in getattr(state, field).items()
     }
-    safetensors.torch.save_file({**tensors, **random_state.tensors}, folder / TENSORS_FILE)
+    earlier = {
+        f"{_EARLIER_PREFIX}{age}.{name}": tensor.contiguous()
+        for age, merged in enumerate(state.earlier)
+        for name, tensor in merged.items()
+    }
+    safetensors.torch.save_file({**tensors, **earlier, **random_state.tensors}, folder / TENSORS_FILE)
     # including subfolders: PEFT saves an adapter that is not named "default" into one
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     files = {path.relative_to(folder).as_posix(): file_digest(path) for path in paths}
     content = {
         "format_version": FORMAT_VERSION,
         "round": state.round,
+        "num_merged": state.num_merged,
+        "num_earlier": len(state.earlier),
         "has_succeeded": state.has_succeeded,
         "spent": [[*noisy, count] for noisy, count in state.spent.items()],
         "kept": state.kept,
@@ -98,6 +106,8 @@ def read_server_state(folder: str | os.PathLike) -> SavedServer:
     state = ServerState(
         **{field: _of_field(tensors, field) for field in _TENSOR_FIELDS},
         round=content["round"],
+        num_merged=content["num_merged"],
+        earlier=tuple(_of_field(tensors, f"{_EARLIER_PREFIX}{age}") for age in range(content["num_earlier"])),
         has_succeeded=content["has_succeeded"],
         spent={NoisyRound(*noisy): count for *noisy, count in content["spent"]},
         kept={client: KeptFile(*file) for client, file in content["kept"].items()},

@@ -15,6 +15,7 @@ from ..exchange import ClientReply, ClientTask, KeptFile
 from ..seeds import derive_seed
 from .control_variates import ControlVariates
 from .inbox import Inbox
+from .mean_of_rounds import earlier_states
 from .merging import merge_of
 from .privacy import NoisyRound
 from .rounds import Round, RoundFailedError, check_for_a_mistake
@@ -131,6 +132,7 @@ class Server:
             return None
         record = {**this_round.record(), **self._privacy_record(this_round)}
         self.last_merge = self.last_merge if result is None else result
+        self._tasks = {}  # which hold on to the state before the round
         self.state = replace(
             new_state,
             round=round_number,
@@ -201,7 +203,15 @@ class Server:
         if result is None:
             return None, state
         moved = {} if control is None else {"control": control.moved()}
-        return result, replace(state, global_state=result.state, merge_memory=result.server_state, kept=kept, **moved)
+        return result, replace(
+            state,
+            global_state=result.state,
+            num_merged=state.num_merged + 1,
+            earlier=earlier_states(state, settings.average_rounds),
+            merge_memory=result.server_state,
+            kept=kept,
+            **moved,
+        )
 
     def _updates(
         self, this_round: Round, replies: Iterable[ClientReply], control: ControlVariates | None

@@ -28,6 +28,7 @@ class ServerSettings:
         heads ([`HeadSettings`], *optional*): How clients choose heads.
         client_budgets (`Mapping[str, float]`, *optional*): Client names to shares of the heads. By default all heads.
         scaffold (`bool`, *optional*, defaults to `False`): Whether clients use SCAFFOLD's control variates.
+        average_rounds (`int`, *optional*, defaults to 1): Over how many last rounds the result is averaged.
         privacy ([`PrivateRounds`], *optional*): The noise and the privacy accounting.
         run (`str`, *optional*): The name of the run, which tasks and replies carry.
     """
@@ -42,6 +43,7 @@ class ServerSettings:
     heads: HeadSettings = HeadSettings()
     client_budgets: Mapping[str, float] | None = None
     scaffold: bool = False
+    average_rounds: int = 1
     privacy: PrivateRounds | None = None
     run: str = ""
 

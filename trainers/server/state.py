@@ -23,6 +23,9 @@ class ServerState:
     Args:
         global_state (`Mapping[str, torch.Tensor]`): The last merged tensors by name, without personal parts.
         round (`int`): The last round that was run.
+        num_merged (`int`): The number of rounds in which updates were merged.
+        earlier (`tuple[Mapping[str, torch.Tensor], ...]`):
+            The merged states of earlier rounds, oldest first, as many as the mean of rounds needs.
         merge_memory (`Mapping[str, torch.Tensor]`): The memory of the server optimizer and the merge method.
         control (`Mapping[str, torch.Tensor]`): SCAFFOLD's c, by parameter names.
         spent (`Mapping[NoisyRound, int]`): The noise of the rounds in which clients were asked, and how often it was used.
@@ -33,6 +36,8 @@ class ServerState:
 
     global_state: State
     round: int = 0
+    num_merged: int = 0
+    earlier: tuple[State, ...] = ()
     merge_memory: State = field(default_factory=dict)
     control: State = field(default_factory=dict)
     spent: Mapping[NoisyRound, int] = field(default_factory=dict)

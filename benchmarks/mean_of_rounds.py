@@ -1,0 +1,247 @@
+"""
+The accuracy of a federated adapter after its last round, and of means over its rounds, by the rule of the mean.
+
+Clients with different shares of the labels make the merged adapter swing from round to round. The script runs federations
+on real text, keeps the merged state of each round, and evaluates the last state and means of the states so far. All rules
+are compared on the same run. Each run is saved when it has finished, and is not repeated.
+
+    python benchmarks/mean_of_rounds.py --model MODEL --data PATH_OR_HUB_ID --output mean_of_rounds
+    python benchmarks/mean_of_rounds.py --output mean_of_rounds --report
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import datasets
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    PrinterCallback,
+    set_seed,
+)
+
+from peft_ravan import RavanConfig
+from peft_ravan.trainers import FederatedArguments, FederatedCallback, FederatedTrainer
+from peft_ravan.trainers.client.live_adapter import LiveAdapter
+
+
+NUM_CLIENTS, CLIENTS_PER_ROUND, ALPHA = 20, 5, 0.3
+STEPS, BATCH_SIZE, TOKENS = 10, 32, 32
+TARGETS = ["query", "value"]
+CLASSIFIER_LEARNING_RATE = 3e-3
+# adapters that upload the same number of parameters, and their learning rates
+ADAPTERS = {
+    "lora": (LoraConfig(r=8, lora_alpha=16, task_type="SEQ_CLS", target_modules=TARGETS), 3e-3),
+    "ravan": (RavanConfig(r=32, num_heads=6, task_type="SEQ_CLS", target_modules=TARGETS), 3e-2),
+}
+# evaluated after each of these shares of the rounds, and in the rounds before, over which accuracies are averaged
+SHARES_OF_ROUNDS = (0.5, 1.0)
+LAST_ROUNDS = 5
+WINDOWS = (3, 5, 10)
+SHARES = (0.25, 1 / 3, 0.5)
+DECAYS = (0.8, 0.9)
+
+State = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run."""
+
+    adapter: str
+    seed: int
+    num_rounds: int
+
+
+def rules() -> list[str]:
+    """The names of the rules."""
+    windows = [f"window {k}" for k in WINDOWS]
+    shares = [f"share {share:.2f}" for share in SHARES]
+    return ["last", *windows, *shares, *(f"decay {decay}" for decay in DECAYS)]
+
+
+def weights(rule: str, num_states: int) -> list[float]:
+    """The weight of each state so far in the mean of a rule."""
+    kind, _, number = rule.partition(" ")
+    if kind == "decay":
+        powers = [float(number) ** age for age in reversed(range(num_states))]
+        return [power / sum(powers) for power in powers]
+    window = {"last": 1, "window": int(float(number or 1)), "share": math.ceil(float(number or 1) * num_states)}[kind]
+    window = min(window, num_states)
+    return [0.0] * (num_states - window) + [1 / window] * window
+
+
+def mean(states: list[State], of_states: list[float]) -> State:
+    used = [(state, weight) for state, weight in zip(states, of_states, strict=True) if weight]
+    return {name: sum(weight * state[name].double() for state, weight in used).float() for name in states[-1]}
+
+
+class Keep(FederatedCallback):
+    """Keeps the merged state of each round."""
+
+    def __init__(self):
+        self.states: list[State] = []
+
+    def on_round_end(self, args, state, control, record, model, **kwargs):
+        self.states.append(LiveAdapter(model).read())
+
+
+def load_data(source: str, tokenizer) -> tuple[datasets.Dataset, datasets.Dataset]:
+    folder = Path(source)
+    if folder.is_dir():
+        files = {split: str(folder / f"{split}.parquet") for split in ("train", "test")}
+        data = datasets.load_dataset("parquet", data_files=files)
+    else:
+        data = datasets.load_dataset(source)
+    [label] = [name for name, feature in data["train"].features.items() if isinstance(feature, datasets.ClassLabel)][
+        :1
+    ]
+    texts = next(name for name in ("text", "sentence", "utterance") if name in data["train"].features)
+
+    def tokenize(split: datasets.Dataset) -> datasets.Dataset:
+        tokenized = split.map(lambda rows: tokenizer(rows[texts], truncation=True, max_length=TOKENS), batched=True)
+        tokenized = tokenized.rename_column(label, "labels") if label != "labels" else tokenized
+        return tokenized.select_columns(["input_ids", "attention_mask", "labels"])
+
+    return tokenize(data["train"]), tokenize(data["test"])
+
+
+def parameter_groups(model: PeftModel, learning_rate: float) -> list[dict]:
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    adapter = [parameter for name, parameter in trained.items() if "lora_" in name or "ravan_" in name]
+    classifier = [parameter for name, parameter in trained.items() if "lora_" not in name and "ravan_" not in name]
+    return [{"params": adapter, "lr": learning_rate}, {"params": classifier, "lr": CLASSIFIER_LEARNING_RATE}]
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, batches: list[dict[str, torch.Tensor]]) -> float:
+    model.eval()
+    hits = [(model(**batch).logits.argmax(-1) == batch["labels"]).float().sum().item() for batch in batches]
+    return sum(hits) / sum(len(batch["labels"]) for batch in batches)
+
+
+def run(cell: Cell, options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    train, test = load_data(options.data, tokenizer)
+    collator = DataCollatorWithPadding(tokenizer)
+    config, learning_rate = ADAPTERS[cell.adapter]
+    set_seed(cell.seed)
+    base = AutoModelForSequenceClassification.from_pretrained(
+        options.model, num_labels=train.features["labels"].num_classes
+    )
+    model = get_peft_model(base, config)
+    args = FederatedArguments(
+        str(options.output / "run"),
+        num_clients=NUM_CLIENTS,
+        clients_per_round=CLIENTS_PER_ROUND,
+        num_rounds=cell.num_rounds,
+        max_steps=STEPS,
+        per_device_train_batch_size=BATCH_SIZE,
+        learning_rate=CLASSIFIER_LEARNING_RATE,
+        partition="dirichlet",
+        partition_alpha=ALPHA,
+        partition_column="labels",
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        seed=cell.seed,
+    )
+    keep = Keep()
+    trainer = FederatedTrainer(
+        model,
+        args,
+        train_dataset=train,
+        data_collator=collator,
+        callbacks=[keep],
+        optimizer_cls_and_kwargs=(
+            torch.optim.AdamW,
+            {"params": parameter_groups(model, learning_rate), "lr": learning_rate, "weight_decay": 0.0},
+        ),
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    by_length = sorted(range(len(test)), key=lambda index: len(test[index]["input_ids"]))
+    batches = [collator([test[i] for i in by_length[start : start + 256]]) for start in range(0, len(test), 256)]
+    adapter, results = LiveAdapter(model), {}
+    for share in SHARES_OF_ROUNDS:
+        end = round(share * cell.num_rounds)
+        for rule in rules():
+            found = []
+            # one state swings; a mean hardly does
+            for number in range(end - LAST_ROUNDS + 1 if rule == "last" else end, end + 1):
+                states = keep.states[:number]
+                adapter.load(mean(states, weights(rule, number)))
+                found.append(accuracy(model, batches))
+            results.setdefault(rule, {})[str(end)] = statistics.fmean(found)
+            if rule == "last":
+                results[rule][f"{end} spread"] = max(found) - min(found)
+    return results
+
+
+def report(records: list[dict]) -> str:
+    """A markdown table: a row for each rule, a column for each adapter and number of rounds, with the mean over seeds."""
+    columns = sorted(
+        {
+            (record["adapter"], rounds)
+            for record in records
+            for rounds in record["accuracy"]["last"]
+            if rounds.isdigit()
+        }
+    )
+    lines = [f"| Rule | {' | '.join(f'{adapter}, {rounds} rounds' for adapter, rounds in columns)} |"]
+    lines.append("|---|" + "---:|" * len(columns))
+    for rule in rules():
+        row = [rule]
+        for adapter, rounds in columns:
+            found = [record["accuracy"][rule][rounds] for record in records if record["adapter"] == adapter]
+            row.append(f"{100 * statistics.fmean(found):.1f} ({len(found)})")
+        lines.append(f"| {' | '.join(row)} |")
+    return "\n".join(lines)
+
+
+def cells(options: argparse.Namespace) -> Iterator[Cell]:
+    for seed in range(options.seeds):
+        for adapter in ADAPTERS:
+            yield Cell(adapter, seed, options.rounds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0].strip())
+    parser.add_argument("--model", help="path or Hub id of a text encoder")
+    parser.add_argument("--data", help="folder with train.parquet and test.parquet, or Hub id")
+    parser.add_argument("--output", type=Path, default=Path("outputs/mean_of_rounds"), help="folder for the results")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--report", action="store_true", help="print the table of the finished runs")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    options.output.mkdir(parents=True, exist_ok=True)
+    path = options.output / "cells.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    done = [Cell(**{name: record[name] for name in Cell.__dataclass_fields__}) for record in records]
+    for cell in () if options.report else cells(options):
+        if cell in done:
+            continue
+        records.append({**asdict(cell), "accuracy": run(cell, options)})
+        with path.open("a") as file:
+            file.write(json.dumps(records[-1]) + "\n")
+        print(json.dumps(records[-1]), flush=True)
+    print(report(records))
+
+
+if __name__ == "__main__":
+    main()

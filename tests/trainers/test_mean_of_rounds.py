@@ -1,0 +1,161 @@
+"""The mean over the last rounds: what is evaluated and saved, while clients start from the last merged state."""
+
+import pytest
+import torch
+from peft import get_peft_model
+
+from peft_ravan.trainers.client.live_adapter import LiveAdapter
+from peft_ravan.trainers.records.callbacks import FederatedCallback
+from peft_ravan.trainers.server.checkpoints import read_server_state, write_server_state
+from peft_ravan.trainers.server.mean_of_rounds import earlier_states, mean_of_rounds
+from peft_ravan.trainers.server.state import ServerState
+
+from ..conftest import tiny_bert
+from .helpers import (
+    adapter_state,
+    assert_same,
+    comparable,
+    interrupted,
+    lora,
+    make_trainer,
+    ravan,
+    resumable_trainer,
+)
+
+
+class States(FederatedCallback):
+    """The merged state of each round, as the server has it."""
+
+    def __init__(self):
+        self.trainer, self.merged = None, []
+
+    def on_round_end(self, *args, **kwargs):
+        self.merged.append(self.trainer.last_server_state.global_state)
+
+
+def run(folder, adapter=None, **kwargs):
+    states = States()
+    states.trainer = make_trainer(
+        folder, adapter, callbacks=[states], **{"num_rounds": 4, "clients_per_round": 2, "max_steps": 2, **kwargs}
+    )
+    states.trainer.train()
+    return states.trainer, states.merged
+
+
+def test_the_mean_is_that_of_the_states_so_far_and_then_of_the_last_ones():
+    state = ServerState({"w": torch.tensor([100.0])})  # what training starts from is not in the mean
+    means = []
+    for number, value in enumerate((1.0, 3.0, 8.0, 4.0), start=1):
+        earlier = earlier_states(state, 3)
+        state = ServerState({"w": torch.tensor([value])}, num_merged=number, earlier=earlier)
+        means.append(mean_of_rounds(state)["w"].item())
+    assert means == [1.0, 2.0, 4.0, 5.0]
+
+
+def test_the_mean_keeps_the_dtype():
+    states = [{"w": torch.tensor([1.0, 2.0], dtype=torch.bfloat16)} for _ in range(3)]
+    found = mean_of_rounds(ServerState(states[-1], earlier=tuple(states[:-1])))
+    assert found["w"].dtype == torch.bfloat16 and found["w"].tolist() == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("adapter", [ravan, lora])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"privacy": {"clip_norm": 0.5, "noise_multiplier": 0.3, "noise_seed": 7}},
+        {"local_parameters": ["classifier"]},
+        {"server_optimizer": "fedavgm"},
+    ],
+    ids=str,
+)
+def test_clients_are_not_sent_the_mean(tmp_path, adapter, options):
+    last, states = run(tmp_path / "last", adapter(), **options)
+    mean, same_states = run(tmp_path / "mean", adapter(), average_rounds=3, **options)
+    for one, other in zip(states, same_states, strict=True):
+        assert_same(one, other)
+    assert_same(last.last_global_state, mean.last_global_state)
+    in_model = adapter_state(mean)
+    for name in states[-1]:
+        expected = sum(state[name].double() for state in states[1:]) / 3
+        torch.testing.assert_close(in_model[name].double(), expected, atol=1e-7, rtol=1e-6)
+    assert any(not torch.equal(in_model[name], states[-1][name]) for name in states[-1])
+
+
+def test_the_mean_over_one_round_is_that_round(tmp_path):
+    plain, _ = run(tmp_path / "plain", eval_strategy="epoch")
+    one, _ = run(tmp_path / "one", eval_strategy="epoch", average_rounds=1)
+    assert_same(adapter_state(plain), adapter_state(one))
+    assert comparable(plain.state.log_history) == comparable(one.state.log_history)
+
+
+def test_both_are_evaluated(tmp_path):
+    last, _ = run(tmp_path / "last", eval_strategy="epoch")
+    mean, _ = run(tmp_path / "mean", eval_strategy="epoch", average_rounds=2)
+    for of_last, of_mean in zip(last.state.log_history, mean.state.log_history, strict=True):
+        assert of_mean["eval_last_loss"] == of_last["eval_loss"]
+        assert of_mean["eval_last_accuracy"] == of_last["eval_accuracy"]
+    assert mean.state.log_history[0]["eval_loss"] == mean.state.log_history[0]["eval_last_loss"]
+    assert mean.state.log_history[-1]["eval_loss"] != mean.state.log_history[-1]["eval_last_loss"]
+    assert mean.evaluate()["eval_loss"] == pytest.approx(mean.state.log_history[-1]["eval_loss"])
+
+
+def test_the_mean_of_ravan_is_the_mean_of_the_weights(tmp_path):
+    trainer, states = run(tmp_path, average_rounds=4, local_parameters=None)
+    weights = []
+    reference = get_peft_model(tiny_bert(), ravan())
+    layer = reference.base_model.model.bert.encoder.layer[0].attention.self.query
+    for state in states:
+        LiveAdapter(reference).load(state)
+        weights.append(layer.get_delta_weight("default").detach().clone())
+    found = trainer.model.base_model.model.bert.encoder.layer[0].attention.self.query.get_delta_weight("default")
+    torch.testing.assert_close(found, sum(weights) / 4, atol=1e-6, rtol=1e-5)
+
+
+def test_a_resumed_run_has_the_mean_of_the_uninterrupted_one(tmp_path):
+    options = {"average_rounds": 3}
+    whole = resumable_trainer(tmp_path / "whole", **options)
+    whole.train()
+    interrupted(tmp_path / "run", after=3, **options)
+    resumed = resumable_trainer(tmp_path / "run", **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same(adapter_state(whole), adapter_state(resumed))
+    assert comparable(whole.state.log_history) == comparable(resumed.state.log_history)
+
+
+def test_earlier_states_are_saved_with_the_state_of_the_server(tmp_path):
+    states = [{"w": torch.tensor([float(number)])} for number in range(3)]
+    write_server_state(tmp_path, ServerState(states[-1], num_merged=3, earlier=tuple(states[:-1])), {})
+    saved = read_server_state(tmp_path).state
+    assert saved.num_merged == 3 and mean_of_rounds(saved)["w"].item() == 1.0
+
+
+def test_the_best_mean_is_the_one_that_is_loaded_at_the_end(tmp_path):
+    trainer = resumable_trainer(
+        tmp_path, average_rounds=2, load_best_model_at_end=True, metric_for_best_model="accuracy"
+    )
+    scores = iter([0.1, 0.0, 0.9, 0.0, 0.3, 0.0, 0.2, 0.0])  # of the mean and of the last state in turns
+    trainer.compute_metrics = lambda prediction: {"accuracy": next(scores)}
+    means = {}
+
+    class Keep(FederatedCallback):
+        def on_round_end(self, args, state, control, record, **kwargs):
+            means[record["round"]] = adapter_state(trainer)
+
+    trainer.add_callback(Keep())
+    trainer.train()
+    assert trainer.state.best_global_step == 2
+    assert_same(adapter_state(trainer), means[2])
+
+
+def test_factors_that_are_computed_anew_in_every_round_have_no_mean(tmp_path):
+    with pytest.raises(ValueError, match="`average_rounds` does not work with merge_method='flexlora' on LoRA"):
+        make_trainer(tmp_path, lora(), average_rounds=2, merge_method="flexlora")
+    with pytest.raises(ValueError, match="`average_rounds` must be 1 or more, got 0"):
+        make_trainer(tmp_path, average_rounds=0)
+
+
+def test_the_card_says_that_the_result_is_a_mean(tmp_path):
+    trainer, _ = run(tmp_path, average_rounds=3)
+    trainer.save_model(str(tmp_path / "saved"))
+    assert "mean of the last 3 rounds" in (tmp_path / "saved" / "README.md").read_text()
