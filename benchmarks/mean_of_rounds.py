@@ -181,7 +181,7 @@ def run(cell: Cell, options: argparse.Namespace) -> dict[str, dict[str, float]]:
         for rule in rules():
             found = []
             # one state swings; a mean hardly does
-            for number in range(end - LAST_ROUNDS + 1 if rule == "last" else end, end + 1):
+            for number in range(max(1, end - LAST_ROUNDS + 1) if rule == "last" else end, end + 1):
                 states = keep.states[:number]
                 adapter.load(mean(states, weights(rule, number)))
                 found.append(accuracy(model, batches))
