@@ -146,7 +146,9 @@ def test_a_round_with_too_few_clients_is_opened_again_with_others():
     assert server.close(1, [ClientReply.to(first[0], failure="OSError: gone"), *replies]) is None
     assert server.state is state
     second = server.open(1)
-    assert [task.attempt for task in second] == [2, 2, 2] and first[0].client not in {task.client for task in second}
+    others = {client: 10 for client in sizes if client != first[0].client}
+    assert [task.client for task in second] == Participation(clients_per_round=3).sample(others, 1, attempt=1)
+    assert [task.attempt for task in second] == [2, 2, 2]
     late = ClientReply.to(first[1], **reply)  # from the previous attempt
     with pytest.raises(RoundFailedError, match="fewer than 3 clients .* in each of 2 attempts"):
         server.close(1, [late, *(ClientReply.to(task, failure="OSError: gone") for task in second)])
