@@ -2,8 +2,10 @@
 
 from dataclasses import replace
 
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import given
 
 from peft_ravan.merging import UpdateLimits
 from peft_ravan.trainers import CheckpointError, Privacy, RoundFailedError
@@ -18,6 +20,7 @@ from peft_ravan.trainers.server.server import Server
 from peft_ravan.trainers.server.settings import ServerSettings
 from peft_ravan.trainers.server.state import ServerState
 
+from ..properties import examples
 from .helpers import assert_same
 
 
@@ -162,6 +165,9 @@ def test_a_round_that_was_not_opened_cannot_be_closed():
     server.open(1)
     with pytest.raises(ValueError, match="Round 2 cannot be closed: round 1 was opened"):
         server.close(2, [])
+    server.close(1, [upload(task, 1.0) for task in server.open(1)])
+    with pytest.raises(ValueError, match="Round 1 cannot be opened: round 1 was closed. Open round 2"):
+        server.open(1)
 
 
 def test_a_round_for_which_nobody_is_available_is_skipped(recwarn):
@@ -286,3 +292,43 @@ def test_round_zero_takes_the_means_of_what_clients_send():
     assert round_zero.record()["clients"] == [task.client]
     with pytest.raises(RoundFailedError, match="Round 0"):
         round_zero.close(like, [ClientReply.to(round_zero.open("sketch", head)[0], failure="OSError: gone")])
+
+
+TENSORS = st.builds(
+    lambda shape, value, dtype: torch.full(shape, value).to(dtype),
+    st.lists(st.integers(0, 3), max_size=3),
+    st.sampled_from([0.0, 1.0, -1e38, float("nan"), float("inf")]),
+    st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool]),
+)
+STATES = st.none() | st.dictionaries(st.sampled_from(["w", "v", "../w", "", "w.ravan_H"]), TENSORS, max_size=3)
+REPLIES = st.builds(
+    ClientReply,
+    round_number=st.sampled_from([1, 1, 1, 0, 2]),
+    client=st.sampled_from([*SIZES, "east", ""]),
+    attempt=st.sampled_from([1, 1, 2]),
+    update=STATES,
+    num_examples=st.sampled_from([0, 1, 10, 2**62]),
+    trained_heads=STATES,
+    train_loss=st.floats(),
+    learning_rate=st.none() | st.floats(),
+    control_change=STATES,
+    kept_digest=st.none() | st.text(max_size=3),
+)
+
+
+@examples(150)
+@given(replies=st.lists(REPLIES, max_size=5), scaffold=st.booleans(), as_bytes=st.booleans())
+def test_whatever_is_sent_the_state_stays_one_of_this_adapter(replies, scaffold, as_bytes):
+    server = make_server(scaffold=scaffold, max_round_attempts=1)
+    before, tasks = server.state, server.open(1)
+    if as_bytes:
+        replies = [ClientReply.from_bytes(reply.to_bytes()) for reply in replies]
+    try:
+        server.close(1, replies)
+    except RoundFailedError:
+        assert server.state is before
+        return
+    [(name, tensor)] = server.state.global_state.items()
+    assert (name, tensor.shape, tensor.dtype) == ("w", (2,), torch.float32) and tensor.isfinite().all()
+    assert all(tensor.isfinite().all() for tensor in server.state.control.values())
+    assert server.state.kept.keys() <= {task.client for task in tasks}

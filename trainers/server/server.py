@@ -95,7 +95,15 @@ class Server:
         Returns:
             `list[ClientTask]`: One task per client. Empty if too few clients are available: the round is then closed
             without replies.
+
+        Raises:
+            ValueError: if the round was closed before.
         """
+        if round_number <= self.state.round:
+            raise ValueError(
+                f"Round {round_number} cannot be opened: round {self.state.round} was closed. Open round "
+                f"{self.state.round + 1}."
+            )
         is_another = self._round is None or self._round.round_number != round_number
         self._round = self._first_attempt(round_number) if is_another else self._next_attempt(self._round)
         self._tasks = {client: self._task(client, self._round) for client in self._round.clients}
