@@ -12,15 +12,15 @@ are compared on the same run. Each run is saved when it has finished, and is not
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
 import torch
+from cells import run_cells
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
@@ -230,16 +230,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     options.output.mkdir(parents=True, exist_ok=True)
-    path = options.output / "cells.jsonl"
-    records = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    done = [Cell(**{name: record[name] for name in Cell.__dataclass_fields__}) for record in records]
-    for cell in () if options.report else cells(options):
-        if cell in done:
-            continue
-        records.append({**asdict(cell), "accuracy": run(cell, options)})
-        with path.open("a") as file:
-            file.write(json.dumps(records[-1]) + "\n")
-        print(json.dumps(records[-1]), flush=True)
+    wanted = () if options.report else cells(options)
+    records = run_cells(wanted, lambda cell: run(cell, options), options.output / "cells.jsonl")
     print(report(records))
 
 

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from cells import run_cells
 from peft import get_peft_model, get_peft_model_state_dict
 from transformers import ViTForImageClassification, set_seed
 
@@ -174,16 +174,8 @@ def main() -> None:
     digits.silence_libraries()
     torch.set_num_threads(1)
     options.output.mkdir(parents=True, exist_ok=True)
-    path = options.output / "cells.jsonl"
-    records = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    done = [Cell(**{name: record[name] for name in Cell.__dataclass_fields__}) for record in records]
-    for cell in () if options.report else cells(options.seeds):
-        if cell in done:
-            continue
-        records.append({**asdict(cell), "accuracy": run(cell, options.output)})
-        with path.open("a") as file:
-            file.write(json.dumps(records[-1]) + "\n")
-        print(json.dumps(records[-1]), flush=True)
+    wanted = () if options.report else cells(options.seeds)
+    records = run_cells(wanted, lambda cell: run(cell, options.output), options.output / "cells.jsonl")
     print(report(records))
 
 
