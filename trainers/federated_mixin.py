@@ -202,11 +202,11 @@ class FederatedMixin(PreparationMixin, CheckpointingMixin, SharingMixin, Reports
 
     def _local_client(self) -> LocalClient:
         settings = ClientSettings(
-            self._personal_patterns,
-            self._merging.merge_method.frozen_parts,
-            self.args.proximal_mu,
-            self.args.faults.client_timeout,
-            self.client_attributes,
+            personal_patterns=self._personal_patterns,
+            frozen_parts=self._merging.merge_method.frozen_parts,
+            proximal_mu=self.args.proximal_mu,
+            timeout=self.args.faults.client_timeout,
+            attributes=self.client_attributes,
         )
         return LocalClient(
             self,

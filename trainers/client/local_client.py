@@ -6,6 +6,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from transformers import Trainer
@@ -13,6 +14,7 @@ from transformers.trainer_utils import TrainOutput, has_length
 
 from peft_ravan.merging import ClientUpdate, UpdateError, plain_update
 from peft_ravan.merging.entries import is_finite
+from peft_ravan.tuner.state import CORE_NAME, SCALING_NAME
 
 from ..data.client_data import ClientData
 from ..exchange import ClientReply, ClientTask
@@ -23,7 +25,7 @@ from .heads import choose_heads
 from .live_adapter import LiveAdapter, freeze, frozen_for_now
 from .objective import SCAFFOLD_PREFIX, GradientCorrection, control_change, of_scaffold
 from .personal import of_parts, split_state
-from .round_zero import sketch_gradient, warm_up_head
+from .round_zero import sketch_gradient
 from .settings import ClientSettings
 from .store import ClientStore, ClientStoreError
 from .trainer_hooks import LocalTraining, as_client
@@ -232,16 +234,8 @@ class LocalClient:
         own, shared = split_state(self.adapter.read(), self.settings.personal_patterns)
         _, trained = of_parts(shared, task.frozen)
         update = self._before_upload(task, trained, timeout, heads)
-        return ClientReply.to(
-            task,
-            update=update.state,
-            num_examples=update.num_examples,
-            trained_heads=update.trained_heads,
-            train_loss=output.training_loss,
-            learning_rate=learning_rate,
-            control_change=change,
-            kept_digest=self._keep(task, own, own_control),
-        )
+        digest = self._keep(task, own, own_control)
+        return _reply(task, update, output.training_loss, learning_rate, control_change=change, kept_digest=digest)
 
     def _objective(
         self, control: State | None, client_control: State
@@ -294,30 +288,31 @@ class LocalClient:
 
     def _warm_up(self, task: ClientTask, timeout: TimeoutCallback) -> ClientReply:
         self._load_start(task)
-        with torch.enable_grad(), self.as_client(task, timeout):
-            loss = warm_up_head(self.trainer.model, self.train_locally)
-            learning_rate = self.trainer.lr_scheduler.get_last_lr()[0]
+        with torch.enable_grad(), frozen_for_now(self.trainer.model, (f".{CORE_NAME}.", f".{SCALING_NAME}.")):
+            output, learning_rate, _ = self.fit(task, timeout)
         head = {name: tensor for name, tensor in self.adapter.read().items() if name in task.state}
-        return self._reply_of_round_zero(task, head, loss, timeout, learning_rate)
+        return _reply(task, self._before_upload(task, head, timeout), output.training_loss, learning_rate)
 
     def _sketch(self, task: ClientTask, timeout: TimeoutCallback) -> ClientReply:
         self._load_start(task)
         with torch.enable_grad(), self.as_client(task, timeout):
             sketch, loss = sketch_gradient(self.trainer, task.max_steps, task.rank, timeout)
-        return self._reply_of_round_zero(task, sketch, loss, timeout)
+        return _reply(task, self._before_upload(task, sketch, timeout), loss)
 
     def _load_start(self, task: ClientTask) -> None:
         # tensors that are not sent in round 0 keep their initial values
         self.adapter.load({**self.adapter.read(), **self.personal_start, **task.state})
 
-    def _reply_of_round_zero(
-        self, task: ClientTask, state: State, loss: float, timeout: TimeoutCallback, learning_rate: float | None = None
-    ) -> ClientReply:
-        update = self._before_upload(task, state, timeout)
-        return ClientReply.to(
-            task,
-            update=update.state,
-            num_examples=update.num_examples,
-            train_loss=loss,
-            learning_rate=learning_rate,
-        )
+
+def _reply(
+    task: ClientTask, update: ClientUpdate, loss: float, learning_rate: float | None = None, **fields: Any
+) -> ClientReply:
+    return ClientReply.to(
+        task,
+        update=update.state,
+        num_examples=update.num_examples,
+        trained_heads=update.trained_heads,
+        train_loss=loss,
+        learning_rate=learning_rate,
+        **fields,
+    )

@@ -2,36 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import Trainer
-from transformers.trainer_utils import TrainOutput
 
 from peft_ravan.tuner.gradient_bases import sketch_gradients, sketch_state
-from peft_ravan.tuner.state import CORE_NAME, SCALING_NAME
 
 from ..processes import one_process
 from .faults import TimeoutCallback
-from .live_adapter import frozen_for_now
-
-
-def warm_up_head(model: nn.Module, train: Callable[[], TrainOutput]) -> float:
-    """
-    Train the task head and nothing else.
-
-    Args:
-        model (`torch.nn.Module`): The model.
-        train (`Callable[[], TrainOutput]`): Trains the model.
-
-    Returns:
-        `float`: The mean training loss.
-    """
-    with frozen_for_now(model, (f".{CORE_NAME}.", f".{SCALING_NAME}.")):
-        return train().training_loss
 
 
 def sketch_gradient(

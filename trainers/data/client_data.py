@@ -36,7 +36,7 @@ class ClientData:
         Returns:
             [`ClientData`]: The same data for every client name.
         """
-        size = len(dataset) if has_length(dataset) else examples_of_a_stream(args)
+        size = _size(dataset, args)
         return cls(lambda client: dataset, lambda client: size)
 
     @classmethod
@@ -55,18 +55,13 @@ class ClientData:
         def num_examples(client: str) -> int:
             if isinstance(given, ClientParts):
                 return given.num_examples(client)
-            dataset = given[client]
-            return len(dataset) if has_length(dataset) else examples_of_a_stream(args) * num_processes
+            return _size(given[client], args, num_processes)
 
         return cls(clients.__getitem__, num_examples)
 
 
-def examples_of_a_stream(args: TrainingArguments) -> int:
-    """
-    Args:
-        args ([`~transformers.TrainingArguments`]): The training arguments of a client.
-
-    Returns:
-        `int`: The number of examples it trains on in a round if its data set has no length.
-    """
-    return args.max_steps * args.gradient_accumulation_steps * args.train_batch_size
+def _size(dataset: Dataset, args: TrainingArguments, num_processes: int = 1) -> int:
+    if has_length(dataset):
+        return len(dataset)
+    # of a stream, what a client trains on in a round
+    return args.max_steps * args.gradient_accumulation_steps * args.train_batch_size * num_processes

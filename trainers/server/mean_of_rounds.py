@@ -31,8 +31,8 @@ def earlier_states(state: ServerState, number: int) -> tuple[State, ...]:
 
 def mean_of_rounds(state: ServerState) -> dict[str, torch.Tensor]:
     """
-    Average the merged states of the last rounds. Ravan's products s*H enter the weight linearly, so their mean is the exact mean of the weights
-    over the rounds. The mean of LoRA's A and B is not.
+    Average the merged states of the last rounds. Ravan's products s*H enter the weight linearly, so their mean is the
+    exact mean of the weights over the rounds. The mean of LoRA's A and B is not exact.
 
     Args:
         state ([`ServerState`]): The state of the server.

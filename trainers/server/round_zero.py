@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from peft_ravan.merging import ClientUpdate, UpdateLimits, merge
+from peft_ravan.merging import UpdateLimits, merge
 
 from ..exchange import ClientReply, ClientTask
 from ..seeds import derive_seed
@@ -108,9 +108,10 @@ class RoundZero:
         """
         this_round, seed = self.this_round, self.settings.seed
         this_round.clients = [client for client in this_round.clients if client not in this_round.failures]
-        asked = {"warm_up": {"max_steps": self.bases.warmup_steps}}.get(
-            purpose, {"max_steps": self.bases.batches, "rank": self.bases.rank}
-        )
+        if purpose == "warm_up":
+            asked = {"max_steps": self.bases.warmup_steps}
+        else:
+            asked = {"max_steps": self.bases.batches, "rank": self.bases.rank}
         # not the learning rate of the first round, which is 0 if the schedule starts with a warm-up
         self._tasks = {
             client: ClientTask(
@@ -134,7 +135,7 @@ class RoundZero:
             RoundFailedError: if too few clients succeeded.
         """
         this_round, inbox = self.this_round, Inbox(self.this_round, self._tasks)
-        updates = map(self._update, inbox.taken(replies))
+        updates = (inbox.update_of(reply, self.settings) for reply in inbox.taken(replies))
         result = merge_of(
             this_round, lambda: merge(like, updates, "fedavg", on_bad_update="drop", limits=self._limits())
         )
@@ -164,14 +165,6 @@ class RoundZero:
             `dict[str, Any]`: The record of round 0 for the history.
         """
         return self.this_round.record()
-
-    def _update(self, reply: ClientReply) -> ClientUpdate:
-        if reply.learning_rate is not None:
-            self.this_round.learning_rate = reply.learning_rate
-        counted = self.settings.merging.limits.counted(reply.num_examples)
-        update = ClientUpdate(reply.update, counted, reply.client)
-        self.this_round.add(update, reply.train_loss, count_heads=self.settings.client_budgets is not None)
-        return update
 
     def _limits(self) -> UpdateLimits:
         limits = self.settings.merging.limits

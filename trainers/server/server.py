@@ -202,7 +202,7 @@ class Server:
         mechanism = None
         if settings.privacy is not None:
             mechanism = settings.privacy.mechanism(this_round.round_number, len(this_round.clients))
-        updates = self._updates(this_round, inbox.taken(replies), control)
+        updates = self._updates(inbox, replies, control)
         result = merge_of(
             this_round,
             lambda: settings.merging.merge(state, updates, this_round.round_number, mechanism, on_merged),
@@ -222,21 +222,16 @@ class Server:
         )
 
     def _updates(
-        self, this_round: Round, replies: Iterable[ClientReply], control: ControlVariates | None
+        self, inbox: Inbox, replies: Iterable[ClientReply], control: ControlVariates | None
     ) -> Iterator[ClientUpdate]:
-        limits = self.settings.merging.limits
-        for reply in replies:
+        for reply in inbox.taken(replies):
             if control is not None:
                 try:
                     control.receive(reply.client, reply.control_change)
                 except UpdateError as error:
-                    this_round.fail(reply.client, str(error), error)
+                    inbox.this_round.fail(reply.client, str(error), error)
                     continue
-            counted = limits.counted(reply.num_examples)
-            update = ClientUpdate(reply.update, counted, reply.client, reply.trained_heads)
-            if reply.learning_rate is not None:
-                this_round.learning_rate = reply.learning_rate
-            this_round.add(update, reply.train_loss, count_heads=self.settings.client_budgets is not None)
+            update = inbox.update_of(reply, self.settings)
             del reply
             yield update
 
@@ -250,9 +245,8 @@ class Server:
 
     def _check_for_another_attempt(self, this_round: Round) -> None:
         if not self.state.has_succeeded:
-            check_for_a_mistake(
-                this_round, len(self.settings.client_sizes)
-            )  # once a client has succeeded, it cannot be a mistake for all
+            # once a client has succeeded, it cannot be a mistake for all
+            check_for_a_mistake(this_round, len(self.settings.client_sizes))
         if this_round.attempts >= self.settings.max_round_attempts:
             raise RoundFailedError(
                 f"Round {this_round.round_number}: fewer than {self._needed(this_round)} clients (`min_successful_clients`) "
