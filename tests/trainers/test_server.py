@@ -158,6 +158,19 @@ def test_a_round_with_too_few_clients_is_opened_again_with_others():
     assert server.state is state
 
 
+def test_clients_that_are_asked_again_may_fail_again():
+    """There are no others to ask. A round in which nothing was merged does not count, in any attempt."""
+    server = make_server(max_round_attempts=3)
+    state = server.state
+    for attempt in (1, 2, 3):
+        replies = [upload(task, float("nan")) for task in server.open(1)]
+        if attempt < 3:
+            assert server.close(1, replies) is None
+    with pytest.raises(RoundFailedError, match="fewer than 1 clients .* in each of 3 attempts"):
+        server.close(1, replies)
+    assert server.state is state
+
+
 def test_a_round_that_was_not_opened_cannot_be_closed():
     server = make_server()
     with pytest.raises(ValueError, match="Round 1 cannot be closed: none was opened"):

@@ -132,7 +132,8 @@ def merge_of(this_round: Round, merge_updates: Callable[[], MergeResult]) -> Mer
     try:
         result = merge_updates()
     except UpdateError as error:
-        for client in [client for client in this_round.clients if client not in this_round.failures]:
+        # those of this attempt; clients that failed in an earlier one may be among them
+        for client in list(this_round.num_examples):
             this_round.fail(client, str(error), error)
         return None
     for dropped in result.diagnostics["dropped"]:
