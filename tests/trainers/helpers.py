@@ -14,10 +14,14 @@ from peft_ravan.trainers.server.state import ServerState
 from ..conftest import classification_dataset, tiny_bert
 
 
-def ravan() -> RavanConfig:
+def ravan(**kwargs) -> RavanConfig:
     return RavanConfig(
-        r=4, num_heads=3, task_type="SEQ_CLS", target_modules="all-linear", exclude_modules=".*classifier"
+        r=4, num_heads=3, task_type="SEQ_CLS", target_modules="all-linear", exclude_modules=".*classifier", **kwargs
     )
+
+
+def ravan_without_scaling() -> RavanConfig:
+    return ravan(train_scaling=False)
 
 
 def lora() -> LoraConfig:

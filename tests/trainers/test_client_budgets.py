@@ -249,6 +249,38 @@ def test_a_global_budget_leaves_targets_out(tmp_path):
     assert trainer.state.log_history[0]["heads_trained"] == [4] * 4
 
 
+@pytest.mark.parametrize("train_scaling, heads_trained", [(True, 3), (False, 2 + 4)])
+def test_a_global_budget_counts_what_a_head_trains(tmp_path, train_scaling, heads_trained):
+    """Heads have 2 and 10 parameters with scalings, and 1 and 9 without."""
+    adapter = ravan(train_scaling=train_scaling, rank_pattern={"0.attention.self.query": 1})
+    trainer = make_trainer(
+        tmp_path, adapter, num_rounds=1, max_steps=1, client_budgets=0.24, head_selection="weight",
+        head_allocation="global",
+    )  # fmt: skip
+    randomize_adapter(trainer.model, scale=0.01)
+    for name in trainer.model.trained_heads():
+        core = trainer.model.get_base_model().get_submodule(name).ravan_H["default"].data
+        core.mul_(1 if core.shape[-1] == 1 else 100)
+    trainer.train()
+    # of 128 parameters, 30.72: three large heads. Of 112, 26.88: two large heads, and all small ones.
+    assert trainer.state.log_history[0]["heads_trained"] == [heads_trained] * 4
+
+
+@pytest.mark.parametrize("head_selection", HEAD_SELECTIONS)
+def test_without_trained_scalings_only_the_cores_of_heads_are_trained(tmp_path, head_selection):
+    watch = Watch()
+    trainer = make_trainer(
+        tmp_path, ravan(train_scaling=False), callbacks=[watch], client_budgets=0.5, head_selection=head_selection,
+        weight_decay=0.1,
+    )  # fmt: skip
+    trainer.train()
+    assert all(len(shape) == 3 for found in watch.gradients for name, shape in found.items() if ".ravan_" in name)
+    for name in trainer.model.trained_heads():
+        layer = trainer.model.get_base_model().get_submodule(name)
+        assert torch.equal(layer.ravan_s["default"], torch.ones(NUM_HEADS))
+        assert layer.ravan_H["default"].any() and not layer.ravan_s["default"].requires_grad
+
+
 def test_budgets_are_drawn_from_a_distribution(tmp_path):
     for distribution in BUDGET_DISTRIBUTIONS:
         trainer = make_trainer(tmp_path, ravan(), client_budgets=distribution, federated_seed=7)

@@ -13,7 +13,16 @@ from peft_ravan.trainers.seeds import derive_seed
 from peft_ravan.tuner.state import exchange_state
 
 from ..conftest import classification_dataset, tiny_bert, tiny_llama
-from .helpers import adapter_state, arguments, assert_same, lora, make_trainer, ravan, trainable_checkpoint
+from .helpers import (
+    adapter_state,
+    arguments,
+    assert_same,
+    lora,
+    make_trainer,
+    ravan,
+    ravan_without_scaling,
+    trainable_checkpoint,
+)
 
 
 RECORD_KEYS = {
@@ -24,7 +33,7 @@ RECORD_KEYS = {
 # ---- Equivalences ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("adapter", [ravan, lora])
+@pytest.mark.parametrize("adapter", [ravan, ravan_without_scaling, lora])
 @pytest.mark.parametrize("feature", [{}, {"gradient_accumulation_steps": 2}, {"bf16": True}], ids=str)
 def test_one_client_and_one_round_is_centralised_training(tmp_path, adapter, feature):
     dataset = classification_dataset()

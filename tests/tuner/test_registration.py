@@ -72,7 +72,9 @@ def test_survives_a_peft_that_ships_its_own_ravan():
 
 
 def test_config_round_trips_through_a_folder(tmp_path):
-    config = RavanConfig(r=7, num_heads=3, target_modules=["q_proj"], projection_seed=11, task_type="CAUSAL_LM")
+    config = RavanConfig(
+        r=7, num_heads=3, target_modules=["q_proj"], projection_seed=11, task_type="CAUSAL_LM", train_scaling=False
+    )
     config.save_pretrained(tmp_path)
     loaded = PeftConfig.from_pretrained(tmp_path)
     assert type(loaded) is RavanConfig

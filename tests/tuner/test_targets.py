@@ -207,7 +207,7 @@ def test_patterns_that_match_no_target_are_reported():
     [
         {"target_modules": 5}, {"target_modules": ["q_proj", 5]}, {"modules_to_save": "classifier"}, {"rank_pattern": ["q"]},
         {"save_projection": "no"}, {"layer_replication": [5]}, {"trainable_token_indices": ["a"]}, {"projection_seed": "x"},
-        {"init_bases": None}, {"ravan_dropout": "0.1"}, {"fan_in_fan_out": 1}, {"bias": None}, {"heads_pattern": {"q": "2"}},
+        {"init_bases": None}, {"ravan_dropout": "0.1"}, {"fan_in_fan_out": 1}, {"train_scaling": 0}, {"bias": None}, {"heads_pattern": {"q": "2"}},
     ],
 )  # fmt: skip
 def test_fields_of_another_type_are_refused(fields):

@@ -37,7 +37,8 @@ def choose_heads(trainer: Trainer, choice: HeadChoice) -> None:
         )
     elif choice.selection == "gradient":
         scores = head_scores(_first_gradients(trainer, layers))
-    sizes = {name: layer.r[adapter] ** 2 + 1 for name, (layer, adapter) in layers.items()}
+    configs = trainer.model.peft_config
+    sizes = {name: configs[adapter].parameters_per_head(layer.r[adapter]) for name, (layer, adapter) in layers.items()}
     trainer.model.set_trained_heads(select_heads(scores, choice.share, choice.seed, choice.allocation, sizes))
     if trainer.optimizer_cls_and_kwargs is not None:
         optimizer_cls, kwargs = trainer.optimizer_cls_and_kwargs

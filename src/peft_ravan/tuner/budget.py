@@ -60,13 +60,14 @@ def ravan_config_for_budget(
 def _ranks_for_budget(model: nn.Module, config: RavanConfig, lora_rank: int) -> dict[str, int]:
     """
     The largest rank of a head at each target with which Ravan trains at most as many parameters as LoRA of a given
-    rank. LoRA trains `lora_rank * (d_in + d_out)` parameters, Ravan `num_heads * (r**2 + 1)`.
+    rank. LoRA trains `lora_rank * (d_in + d_out)` parameters, Ravan `num_heads * (r**2 + 1)`, or
+    `num_heads * r**2` without trained scalings.
     """
     ranks = {}
     for name, (d_in, d_out) in RavanModel.target_sizes(model, copy.deepcopy(config)).items():
         num_heads = config.size_of(name)[1]
         budget = lora_rank * (d_in + d_out)
-        ranks[name] = int(max(0, budget / num_heads - 1) ** 0.5)
+        ranks[name] = int(max(0, budget / num_heads - config.parameters_per_head(0)) ** 0.5)
         if ranks[name] < 1:
             raise ValueError(
                 f"The target {name!r} ({d_in} x {d_out}) has a budget of {budget} parameters at lora_rank={lora_rank}, "

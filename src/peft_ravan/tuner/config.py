@@ -19,7 +19,7 @@ class RavanConfig(PeftConfig):
     Ravan adds `sum_i s_i * B_i @ H_i @ A_i` to each targeted weight, over `num_heads` heads of rank `r`. The bases `B_i`
     and `A_i` are frozen after initialisation; the cores `H_i` (`r x r`) and the scalings `s_i` are trained. The number of
     trained parameters of one target is `num_heads * (r**2 + 1)`, whatever the size of the layer, and the rank of the
-    update is up to `num_heads * r`.
+    update is up to `num_heads * r`. With `train_scaling=False` it is `num_heads * r**2`.
 
     The method is described in https://huggingface.co/papers/2506.05568.
 
@@ -51,6 +51,9 @@ class RavanConfig(PeftConfig):
             are the same. All adapters of a model must have the same value.
         ravan_dropout (`float`, *optional*, defaults to `0.0`):
             The dropout probability of the input of the adapter.
+        train_scaling (`bool`, *optional*, defaults to `True`):
+            Whether to train the scalings. `False` trains the cores only and keeps every scaling at its value, which is
+            1 in a new adapter. From the ablation of the paper.
         fan_in_fan_out (`bool`, *optional*, defaults to `False`):
             Whether the layer to replace stores its weight as `(fan_in, fan_out)`. Set automatically for
             `transformers.pytorch_utils.Conv1D`.
@@ -106,6 +109,9 @@ class RavanConfig(PeftConfig):
         default=True, metadata={"help": "Save the bases with the adapter, or regenerate them from the seed."}
     )
     ravan_dropout: float = field(default=0.0, metadata={"help": "Dropout probability of the adapter's input."})
+    train_scaling: bool = field(
+        default=True, metadata={"help": "Train the scalings, or only the cores. Scalings start at 1."}
+    )
     fan_in_fan_out: bool = field(
         default=False, metadata={"help": "Set this if the layer stores its weight as (fan_in, fan_out)."}
     )
@@ -149,6 +155,16 @@ class RavanConfig(PeftConfig):
             rank_pattern.get(get_pattern_key(rank_pattern, target_name), self.r),
             heads_pattern.get(get_pattern_key(heads_pattern, target_name), self.num_heads),
         )
+
+    def parameters_per_head(self, r: int) -> int:
+        """
+        Args:
+            r (`int`): The rank of a head.
+
+        Returns:
+            `int`: The number of its trained parameters: the entries of the core, and the scaling if it is trained.
+        """
+        return r**2 + int(self.train_scaling)
 
     target_parameters: list[str] | None = field(
         default=None, metadata={"help": "Names of parameters to adapt that are not weights of layers."}

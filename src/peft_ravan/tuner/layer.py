@@ -46,6 +46,8 @@ class RavanLayer(LayerTrainedHeads, BaseTunerLayer, nn.Module):
         self.r: dict[str, int] = {}
         self.num_heads: dict[str, int] = {}
         self.init_bases: dict[str, str] = {}
+        # PEFT freezes these again whenever it activates an adapter. An own dict, since that of the class is shared.
+        self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
         self.ravan_dropout = nn.ModuleDict({})
         self.ravan_H = nn.ParameterDict({})
         self.ravan_s = nn.ParameterDict({})
@@ -115,6 +117,7 @@ class RavanLayer(LayerTrainedHeads, BaseTunerLayer, nn.Module):
         self.r[adapter_name] = r
         self.num_heads[adapter_name] = num_heads
         self.init_bases[adapter_name] = config.init_bases
+        self.frozen_peft_weight_names[adapter_name] = () if config.train_scaling else ("ravan_s",)
         self.ravan_dropout[adapter_name] = nn.Dropout(config.ravan_dropout) if config.ravan_dropout else nn.Identity()
         num_cores = self.num_experts * num_heads
         self.ravan_H[adapter_name] = nn.Parameter(torch.zeros(num_cores, r, r))

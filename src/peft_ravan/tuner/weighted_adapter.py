@@ -112,9 +112,12 @@ def copy_modules_to_save(model: BaseTuner, adapters: Sequence[str], new: str) ->
 
 
 def concatenate_heads(layer: RavanLayer, adapters: Sequence[str], weights: Sequence[float], new: str) -> None:
-    """Stack the heads of adapters, which is exact whatever their bases. Smaller ranks are padded with zeros."""
+    """
+    Stack the heads of adapters, which is exact whatever their bases. Smaller ranks are padded with zeros. Every new
+    scaling is 1.
+    """
     r = layer.r[new]
-    bases_A, bases_B, cores, scalings = [], [], [], []
+    bases_A, bases_B, cores = [], [], []
     for name, weight in zip(adapters, weights, strict=True):
         num_heads, rank = layer.num_heads[name], layer.r[name]
         missing = r - rank
@@ -122,12 +125,11 @@ def concatenate_heads(layer: RavanLayer, adapters: Sequence[str], weights: Seque
         basis_A, basis_B = basis_A.reshape(num_heads, rank, -1), basis_B.reshape(-1, num_heads, rank)
         bases_A.append(nn.functional.pad(basis_A, (0, 0, 0, missing)).flatten(0, 1))
         bases_B.append(nn.functional.pad(basis_B, (0, missing)).flatten(1))
-        cores.append(nn.functional.pad(core, (0, missing, 0, missing)))
-        scalings.append(weight * scaling)
+        cores.append(nn.functional.pad(weight * scaled_cores(core, scaling), (0, missing, 0, missing)))
     layer.ravan_A[new].copy_(torch.cat(bases_A, dim=0))
     layer.ravan_B[new].copy_(torch.cat(bases_B, dim=1))
     layer.ravan_H[new].copy_(torch.cat(cores))
-    layer.ravan_s[new].copy_(torch.cat(scalings))
+    layer.ravan_s[new].fill_(1)
 
 
 def core_combination(
