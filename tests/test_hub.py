@@ -225,9 +225,8 @@ def test_clients_are_numbered_in_what_is_shared():
 
 
 def test_what_noise_does_not_protect_is_not_shared():
-    private = [
-        {**record, "epsilon": 1.0, "eval_clients_worst_accuracy": 0.1, "heads_trained": [3]} for record in HISTORY[1:2]
-    ]
+    not_protected = {"eval_clients_worst_accuracy": 0.1, "heads_trained": [3], "update_cosine": 0.5}
+    private = [{**record, "epsilon": 1.0, **not_protected} for record in HISTORY[1:2]]
     assert public_history(private) == [
         {
             "round": 1, "num_clients": 2, "upload_bytes": 2_000_000, "eval_accuracy": 0.5, "eval_runtime": 3.0,

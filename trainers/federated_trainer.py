@@ -48,7 +48,8 @@ class FederatedTrainer(FederatedMixin, Trainer):
           merged), `failed_clients` (with the reason), `attempts`, `num_examples`, `train_loss`, the metrics of the
           evaluation, `upload_bytes` and `download_bytes` (the serialized sizes of the replies and the tasks of all
           clients), `round_seconds` (without the evaluation) and `learning_rate`. With `client_budgets` it also has
-          `heads_trained` (the number of heads of each client), and with `privacy` it has `noise_multiplier`,
+          `heads_trained` (the number of heads of each client), with at least two updates and without `privacy`
+          `update_cosine` (the mean cosine similarity of the clients' changes), and with `privacy` it has `noise_multiplier`,
           `sampling_rate` and `epsilon` (up to this round). There is a record of round 0 with `eval_on_start`, and if
           common bases are computed from the clients' gradients (`init_bases="gradient_svd"`).
         - **privacy** ([`PrivateRounds`]) -- The noise and the accounting of the rounds, or `None`.

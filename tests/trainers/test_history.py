@@ -1,6 +1,7 @@
 """The record of a run: its file, its table, its plots, its progress bars, and what loggers receive."""
 
 import io
+import itertools
 import json
 import math
 import sys
@@ -19,7 +20,8 @@ from peft_ravan.trainers import FederatedTrainer, history_table, plot_history, r
 from peft_ravan.trainers.records import callbacks
 from peft_ravan.trainers.records.history_plot import BLUE, FAILED, TRAINED, core_norms, participation_of
 
-from .helpers import comparable, interrupted, lora, make_trainer, ravan, resumable_trainer
+from ..conftest import classification_dataset
+from .helpers import adapter_state, comparable, interrupted, lora, make_trainer, ravan, resumable_trainer
 
 
 def fail_client_1(client, round_number, update):
@@ -84,6 +86,43 @@ def test_a_resumed_run_has_the_file_of_the_uninterrupted_one(tmp_path):
     assert comparable(whole) == comparable(resumed) and [record["round"] for record in resumed] == [1, 2, 3, 4]
 
 
+# ---- The similarity of updates ---------------------------------------------------
+
+
+@pytest.mark.parametrize("adapter", [ravan, lora])
+def test_the_similarity_of_updates_is_in_the_record(tmp_path, adapter):
+    """It is computed from the uploads, by hand, and shows what clients have in common."""
+    uploads = []
+
+    def collect(client, round_number, update):
+        uploads.append(torch.cat([update.state[name].double().flatten() for name in start]))
+
+    trainer = make_trainer(tmp_path, adapter(), num_clients=3, num_rounds=1, client_fault=collect)
+    start = adapter_state(trainer)
+    trainer.train()
+    first = torch.cat([tensor.double().flatten() for tensor in start.values()])
+    pairs = [torch.cosine_similarity(a - first, b - first, dim=0) for a, b in itertools.combinations(uploads, 2)]
+    [record] = [record for record in trainer.state.log_history if "round" in record]
+    assert record["update_cosine"] == pytest.approx(float(sum(pairs) / 3), abs=1e-5)
+    assert trainer.last_merge.diagnostics["update_cosine"] == record["update_cosine"]
+
+
+def test_clients_with_the_same_data_have_the_same_updates(tmp_path):
+    dataset = classification_dataset(16)
+    clients = {"a": dataset, "b": dataset}
+    # one batch holds all data, so the order that each client's seed gives it makes no difference
+    same = make_trainer(tmp_path, train_dataset=clients, num_clients=None, per_device_train_batch_size=16)
+    same.train()
+    assert same.history_table()["update_cosine"].tolist() == pytest.approx([1.0, 1.0], abs=1e-4)
+
+
+def test_one_client_has_no_similarity(tmp_path):
+    trainer = make_trainer(tmp_path, clients_per_round=1, num_rounds=1, max_steps=1)
+    trainer.train()
+    assert "update_cosine" not in trainer.state.log_history[0]
+    assert "update_cosine" not in trainer.history_table()
+
+
 # ---- The table and the plots -----------------------------------------------------
 
 
@@ -92,7 +131,9 @@ def test_the_table_has_a_row_a_round(run):
     assert list(table.index) == [0, 1, 2, 3] and table.index.name == "round"
     assert table["clients"].tolist() == [0, 3, 3, 3] and table["failed"].tolist() == [0, 1, 1, 1]
     assert table.loc[1, "uploaded_MB"] == run.state.log_history[1]["upload_bytes"] / 1e6
-    assert math.isnan(table.loc[0, "train_loss"]) and table["eval_clients_worst_decile_accuracy"].notna().all()
+    assert table.loc[2, "update_cosine"] == run.state.log_history[2]["update_cosine"] < 1
+    assert math.isnan(table.loc[0, "train_loss"]) and math.isnan(table.loc[0, "update_cosine"])
+    assert table["eval_clients_worst_decile_accuracy"].notna().all()
     assert list(table.columns[-3:]) == ["uploaded_MB", "downloaded_MB", "seconds"]
     assert not [name for name in table.columns if name.endswith(("_runtime", "_per_second"))]
     assert history_table([]).empty
@@ -106,12 +147,16 @@ def curve(axes, label):
 def test_the_picture_shows_what_is_in_the_history(run, tmp_path):
     figure = run.plot_history(tmp_path / "history.png")
     assert (tmp_path / "history.png").stat().st_size > 10_000
-    (rounds, megabytes), (loss, _), (participation,), (heads, _) = (part.axes for part in figure.subfigs)
+    (rounds, megabytes), (loss, _), (similarity, _), (participation,), (heads, _) = (
+        part.axes for part in figure.subfigs
+    )
     history = pd.DataFrame(run.state.log_history)
     np.testing.assert_allclose(curve(rounds, "accuracy, all examples"), history[["round", "eval_accuracy"]])
     sent = history["upload_bytes"].fillna(0).cumsum() / 1e6
     np.testing.assert_allclose(curve(megabytes, "worst decile of clients")[:, 0], sent)
     np.testing.assert_allclose(curve(loss, "training (local, mean of clients)"), history[["round", "train_loss"]][1:])
+    cosines = curve(similarity, "similarity of updates (mean of pairs of clients)")
+    np.testing.assert_allclose(cosines, history[["round", "update_cosine"]][1:])
     [image] = participation.images
     assert image.get_array().tolist() == [[TRAINED] * 3, [FAILED] * 3, [TRAINED] * 3, [TRAINED] * 3]
     assert heads.images[0].get_array().shape == core_norms(run.model).shape

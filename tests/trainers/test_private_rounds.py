@@ -218,6 +218,14 @@ def test_the_card_has_the_guarantee_and_not_what_is_not_protected(tmp_path):
     assert "train_loss" in str(plain._model_card()) and "| Seed |" in str(plain._model_card())
 
 
+@pytest.mark.parametrize("privacy", [NO_NOISE, NOISE])
+def test_the_similarity_of_updates_is_recorded_nowhere(tmp_path, privacy):
+    trainer = make_trainer(tmp_path, privacy=privacy, max_steps=1)
+    trainer.train()
+    assert trainer.state.log_history and not [r for r in trainer.state.log_history if "update_cosine" in r]
+    assert "update_cosine" not in trainer.last_merge.diagnostics and "update_cosine" not in trainer.history_table()
+
+
 def test_the_seed_of_the_noise_is_written_nowhere(tmp_path):
     seed = 987654321
     args = arguments(tmp_path, privacy={**NOISE, "noise_seed": seed})

@@ -40,6 +40,10 @@ class HistoryFileCallback(FederatedCallback):
             self.written = len(state.log_history)
 
 
+def _is_measured(name: str) -> bool:
+    return name == "update_cosine" or (name.startswith("eval_") and not name.endswith(TIMED))
+
+
 def history_table(history: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """
     Create a table of the rounds.
@@ -49,7 +53,7 @@ def history_table(history: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 
     Returns:
         `pandas.DataFrame`: A row for each round, with the number of `clients` whose updates were merged, of clients
-        that `failed` and of `examples`; `train_loss`, the metrics of evaluations, the megabytes (10^6 bytes) that all
+        that `failed` and of `examples`; `train_loss`, `update_cosine`, the metrics of evaluations, the megabytes (10^6 bytes) that all
         clients sent (`uploaded_MB`) and received (`downloaded_MB`) in the round, and `seconds`. Missing values are
         NaN.
     """
@@ -63,7 +67,7 @@ def history_table(history: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
             "failed": len(record.get("failed_clients", ())),
             "examples": record.get("num_examples", 0),
             "train_loss": record.get("train_loss"),
-            **{name: record[name] for name in record if name.startswith("eval_") and not name.endswith(TIMED)},
+            **{name: record[name] for name in record if _is_measured(name)},
             "uploaded_MB": record["upload_bytes"] / 1e6 if trained else 0.0,
             "downloaded_MB": record["download_bytes"] / 1e6 if trained else 0.0,
             "seconds": record.get("round_seconds"),

@@ -133,8 +133,8 @@ def plot_history(
     core_norms: pd.DataFrame | None = None,
 ) -> Figure:
     """
-    Plot the record of a federation: the metric and the loss over rounds and over the megabytes that all clients have
-    uploaded, the participation of clients in each round, and the sizes of the heads.
+    Plot the record of a federation: the metric, the loss and the cosine similarity of the clients' updates over rounds
+    and over the megabytes that all clients have uploaded, the participation of clients in each round, and the sizes of the heads.
 
     If the history has evaluations of the clients (`eval_clients=True`), the plot of the metric also shows their mean,
     their worst decile, and a band from the worst client to the best.
@@ -162,6 +162,8 @@ def plot_history(
     participation = participation_of(history, clients)
     sections = [] if curves.metric is None else [(2.7, lambda part: _draw_curves(part, curves, _draw_metric))]
     sections.append((2.7, lambda part: _draw_curves(part, curves, _draw_loss)))
+    if "update_cosine" in curves.records:
+        sections.append((2.0, lambda part: _draw_curves(part, curves, _draw_similarity)))
     sections.append((_height_of(participation), lambda part: _draw_participation(part.subplots(), participation)))
     if core_norms is not None:
         sections.append((_height_of(core_norms), lambda part: _draw_heads(part.subplots(), core_norms)))
@@ -224,6 +226,13 @@ def _draw_loss(axes: Axes, curves: Curves, over: np.ndarray) -> None:
         if len(x):
             axes.plot(x, values, color=colour, marker=marker, label=label)
     axes.set_ylabel("loss")
+
+
+def _draw_similarity(axes: Axes, curves: Curves, over: np.ndarray) -> None:
+    marker = "." if len(over) <= MAX_MARKED_ROUNDS else None
+    x, values = curves.of_name("update_cosine", over)
+    axes.plot(x, values, color=BLUE, marker=marker, label="similarity of updates (mean of pairs of clients)")
+    axes.set_ylabel("cosine")
 
 
 def participation_of(history: Sequence[Mapping[str, Any]], clients: Sequence[str] | None) -> pd.DataFrame:

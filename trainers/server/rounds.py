@@ -29,6 +29,7 @@ class Round:
         train_losses (`dict[str, float]`): Their mean local training losses.
         heads_trained (`dict[str, int]`): How many heads they trained, if not all of them.
         clipped (`list[str]`): The clients whose updates were scaled down to `max_update_norm`.
+        update_cosine (`float`, *optional*): The mean cosine similarity of the clients' changes, if there is one.
         failures (`dict[str, str]`): The clients that failed and why, in this and earlier attempts.
         first_error (`Exception`, *optional*): The first error.
         attempts (`int`): How often the round was tried, including this attempt.
@@ -43,6 +44,7 @@ class Round:
     train_losses: dict[str, float] = field(default_factory=dict)
     heads_trained: dict[str, int] = field(default_factory=dict)
     clipped: list[str] = field(default_factory=list)
+    update_cosine: float | None = None
     failures: dict[str, str] = field(default_factory=dict)
     first_error: Exception | None = None
     attempts: int = 1
@@ -122,6 +124,8 @@ class Round:
             record["heads_trained"] = list(self.heads_trained.values())
         if self.clipped:
             record["clipped_clients"] = self.clipped
+        if self.update_cosine is not None:
+            record["update_cosine"] = self.update_cosine
         if not total:
             return record
         weighted = sum(self.train_losses[client] * n for client, n in self.num_examples.items())

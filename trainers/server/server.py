@@ -210,6 +210,7 @@ class Server:
         inbox.miss_the_others()
         if result is None:
             return None, state
+        this_round.update_cosine = result.diagnostics.get("update_cosine")
         moved = {} if control is None else {"control": control.moved()}
         return result, replace(
             state,

@@ -16,6 +16,7 @@ from .method import MergeMethod
 from .methods.registry import get_merge_method
 from .privacy import GaussianMechanism, merge_privately
 from .server_step import ServerStep
+from .similarity import UpdateSimilarity
 from .updates import ClientUpdate, MergeResult
 
 
@@ -63,8 +64,10 @@ def merge(
 
     Returns:
         [`MergeResult`]: The new state, with the names and shapes of `global_state`, and the diagnostics of the method:
-        plain numbers and strings, including `dropped` with the `client` and `reason` of each update that was left out.
-        Neither `global_state` nor the updates are changed.
+        plain numbers and strings, including `dropped` with the `client` and `reason` of each update that was left out,
+        and `update_cosine`, the mean cosine similarity of the clients' changes over all pairs. There is none with a
+        `mechanism`, which would not protect it, nor with fewer than two changes. Neither `global_state` nor the
+        updates are changed.
 
     Raises:
         UpdateError: if an update does not fit the global state: tensors that are missing, unexpected or not dense,
@@ -111,19 +114,22 @@ def merge(
             may_be_empty=mechanism is not None,
             round_number=server_step.round_number,
         )
+        similarity = UpdateSimilarity(products)
         if mechanism is None:
-            result = _merge_checked(merge_method, products, updates, checker, options, server_step)
+            result = _merge_checked(merge_method, products, updates, checker, options, server_step, similarity)
         else:
             frozen = merge_method.frozen_in(server_step.round_number)
             passing = server_step.told(checker.passing(updates))
             result = merge_privately(merge_method, products, passing, mechanism, options, frozen)
         state, remembered = server_step.take(merge_method, options, products, result)
         check_merged(state)
+    cosine = similarity.mean()
     diagnostics = {
         "method": method,
         **({} if server_step.optimizer is None else {"server_optimizer": server_step.optimizer}),
         "num_clients": len(checker.accepted),
         "num_examples": sum(num_examples for _, num_examples in checker.accepted),
+        **({} if cosine is None else {"update_cosine": cosine}),
         "dropped": checker.dropped,
         **({} if limits is None else {"clipped": checker.clipped}),
         **result.diagnostics,
@@ -144,15 +150,16 @@ def _merge_checked(
     checker: UpdateChecker,
     options: Mapping[str, Any],
     server_step: ServerStep,
+    similarity: UpdateSimilarity,
 ) -> MergeResult:
     passing = checker.passing(updates)
     if method.streaming:
-        return method.function(global_state, server_step.told(passing), **options)
+        return method.function(global_state, server_step.told(similarity.watching(passing)), **options)
     kept = list(passing)
     result = method.function(global_state, kept, **options)
     while not is_finite_state(result.state):
         kept = checker.without_the_largest(kept)
         result = method.function(global_state, kept, **options)
-    for _ in server_step.told(kept):
-        pass
+    for update in server_step.told(kept):
+        similarity.add(update)
     return result

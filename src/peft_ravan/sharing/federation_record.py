@@ -19,7 +19,9 @@ VERSIONED_PACKAGES = ("peft-ravan", "peft", "transformers", "accelerate", "datas
 # limits for known entries that are read from files; other entries of a record, such as metrics, may be anything
 _MAX_ROUND, _MAX_COUNT = 2**31, 2**63
 # with differential privacy, these are measured on the clients' data without noise, or reveal who took part
-_NOT_PROTECTED = ("clients", "failed_clients", "num_examples", "heads_trained", "train_loss", "attempts")
+_NOT_PROTECTED = (
+    "clients", "failed_clients", "num_examples", "heads_trained", "train_loss", "attempts", "update_cosine"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -99,8 +101,8 @@ def public_history(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]
 
     Clients are numbered in the order in which they appear. The reasons for their failures are left out, because these
     are error messages, which may contain anything. For a run with differential privacy, whatever the noise does not
-    protect is left out, too: who took part or failed, the numbers of examples and heads, training losses, and figures
-    of the clients' evaluations on their own data. The number of uploads merged in a round is kept as `num_clients`.
+    protect is left out, too: who took part or failed, the numbers of examples and heads, training losses, the
+    similarity of updates, and figures of the clients' evaluations on their own data. The number of uploads merged in a round is kept as `num_clients`.
 
     Args:
         records (`Iterable[Mapping[str, Any]]`): Records, as in `trainer.state.log_history`, or as returned by this
