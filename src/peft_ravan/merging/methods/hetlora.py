@@ -3,8 +3,10 @@ HetLoRA: A and B of different ranks are padded with zeros and averaged separatel
 updates.
 
 Cho et al., Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models, EMNLP 2024
-(sparsity-weighted aggregation). A client gets back the first rows of A and columns of B. Pruning ranks during local
-training is not part of the merge.
+(sparsity-weighted aggregation). A client gets back the first rows of A and columns of B.
+
+The paper's rank self-pruning is not implemented. It adds a regularizer to the clients' loss and lowers a client's rank
+during the run, both of which belong to local training and not to a merge, and a federation gives all clients one rank.
 """
 
 from __future__ import annotations
