@@ -110,7 +110,7 @@ class _Block:
 
     def __init__(self, state: Mapping[str, torch.Tensor], like: torch.Tensor):
         sizes = [tensor.numel() for tensor in state.values()]
-        self.change, self.sum = like.new_zeros(sum(sizes)), like.new_zeros(sum(sizes))
+        self.change, self.sum = like.new_empty(sum(sizes)), like.new_zeros(sum(sizes))
         pieces = self.change.split(sizes)
         self._tensors = [
             (name, start.to(like), piece.view(start.shape))
