@@ -47,6 +47,10 @@ def check_local_training(args: TrainingArguments) -> None:
     args.local_parameters = read_patterns(args.local_parameters)
     if not 0 <= args.learning_rate < math.inf:
         raise ValueError(f"`learning_rate` must be a number of 0 or more, got {args.learning_rate!r}.")
+    if args.task_head_learning_rate is not None and not 0 <= args.task_head_learning_rate < math.inf:
+        raise ValueError(
+            f"`task_head_learning_rate` must be a number of 0 or more, got {args.task_head_learning_rate!r}."
+        )
     if args.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY):
         raise ValueError(
             f"`lr_scheduler_type={args.lr_scheduler_type.value!r}` follows a metric, which is not supported over rounds. "

@@ -88,6 +88,9 @@ class FederatedArgumentsMixin(PartitionerArgumentMixin):
             `["lora_B"]`. They stay with their client and are neither uploaded nor merged. Between its rounds, each
             client keeps its own in `output_dir/client_states`. A string is one expression, or a list as JSON. By
             default none, or those that the merge method leaves with the clients.
+        task_head_learning_rate (`float`, *optional*):
+            The learning rate of `modules_to_save`, such as a new classification head, which often needs a larger one than
+            the adapter. By default `learning_rate`.
         proximal_mu (`float`, *optional*, defaults to 0.0):
             FedProx: how strongly a client is pulled back to the global adapter.
         scaffold (`bool`, *optional*, defaults to `False`):
@@ -199,6 +202,9 @@ class FederatedArgumentsMixin(PartitionerArgumentMixin):
     )
     local_parameters: list[str] | str | None = field(
         default=None, metadata={"help": "Regular expressions for the names of parameters that stay with their client."}
+    )
+    task_head_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of a new task head. By default that of the adapter."}
     )
     proximal_mu: float = field(
         default=0.0, metadata={"help": "FedProx: how strongly a client is pulled back to the global adapter."}

@@ -23,6 +23,7 @@ from .client.live_adapter import single_active_adapter
 from .client.local_client import LocalClient
 from .client.personal import check_patterns
 from .client.settings import ClientSettings
+from .client.task_head import check_task_head_rate
 from .data.checks import check_batches, check_labels
 from .data.client_data import ClientData
 from .data.partition import make_clients
@@ -143,6 +144,7 @@ class FederatedMixin(PreparationMixin, CheckpointingMixin, SharingMixin, Reports
         )
         if args.average_rounds > 1:
             check_mean_of_rounds(self._merging.merge_method, self._merging.options, self.model.active_peft_config)
+        check_task_head_rate(self, args.task_head_learning_rate)
         check_labels(self, given)
         sizes = self._client_sizes()
         args.participation.check(sizes, self.availability)
@@ -205,6 +207,7 @@ class FederatedMixin(PreparationMixin, CheckpointingMixin, SharingMixin, Reports
             personal_patterns=self._personal_patterns,
             frozen_parts=self._merging.merge_method.frozen_parts,
             proximal_mu=self.args.proximal_mu,
+            task_head_learning_rate=self.args.task_head_learning_rate,
             timeout=self.args.faults.client_timeout,
             attributes=self.client_attributes,
         )

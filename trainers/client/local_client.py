@@ -184,6 +184,7 @@ class LocalClient:
             () if timeout is None else (timeout,),
             objective,
             self.settings.attributes,
+            self.settings.task_head_learning_rate,
             is_shared=self._group.size > 1,
         )
         with as_client(self.trainer, training):

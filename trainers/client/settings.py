@@ -18,6 +18,7 @@ class ClientSettings:
             Parts of the names of parameters that no client trains, such as LoRA's A for FFA-LoRA. By default none.
         proximal_mu (`float`, *optional*, defaults to 0.0): FedProx's mu: how strongly the client is pulled towards the
             global adapter.
+        task_head_learning_rate (`float`, *optional*): The learning rate of the task head. By default that of the adapter.
         timeout (`float`, *optional*): The time limit of its training, in seconds. By default none.
         attributes (`tuple[str, ...]`, *optional*):
             Names of attributes of the trainer that change while a client trains, such as running sums of metrics. They are
@@ -27,5 +28,6 @@ class ClientSettings:
     personal_patterns: tuple[str, ...] = ()
     frozen_parts: tuple[str, ...] = ()
     proximal_mu: float = 0.0
+    task_head_learning_rate: float | None = None
     timeout: float | None = None
     attributes: tuple[str, ...] = ("_metrics", "_total_train_tokens")

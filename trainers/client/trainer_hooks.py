@@ -16,6 +16,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from ..records.callbacks import LocalCallbackHandler
 from .objective import GradientCorrection
+from .task_head import set_task_head_rate
 
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
@@ -69,6 +70,7 @@ class LocalTraining:
         objective (`Callable[[nn.Module], GradientCorrection]`, *optional*): Makes the correction of the gradients of a
             model.
         attributes (`tuple[str, ...]`, *optional*): Attributes of the trainer that the client gets a copy of.
+        task_head_learning_rate (`float`, *optional*): The learning rate of the task head. By default that of the adapter.
         is_shared (`bool`, *optional*, defaults to `False`): Whether several processes train the client together.
 
     **Attributes**:
@@ -82,6 +84,7 @@ class LocalTraining:
     callbacks: tuple[TrainerCallback, ...] = ()
     objective: Callable[[torch.nn.Module], GradientCorrection] | None = None
     attributes: tuple[str, ...] = ()
+    task_head_learning_rate: float | None = None
     is_shared: bool = False
     correction: GradientCorrection | None = field(default=None, init=False)
 
@@ -151,6 +154,8 @@ def _hooks(trainer: Trainer, training: LocalTraining) -> dict[str, Callable]:
 
     def create_optimizer(*args, **kwargs) -> torch.optim.Optimizer:
         optimizer = make_optimizer(*args, **kwargs)
+        if training.task_head_learning_rate is not None:
+            set_task_head_rate(optimizer, trainer.model, training.task_head_learning_rate)
         if training.objective is not None:
             training.correction = training.objective(trainer.model)  # after the client has chosen its heads
             optimizer.register_step_pre_hook(training.correction)

@@ -135,4 +135,6 @@ def _learning_rates(federation: Federation) -> str:
     default = kwargs.get("lr", federation.args.learning_rate)
     groups = [group for group in kwargs.get("params", []) if isinstance(group, dict)]
     rates = [group.get("lr", default) for group in groups] or [default]
-    return " and ".join(f"{rate:g}" for rate in rates) + (" by parameter group" if len(rates) > 1 else "")
+    task_head = federation.args.task_head_learning_rate
+    of_head = "" if task_head is None else f", {task_head:g} for the task head"
+    return " and ".join(f"{rate:g}" for rate in rates) + (" by parameter group" if len(rates) > 1 else "") + of_head
