@@ -124,9 +124,12 @@ def eval_dataset():
 def randomize_adapter(model: torch.nn.Module, seed: int = 0, scale: float = 1.0) -> None:
     """Give every trained parameter of a model a value that visibly changes the output."""
     generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             noise = torch.randn(parameter.shape, generator=generator)
+            if ".ravan_H." in name:
+                layer, _, adapter = name.partition(".ravan_H.")
+                noise /= model.get_submodule(layer).bases_scale[adapter]
             parameter.data.add_(scale * noise.to(parameter))
 
 

@@ -24,7 +24,7 @@ def captured(A, B, gradient) -> float:
 def test_planted_directions_are_found_in_the_order_of_their_strength():
     U, V = torch.linalg.qr(torch.randn(80, 6)).Q, torch.linalg.qr(torch.randn(100, 6)).Q
     strengths = torch.tensor([32.0, 16.0, 8.0, 4.0, 2.0, 1.0])
-    model = adapted(nn.Sequential(nn.Linear(100, 80)), target_modules=["0"])
+    model = adapted(nn.Sequential(nn.Linear(100, 80)), target_modules=["0"], bases_scale="paper")
     initialize_bases_from_gradient(model, {"0": (U * strengths) @ V.T})
     layer = model.base_model.model[0]
     torch.testing.assert_close((layer.ravan_B["default"].T @ U).abs(), torch.eye(6), atol=1e-4, rtol=0)
@@ -62,7 +62,7 @@ def test_batches_give_the_directions_of_the_averaged_gradient():
     weight = reference.bert.encoder.layer[1].attention.self.value.weight
     sum(reference(**batch).loss for batch in batches()).backward()
 
-    model = adapted(tiny_bert(), task_type="SEQ_CLS", r=3, num_heads=2)
+    model = adapted(tiny_bert(), task_type="SEQ_CLS", r=3, num_heads=2, bases_scale="paper")
     initialize_bases_from_gradient(model, batches())
     layer = model.base_model.model.bert.encoder.layer[1].attention.self.value
     A, B = layer.ravan_A["default"], layer.ravan_B["default"]

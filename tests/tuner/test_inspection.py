@@ -23,7 +23,7 @@ def adapted(base: nn.Module | None = None, **kwargs) -> PeftModel:
 
 def planted(*singular_values: list[float]) -> PeftModel:
     """An adapter whose updates have the given singular values, head by head."""
-    model = adapted(rank_pattern={}, r=2, num_heads=2)
+    model = adapted(rank_pattern={}, r=2, num_heads=2, bases_scale="paper")
     for layer, values in zip(model.base_model.model, singular_values, strict=True):
         layer.ravan_H["default"].data = torch.tensor(values).reshape(2, 2).diag_embed() / 2
         layer.ravan_s["default"].data = torch.tensor([2.0, -2.0])

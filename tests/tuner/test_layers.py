@@ -88,7 +88,7 @@ def test_singular_directions_of_the_weight():
     """One head is LoRA-XS (Balazy et al., 2024), without the singular values in front of the core."""
     model = get_peft_model(
         nn.Sequential(nn.Linear(20, 14)),
-        RavanConfig(r=5, num_heads=1, target_modules=["0"], init_bases="weight_svd"),
+        RavanConfig(r=5, num_heads=1, target_modules=["0"], init_bases="weight_svd", bases_scale="paper"),
     )
     layer = model.base_model.model[0]
     U, S, Vh = torch.linalg.svd(layer.base_layer.weight)
@@ -102,7 +102,8 @@ def test_singular_directions_of_the_weight():
 
 def test_blocks_of_singular_directions_go_to_the_heads_in_order():
     model = get_peft_model(
-        nn.Sequential(Conv1D(40, 60)), RavanConfig(r=4, num_heads=2, target_modules=["0"], init_bases="weight_svd")
+        nn.Sequential(Conv1D(40, 60)),
+        RavanConfig(r=4, num_heads=2, target_modules=["0"], init_bases="weight_svd", bases_scale="paper"),
     )
     layer = model.base_model.model[0]
     weight = layer.base_layer.weight.T  # [d_out, d_in]

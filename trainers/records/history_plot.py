@@ -37,7 +37,8 @@ def core_norms(model: nn.Module) -> pd.DataFrame | None:
     Measure the contribution of each head of a Ravan adapter to each target.
 
     A merge sets every scaling to 1 and moves its value into H, so only the product s*H measures the size of a head.
-    With orthonormal bases (`init_bases="gram_schmidt"`) its Frobenius norm is that of the head's weight update.
+    With orthonormal bases (`init_bases="gram_schmidt"`) its Frobenius norm times the scale of the bases (`bases_scale`) is
+    that of the head's weight update. All heads of a target have the same scale.
 
     Args:
         model (`torch.nn.Module`): The model.

@@ -309,7 +309,7 @@ def _bases_made_again(
     r, num_heads = state[f"{target}.{CORE_NAME}"].shape[-1], len(fingerprint)
     shape = BasesShape(d_in=prod(sizes[1:]), d_out=sizes[0], num_heads=num_heads, r=r)
     check_memory(shape, name)
-    bases = make_bases(config.init_bases, shape, config.projection_seed, name)
+    bases = make_bases(config.init_bases, shape, config.projection_seed, name, scale=config.bases_scale)
     distance = fingerprint_distance(make_fingerprint(*bases, num_heads), fingerprint)
     if distance > TOLERANCE:
         raise ValueError(

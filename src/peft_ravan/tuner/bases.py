@@ -10,6 +10,7 @@ global random state, or the name of the adapter.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -61,12 +62,15 @@ class BasesKind:
             The matrix that the bases are made from: `"weight"`, `"gradient"` or none.
         orthonormal_heads (`str`, *optional*):
             What has to fit into the smaller side of the target: `"all"` heads, `"one"` head, or nothing.
+        shares_directions (`bool`, *optional*, defaults to `False`):
+            Whether all heads have the same directions.
     """
 
     make: Callable[[BasesShape, torch.Generator, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]]
     summary: str
     from_matrix: str | None = None
     orthonormal_heads: str | None = None
+    shares_directions: bool = False
 
 
 def _orthonormal_columns(num_rows: int, num_columns: int, generator: torch.Generator) -> torch.Tensor:
@@ -130,10 +134,16 @@ BASES: dict[str, BasesKind] = {
     ),
     "normal": BasesKind(normal, "Independent normal entries of variance 1/d."),
     "constant": BasesKind(
-        constant, "The same B and A for every head; the rank of the update stays r.", orthonormal_heads="one"
+        constant,
+        "The same B and A for every head; the rank of the update stays r.",
+        orthonormal_heads="one",
+        shares_directions=True,
     ),
     "shared": BasesKind(
-        shared, "One B and A, mixed by random r x r matrices; the rank stays r.", orthonormal_heads="one"
+        shared,
+        "One B and A, mixed by random r x r matrices; the rank stays r.",
+        orthonormal_heads="one",
+        shares_directions=True,
     ),
     "weight_svd": BasesKind(
         singular_directions,
@@ -148,6 +158,46 @@ BASES: dict[str, BasesKind] = {
         orthonormal_heads="all",
     ),
 }
+
+
+SCALES = ("lora", "paper")
+# from sweeps of the learning rate over three models and four sizes of heads, see docs/ravan.md
+LORA_SCALE = 90.0
+
+
+def check_scale(scale: float | str) -> None:
+    """
+    Args:
+        scale (`float` or `str`): The scale to check.
+
+    Raises:
+        ValueError: if it is neither one of `SCALES` nor a positive number.
+    """
+    is_number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
+    if not (0 < scale < math.inf if is_number else scale in SCALES):
+        raise ValueError(f"`bases_scale` must be one of {list(SCALES)} or a positive number, got {scale!r}.")
+
+
+def scale_of(scale: float | str, init_bases: str, shape: BasesShape) -> float:
+    """
+    Args:
+        scale (`float` or `str`): The `bases_scale` of the configuration.
+        init_bases (`str`): The kind of bases, one of `BASES`.
+        shape (`BasesShape`): The shape of the target and of its heads.
+
+    Returns:
+        `float`: The factor of the products of B and A.
+    """
+    if scale == "paper":
+        return 1.0
+    if scale != "lora":
+        return float(scale)
+    # A first step of Adam adds about the same number to all entries of all cores. With orthonormal directions, the output
+    # then changes by r * sqrt(h * r) / sqrt(d_in) times that number, and by sqrt(h) more if the heads share directions.
+    step = shape.r * shape.total_rank**0.5
+    if BASES[init_bases].shares_directions:
+        step *= shape.num_heads**0.5
+    return LORA_SCALE * (shape.d_in * shape.d_out) ** 0.25 / step
 
 
 def check_bases_name(init_bases: str) -> None:
@@ -197,7 +247,12 @@ def check_bases_fit(init_bases: str, shape: BasesShape, target_name: str) -> Non
 
 
 def make_bases(
-    init_bases: str, shape: BasesShape, seed: int, target_name: str, matrix: torch.Tensor | None = None
+    init_bases: str,
+    shape: BasesShape,
+    seed: int,
+    target_name: str,
+    matrix: torch.Tensor | None = None,
+    scale: float | str = "paper",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Make the frozen bases of one target.
@@ -215,6 +270,8 @@ def make_bases(
         matrix (`torch.Tensor`, *optional*):
             The weight or gradient `[d_out, d_in]` that the bases are made from. Bases that need a matrix are those of
             `"gram_schmidt"` until there is one.
+        scale (`float` or `str`, *optional*, defaults to `"paper"`):
+            The factor of the products of B and A, one of `SCALES` or a number. Each of them has its square root.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: A `[h*r, d_in]` and B `[d_out, h*r]`, in float32 on the CPU.
@@ -229,4 +286,5 @@ def make_bases(
     with torch.device("cpu"):
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
         basis_A, basis_B = kind.make(shape, generator, matrix)
-        return basis_A.float().cpu().contiguous(), basis_B.float().cpu().contiguous()
+        factor = scale_of(scale, init_bases, shape) ** 0.5
+        return (basis_A * factor).float().cpu().contiguous(), (basis_B * factor).float().cpu().contiguous()

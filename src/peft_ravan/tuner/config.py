@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from peft.config import PeftConfig
 from peft.utils.other import get_pattern_key
 
-from .bases import BASES, check_bases_name
+from .bases import BASES, check_bases_name, check_scale
 from .field_types import check_field_types
 from .registration import ensure_peft_type
 
@@ -42,6 +42,12 @@ class RavanConfig(PeftConfig):
             head this is LoRA-XS. `"gradient_svd"`: the same for a gradient, which comes from
             [`initialize_bases_from_gradient`] or from the clients of a federation; with one head this is the adapter
             of LoRA-SB and Fed-SB.
+        bases_scale (`float` or `str`, *optional*, defaults to `"lora"`):
+            The factor of `B_i @ A_i`, which decides how far a step of the cores moves the weight. With `"lora"` it depends
+            on the sizes of the target and of the heads, such that a learning rate that is good for LoRA with
+            `lora_alpha=2 * r` is good for Ravan. `"paper"` is 1: orthonormal bases as in the paper, which need a larger
+            learning rate. Multiplying it by a number is the same as multiplying the learning rate of the cores by that
+            number. An adapter that was saved before this field existed has `"paper"`.
         projection_seed (`int`, *optional*, defaults to `0`):
             The seed of the bases. The seed and the name of the target determine the bases, so everybody who uses the
             same seed gets the same bases.
@@ -103,6 +109,11 @@ class RavanConfig(PeftConfig):
     )
     init_bases: str = field(
         default="gram_schmidt", metadata={"help": f"How the frozen bases are made: {', '.join(BASES)}."}
+    )
+    # None until `__post_init__`
+    bases_scale: float | str | None = field(
+        default=None,
+        metadata={"help": "Factor of the bases: 'lora' to share LoRA's learning rates, 'paper', or a number."},
     )
     projection_seed: int = field(default=0, metadata={"help": "Seed of the frozen bases."})
     save_projection: bool = field(
@@ -174,6 +185,9 @@ class RavanConfig(PeftConfig):
     )
 
     def __post_init__(self):
+        if self.bases_scale is None:
+            # only configurations from files have a version here, and new files always have a scale
+            self.bases_scale = "lora" if self.peft_version is None else "paper"
         super().__post_init__()
         self.peft_type = ensure_peft_type()
         self._check_numbers()
@@ -209,6 +223,7 @@ class RavanConfig(PeftConfig):
         if self.bias not in ("none", "all", "ravan_only"):
             raise ValueError(f"`bias` must be 'none', 'all' or 'ravan_only', got {self.bias!r}.")
         check_bases_name(self.init_bases)
+        check_scale(self.bases_scale)
         if BASES[self.init_bases].from_matrix == "gradient" and not self.save_projection:
             raise ValueError(
                 f"`init_bases={self.init_bases!r}` needs `save_projection=True`: bases from a gradient cannot be made "

@@ -28,7 +28,8 @@ def make_fingerprint(basis_A: torch.Tensor, basis_B: torch.Tensor, num_heads: in
         num_heads (`int`): The number of heads, h.
 
     Returns:
-        `torch.Tensor`: `[h, 8]` in float32 on the CPU: four sums for A and four for B, each of size about 1.
+        `torch.Tensor`: `[h, 8]` in float32 on the CPU: four sums for A and four for B, each of size about 1 for bases
+        with a scale of 1.
     """
     return torch.cat([_sums(basis_A, num_heads), _sums(basis_B.T, num_heads)], dim=1)
 
@@ -67,8 +68,11 @@ def fingerprint_distance(first: torch.Tensor, second: torch.Tensor) -> float:
     """
     if first.shape != second.shape:
         return float("inf")
+    first, second = first.float().cpu(), second.float().cpu()
+    # bases with a larger scale have larger sums, whose rounding errors are larger, too
+    size = torch.cat([first, second]).square().mean().sqrt().clamp(min=1)
     # NaN must not count as within the tolerance
-    return (first.float().cpu() - second.float().cpu()).abs().max().nan_to_num(nan=float("inf")).item()
+    return ((first - second).abs().max() / size).nan_to_num(nan=float("inf")).item()
 
 
 def _sums(basis: torch.Tensor, num_heads: int) -> torch.Tensor:

@@ -237,7 +237,7 @@ def set_bases_from_sketches(
         TypeError: if a target is not a linear layer.
     """
     targets = _gradient_targets(model, adapter_name)
-    seed = model.peft_config[adapter_name].projection_seed
+    config = model.peft_config[adapter_name]
     new_bases = {}
     for name, sketch in sketches.items():
         if not torch.isfinite(sketch.columns).all() or not sketch.columns.any():
@@ -245,7 +245,9 @@ def set_bases_from_sketches(
                 f"The target {name!r} got a gradient of zero or one that is not finite, so it has no directions. Is it "
                 "used in the forward pass, and does the loss depend on it?"
             )
-        new_bases[name] = make_bases("gradient_svd", sketch.shape, seed, name, sketch.low_rank())
+        new_bases[name] = make_bases(
+            "gradient_svd", sketch.shape, config.projection_seed, name, sketch.low_rank(), config.bases_scale
+        )
     for name, (basis_A, basis_B) in new_bases.items():
         targets[name].ravan_A[adapter_name].copy_(basis_A)
         targets[name].ravan_B[adapter_name].copy_(basis_B)
@@ -268,7 +270,9 @@ def awaits_gradient(model: nn.Module, adapter_name: str = "default") -> bool:
         return False
     # the bases of all targets are set at once, so checking one target is enough
     name, layer = next(iter(_adapted_layers(model, adapter_name).items()))
-    stand_in, _ = make_bases("gradient_svd", _shape_of(layer, adapter_name), config.projection_seed, name)
+    stand_in, _ = make_bases(
+        "gradient_svd", _shape_of(layer, adapter_name), config.projection_seed, name, scale=config.bases_scale
+    )
     basis_A = layer.ravan_A[adapter_name].float().cpu()
     # not compared exactly: they may have been saved on another machine or in another dtype
     return bool((basis_A - stand_in).norm() < 0.05 * stand_in.norm())

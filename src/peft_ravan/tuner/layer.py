@@ -12,7 +12,7 @@ from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from peft.utils.other import transpose
 from torch import nn
 
-from .bases import BASES, BasesShape, make_bases
+from .bases import BASES, BasesShape, make_bases, scale_of
 from .config import RavanConfig
 from .functional import adapted_linear, delta_output, delta_weight, dense_is_cheaper, expand
 from .trained_heads import AllHeads, LayerTrainedHeads
@@ -32,7 +32,7 @@ class RavanLayer(LayerTrainedHeads, BaseTunerLayer, nn.Module):
     adapter_layer_names: tuple[str, ...] = ("ravan_H", "ravan_s")
     # All names of other parameters that may contain adapter-related parameters
     other_param_names: tuple[str, ...] = (
-        "ravan_A", "ravan_B", "ravan_dropout", "r", "num_heads", "init_bases", "all_heads"
+        "ravan_A", "ravan_B", "ravan_dropout", "r", "num_heads", "init_bases", "bases_scale", "all_heads"
     )  # fmt: skip
 
     def __init__(
@@ -46,6 +46,7 @@ class RavanLayer(LayerTrainedHeads, BaseTunerLayer, nn.Module):
         self.r: dict[str, int] = {}
         self.num_heads: dict[str, int] = {}
         self.init_bases: dict[str, str] = {}
+        self.bases_scale: dict[str, float] = {}
         # PEFT freezes these again whenever it activates an adapter. An own dict, since that of the class is shared.
         self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
         self.ravan_dropout = nn.ModuleDict({})
@@ -111,13 +112,16 @@ class RavanLayer(LayerTrainedHeads, BaseTunerLayer, nn.Module):
         shape = BasesShape(*self.bases_dimensions(), num_heads, r)
         from_weight = BASES[config.init_bases].from_matrix == "weight"
         matrix = self._base_matrix() if from_weight else None
-        basis_A, basis_B = make_bases(config.init_bases, shape, config.projection_seed, target_name, matrix)
+        basis_A, basis_B = make_bases(
+            config.init_bases, shape, config.projection_seed, target_name, matrix, config.bases_scale
+        )
 
         self.all_heads.pop(adapter_name, None)
         self.r[adapter_name] = r
         self.num_heads[adapter_name] = num_heads
         self.init_bases[adapter_name] = config.init_bases
         self.frozen_peft_weight_names[adapter_name] = () if config.train_scaling else ("ravan_s",)
+        self.bases_scale[adapter_name] = scale_of(config.bases_scale, config.init_bases, shape)
         self.ravan_dropout[adapter_name] = nn.Dropout(config.ravan_dropout) if config.ravan_dropout else nn.Identity()
         num_cores = self.num_experts * num_heads
         self.ravan_H[adapter_name] = nn.Parameter(torch.zeros(num_cores, r, r))
@@ -154,7 +158,7 @@ class RavanLayer(LayerTrainedHeads, BaseTunerLayer, nn.Module):
         if init_weights:
             nn.init.zeros_(self.ravan_H[adapter_name])
         else:
-            nn.init.normal_(self.ravan_H[adapter_name])
+            nn.init.normal_(self.ravan_H[adapter_name], std=1 / self.bases_scale[adapter_name])
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """

@@ -111,7 +111,7 @@ def svd_of_heads(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
     The singular value decomposition of `sum_i B_i P_i A_i`, computed from matrices of the size of the heads. If the
-    bases are orthonormal, the decompositions of all P_i together give that of the sum.
+    bases are orthonormal, or a multiple of it, the decompositions of all P_i together give that of the sum.
 
     Args:
         basis_A (`torch.Tensor`): The stacked A, `[h*r, d_in]`.
@@ -124,7 +124,10 @@ def svd_of_heads(
     """
     basis_A, basis_B, products = basis_A.double(), basis_B.double(), products.double()
     num_heads, r, _ = products.shape
-    if not (_orthonormal_rows(basis_A) and _orthonormal_rows(basis_B.T)):
+    basis_A, scale_A = _normalised(basis_A)
+    basis_B, scale_B = _normalised(basis_B.T)
+    basis_B, products = basis_B.T, products * (scale_A * scale_B)
+    if not (_has_orthonormal_rows(basis_A) and _has_orthonormal_rows(basis_B.T)):
         left = torch.cat([B_i @ P_i for B_i, P_i in zip(basis_B.split(r, dim=1), products, strict=True)], dim=1)
         U, S, Vh, _ = svd_of_product(left, basis_A, rank=num_heads * r)
         return U, S, Vh
@@ -135,7 +138,13 @@ def svd_of_heads(
     return U[:, order], S.flatten()[order], Vh[order]
 
 
-def _orthonormal_rows(matrix: torch.Tensor) -> bool:
+def _normalised(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows divided by their mean norm, and that norm. Bases may have a scale, see `bases_scale`."""
+    scale = rows.norm(dim=1).mean()
+    return (rows / scale, scale) if scale > 0 else (rows, torch.ones_like(scale))
+
+
+def _has_orthonormal_rows(matrix: torch.Tensor) -> bool:
     # bases are stored in float32 or less; rounded to half precision, they do not count as orthonormal
     gram = matrix @ matrix.T
     return len(matrix) <= matrix.shape[1] and bool((gram - torch.eye(len(gram)).to(gram)).abs().max() < 1e-5)
