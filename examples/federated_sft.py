@@ -34,7 +34,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--clients-per-round", type=int, default=10)
     parser.add_argument("--local-steps", type=int, default=10)
-    parser.add_argument("--learning-rate", type=float, default=1e-2)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--resume", action="store_true", help="resume from the last checkpoint in the output folder")
     return parser.parse_args()
 

@@ -30,7 +30,7 @@ def main() -> None:
     args = SFTConfig(
         options.output_dir,
         max_steps=options.steps,
-        learning_rate=1e-2,
+        learning_rate=2e-3,
         per_device_train_batch_size=16,
         max_length=256,
         packing=True,

@@ -10,11 +10,10 @@ MODEL is on the Hub or in a folder, DATA a data set on the Hub or a folder of pa
 import argparse
 
 import datasets
-import torch
 from peft import get_peft_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments
 
-from peft_ravan import RavanConfig, optimizer_parameter_groups
+from peft_ravan import RavanConfig
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -36,11 +35,10 @@ def main() -> None:
     base_model = AutoModelForSequenceClassification.from_pretrained(options.model, num_labels=labels.num_classes)
     model = get_peft_model(base_model, RavanConfig(r=16, num_heads=4, task_type="SEQ_CLS"))
     model.print_trainable_parameters()
-    # cores start at zero and need a larger learning rate than the new head
-    groups = optimizer_parameter_groups(model, learning_rate=3e-3, core_learning_rate=3e-2)
     args = TrainingArguments(
         options.output_dir,
         max_steps=options.steps,
+        learning_rate=3e-3,
         per_device_train_batch_size=32,
         per_device_eval_batch_size=128,
         logging_steps=50,
@@ -54,7 +52,6 @@ def main() -> None:
         eval_dataset=data["test"],
         processing_class=tokenizer,
         compute_metrics=lambda p: {"accuracy": (p.predictions.argmax(-1) == p.label_ids).mean()},
-        optimizer_cls_and_kwargs=(torch.optim.AdamW, {"params": groups, "lr": 3e-3}),
     )
     trainer.train()
     print(trainer.evaluate())

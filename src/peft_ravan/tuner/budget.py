@@ -95,7 +95,7 @@ def optimizer_parameter_groups(
         learning_rate (`float`):
             The learning rate of all parameters that are not part of Ravan, such as the classification head.
         core_learning_rate (`float`, *optional*):
-            The learning rate of the cores H, by default `learning_rate`. Cores need a larger one than a task head.
+            The learning rate of the cores H, by default `learning_rate`.
         scaling_learning_rate (`float`, *optional*):
             The learning rate of the scalings s, by default the one of the cores.
         weight_decay (`float`, *optional*, defaults to 0.0):
@@ -107,8 +107,8 @@ def optimizer_parameter_groups(
     Example:
 
         ```py
-        >>> groups = optimizer_parameter_groups(model, learning_rate=1e-3, core_learning_rate=1e-2)
-        >>> trainer = Trainer(model, args, optimizer_cls_and_kwargs=(torch.optim.AdamW, {"params": groups, "lr": 1e-3}))
+        >>> groups = optimizer_parameter_groups(model, learning_rate=1e-2, core_learning_rate=1e-3)
+        >>> trainer = Trainer(model, args, optimizer_cls_and_kwargs=(torch.optim.AdamW, {"params": groups, "lr": 1e-2}))
         ```
     """
     core_learning_rate = learning_rate if core_learning_rate is None else core_learning_rate
