@@ -6,7 +6,8 @@ from typing import Any
 
 from peft_ravan.sharing.federation_record import read_history
 
-from .arguments import FederatedArguments, FederatedArgumentsMixin, federated_arguments
+from .argument_classes import federated_arguments
+from .arguments import FederatedArguments, FederatedArgumentsMixin
 from .client.faults import ClientTimeoutError
 from .data.client_eval_data import make_client_eval_datasets
 from .data.partition import make_clients
