@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 from .messages import Check, Message, State, integer, number, one_of, optional, text, texts
+from .quantization import SENT_DTYPES
 
 
 PURPOSES = ("train", "warm_up", "sketch")
@@ -62,7 +63,8 @@ class ClientTask(Message):
     Args:
         round_number (`int`): The round, from 1; 0 is the one that makes bases.
         client (`str`): The name of the client.
-        state (`Mapping[str, torch.Tensor]`): The global state, or the part that the client needs, by checkpoint names.
+        state (`Mapping[str, torch.Tensor | QuantizedTensor]`): The global state, or the part that the client needs, by
+            checkpoint names. Tensors may be quantized, see [`ExchangeSettings`].
         seed (`int`): The seed of the local training.
         purpose (`str`, *optional*, defaults to `"train"`):
             `"train"`; or in round 0 `"warm_up"` to train only the task head, and `"sketch"` to sketch the gradient.
@@ -78,7 +80,9 @@ class ClientTask(Message):
             continues from the tensors of that round. By default there was none.
         keep_from (`int`, *optional*, defaults to 0): The earliest round after which the run may be resumed. The client
             can delete tensors that only earlier rounds would need.
-        control (`Mapping[str, torch.Tensor]`, *optional*): SCAFFOLD's c.
+        upload_dtype (`str`, *optional*): What the client rounds the changes to that it uploads, one of `SENT_DTYPES`. By
+            default it uploads whole tensors.
+        control (`Mapping[str, torch.Tensor | QuantizedTensor]`, *optional*): SCAFFOLD's c.
     """
 
     TENSOR_FIELDS: ClassVar[tuple[str, ...]] = ("state", "control")
@@ -96,6 +100,7 @@ class ClientTask(Message):
         "frozen": texts,
         "kept_in": optional(integer(1)),
         "keep_from": integer(0),
+        "upload_dtype": optional(one_of(*SENT_DTYPES)),
     }
 
     round_number: int
@@ -112,6 +117,7 @@ class ClientTask(Message):
     frozen: tuple[str, ...] = ()
     kept_in: int | None = None
     keep_from: int = 0
+    upload_dtype: str | None = None
     control: State | None = None
 
 
@@ -126,13 +132,15 @@ class ClientReply(Message):
         purpose (`str`, *optional*, defaults to `"train"`): As in the task.
         run (`str`, *optional*): As in the task.
         attempt (`int`, *optional*, defaults to 1): As in the task.
-        update (`Mapping[str, torch.Tensor]`, *optional*): The update of the client, or `None` if it failed.
+        update (`Mapping[str, torch.Tensor | QuantizedTensor]`, *optional*): The update of the client, or `None` if it
+            failed. With `upload_dtype`, its changes.
         num_examples (`int`, *optional*, defaults to 0): The number of examples that it trained on.
         trained_heads (`Mapping[str, torch.Tensor]`, *optional*): As in [`~peft_ravan.merging.ClientUpdate`].
         train_loss (`float`, *optional*, defaults to 0.0): Its mean local training loss.
         learning_rate (`float`, *optional*): Its learning rate, if it trained.
-        control_change (`Mapping[str, torch.Tensor]`, *optional*): The change of SCAFFOLD's c_i.
+        control_change (`Mapping[str, torch.Tensor | QuantizedTensor]`, *optional*): The change of SCAFFOLD's c_i.
         kept_digest (`str`, *optional*): The SHA-256 of the file that the client saved in this round, if it saved one.
+        upload_dtype (`str`, *optional*): As in the task. By default the update has whole tensors.
         failure (`str`, *optional*): Why it failed.
         error (`Exception`, *optional*): The error, if the client and the server share a process. It is never sent.
     """
@@ -148,6 +156,7 @@ class ClientReply(Message):
         "train_loss": number,
         "learning_rate": optional(number),
         "kept_digest": optional(text),
+        "upload_dtype": optional(one_of(*SENT_DTYPES)),
         "failure": optional(text),
     }
 
@@ -163,6 +172,7 @@ class ClientReply(Message):
     learning_rate: float | None = None
     control_change: State | None = None
     kept_digest: str | None = None
+    upload_dtype: str | None = None
     failure: str | None = None
     error: Exception | None = field(default=None, compare=False, repr=False)
 

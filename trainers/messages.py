@@ -2,8 +2,9 @@
 Messages between a server and its clients, and their serialization.
 
 A message is a safetensors file. Its metadata hold the fields of the message as JSON, and a list of its tensors. All
-tensors of a dtype are concatenated into one, so that small tensors need no headers of their own. The bytes that a run
-reports are the bytes of this format.
+tensors of a dtype are concatenated into one, so that small tensors need no headers of their own. Of quantized tensors,
+the codes are concatenated into one tensor and the scales into another. The bytes that a run reports are the bytes of
+this format.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import functools
 import json
 import math
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, is_dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -21,10 +22,11 @@ import safetensors
 import safetensors.torch
 import torch
 
+from .quantization import LEVELS, QuantizedTensor, code_dtype, code_sizes
 from .serialized import DTYPE_NAMES, serialized_bytes
 
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 # far more than an adapter needs, and far too little to exhaust memory
 MAX_HEADER_BYTES = 2**24
 MAX_MANIFEST_BYTES = 2**25
@@ -35,10 +37,13 @@ MAX_TEXTS = 1_000
 # the dtypes that a message may contain, in the order in which safetensors lays out tensors
 _SENT = ("I64", "F64", "I32", "F32", "I16", "BF16", "F16", "I8", "U8", "BOOL")
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items() if name in _SENT}
+_SCALES = "scales"
+# the tensors of the file, into which those of the message are concatenated, with their dtypes
+_STORED = {**_DTYPES, _SCALES: torch.bfloat16, **{dtype: code_dtype(dtype) for dtype in LEVELS}}
 
-State = Mapping[str, torch.Tensor]
+State = Mapping[str, torch.Tensor | QuantizedTensor]
 AnyMessage = TypeVar("AnyMessage", bound="Message")
-# the field that a tensor belongs to, its name, its dtype and its shape
+# the field that a tensor belongs to, its name, its dtype (that of safetensors, or of a quantized tensor) and its shape
 Entry = tuple[str, str, str, tuple[int, ...]]
 # turns a JSON value into the value of a field, or raises a ValueError that says what it must be
 Check = Callable[[Any], Any]
@@ -107,18 +112,17 @@ class Message:
         Returns:
             `bytes`: The serialized message.
         """
-        by_dtype: dict[str, list[torch.Tensor]] = {}
-        for section, name, dtype, _ in self._entries():
-            by_dtype.setdefault(dtype, []).append(getattr(self, section)[name].detach().cpu().reshape(-1))
-        return safetensors.torch.save({dtype: torch.cat(flat) for dtype, flat in by_dtype.items()}, self._metadata())
+        parts: dict[str, list[torch.Tensor]] = {}
+        for section, name, dtype, shape in self._entries():
+            for (stored, _), flat in zip(_stored(dtype, shape), _flat(getattr(self, section)[name]), strict=True):
+                parts.setdefault(stored, []).append(flat)
+        return safetensors.torch.save({stored: torch.cat(flat) for stored, flat in parts.items()}, self._metadata())
 
     @property
     def num_bytes(self) -> int:
         """The size of the message in bytes, computed without serializing it."""
-        sizes: dict[str, int] = {}
-        for _, _, dtype, shape in self._entries():
-            sizes[dtype] = sizes.get(dtype, 0) + math.prod(shape)
-        flat = {dtype: torch.empty(size, dtype=_DTYPES[dtype], device="meta") for dtype, size in sizes.items()}
+        sizes = _stored_sizes(self._entries())
+        flat = {stored: torch.empty(size, dtype=_STORED[stored], device="meta") for stored, size in sizes.items()}
         return serialized_bytes(flat, self._metadata())
 
     @classmethod
@@ -165,7 +169,7 @@ class Message:
             for section in self.TENSOR_FIELDS
             for name, tensor in (getattr(self, section) or {}).items()
         ]
-        order = {dtype: index for index, dtype in enumerate(_DTYPES)}
+        order = {dtype: index for index, dtype in enumerate((*_DTYPES, *LEVELS))}
         return sorted(entries, key=lambda entry: order[entry[2]])  # stable: within a dtype, tensors keep their order
 
     def _metadata(self) -> dict[str, str]:
@@ -179,12 +183,38 @@ class Message:
         }
 
 
-def _dtype_name(name: str, tensor: torch.Tensor) -> str:
+def _dtype_name(name: str, tensor: torch.Tensor | QuantizedTensor) -> str:
+    if isinstance(tensor, QuantizedTensor):
+        return tensor.dtype
     kind = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
     dtype = DTYPE_NAMES.get(kind)
     if dtype not in _DTYPES:
         raise MessageError(f"{name!r} is {kind}, which cannot be sent. Use tensors of {', '.join(_DTYPES)}.")
     return dtype
+
+
+def _flat(tensor: torch.Tensor | QuantizedTensor) -> tuple[torch.Tensor, ...]:
+    """What is stored of a tensor, in the order of [`_stored`]."""
+    if isinstance(tensor, QuantizedTensor):
+        return tensor.codes, tensor.scales
+    return (tensor.detach().cpu().reshape(-1),)
+
+
+def _stored(dtype: str, shape: tuple[int, ...]) -> tuple[tuple[str, int], ...]:
+    """The tensors of the file into which a tensor goes, and how many numbers it has in each."""
+    numel = math.prod(shape)
+    if dtype not in LEVELS:
+        return ((dtype, numel),)
+    num_codes, num_scales = code_sizes(dtype, numel)
+    return (dtype, num_codes), (_SCALES, num_scales)
+
+
+def _stored_sizes(entries: Iterable[Entry]) -> dict[str, int]:
+    sizes: dict[str, int] = {}
+    for _, _, dtype, shape in entries:
+        for stored, size in _stored(dtype, shape):
+            sizes[stored] = sizes.get(stored, 0) + size
+    return sizes
 
 
 # ---- Bytes -------------------------------------------------------------------------
@@ -226,7 +256,7 @@ def _checked_entry(entry: Any, present: list[str]) -> Entry:
             and type(name) is str
             and len(name) <= MAX_TEXT_LENGTH
             and type(dtype) is str
-            and dtype in _DTYPES
+            and (dtype in _DTYPES or dtype in LEVELS)
             and type(shape) is list
             and len(shape) <= 8
             and all(type(size) is int and 0 <= size < 2**40 for size in shape)
@@ -255,28 +285,25 @@ def _parse_json(text: str | bytes, what: str) -> Any:
         raise MessageError(f"The message is damaged: {what} cannot be read ({error}).") from error
 
 
-def _read_tensors(data: bytes, manifest: tuple[list[str], list[Entry]]) -> dict[str, dict[str, torch.Tensor]]:
+def _read_tensors(data: bytes, manifest: tuple[list[str], list[Entry]]) -> dict[str, dict[str, Any]]:
     present, entries = manifest
-    sizes: dict[str, int] = {}
-    for _, _, dtype, shape in entries:
-        sizes[dtype] = sizes.get(dtype, 0) + math.prod(shape)
-    if sum(size * _DTYPES[dtype].itemsize for dtype, size in sizes.items()) > len(data):
+    sizes = _stored_sizes(entries)
+    if sum(size * _STORED[stored].itemsize for stored, size in sizes.items()) > len(data):
         raise MessageError("The message is shorter than its tensors.")
     try:
         flat = safetensors.torch.load(bytes(data))  # checks its header against the length, and copies
     except (safetensors.SafetensorError, ValueError, KeyError, RuntimeError) as error:
         raise MessageError(f"The message is damaged: its tensors cannot be read ({error}).") from error
-    if {dtype: (tensor.dtype, tuple(tensor.shape)) for dtype, tensor in flat.items()} != {
-        dtype: (_DTYPES[dtype], (size,)) for dtype, size in sizes.items()
+    if {stored: (tensor.dtype, tuple(tensor.shape)) for stored, tensor in flat.items()} != {
+        stored: (_STORED[stored], (size,)) for stored, size in sizes.items()
     }:
         raise MessageError("The tensors of the message are not those of its list.")
-    tensors: dict[str, dict[str, torch.Tensor]] = {section: {} for section in present}
-    parts = {dtype: iter(_parts(flat[dtype], [e for e in entries if e[2] == dtype])) for dtype in sizes}
-    for section, name, dtype, _ in entries:
-        tensors[section][name] = next(parts[dtype])
+    tensors: dict[str, dict[str, Any]] = {section: {} for section in present}
+    read = dict.fromkeys(sizes, 0)
+    for section, name, dtype, shape in entries:
+        parts = []
+        for stored, size in _stored(dtype, shape):
+            parts.append(flat[stored].narrow(0, read[stored], size))
+            read[stored] += size
+        tensors[section][name] = QuantizedTensor(*parts, shape, dtype) if dtype in LEVELS else parts[0].view(shape)
     return tensors
-
-
-def _parts(flat: torch.Tensor, entries: list[Entry]) -> Iterator[torch.Tensor]:
-    for part, (_, _, _, shape) in zip(flat.split([math.prod(e[3]) for e in entries]), entries, strict=True):
-        yield part.view(shape)

@@ -12,6 +12,7 @@ from hypothesis import given
 
 from peft_ravan.trainers.exchange import ClientReply, ClientTask, HeadChoice
 from peft_ravan.trainers.messages import MessageError
+from peft_ravan.trainers.quantization import QuantizedTensor, quantize
 
 from ..properties import examples
 
@@ -27,7 +28,8 @@ def states(draw):
     for name in draw(st.lists(names, unique=True, max_size=6)):
         shape = draw(st.lists(st.integers(0, 3), max_size=3))
         generator = torch.Generator().manual_seed(draw(seeds))
-        state[name] = (100 * torch.randn(shape, generator=generator)).to(draw(st.sampled_from(DTYPES)))
+        tensor, dtype = 100 * torch.randn(shape, generator=generator), draw(st.sampled_from([*DTYPES, "int8", "int4"]))
+        state[name] = quantize(tensor, dtype, generator) if isinstance(dtype, str) else tensor.to(dtype)
     return state
 
 
@@ -47,6 +49,7 @@ tasks = st.builds(
     frozen=st.lists(names, max_size=3).map(tuple),
     kept_in=st.none() | st.integers(1, 100),
     keep_from=st.integers(0, 100),
+    upload_dtype=st.sampled_from([None, "float32", "bfloat16", "int8", "int4"]),
     control=st.none() | states(),
 )
 replies = st.builds(
@@ -60,6 +63,7 @@ replies = st.builds(
     learning_rate=st.none() | st.floats(),
     control_change=st.none() | states(),
     kept_digest=st.none() | names,
+    upload_dtype=st.sampled_from([None, "float32", "bfloat16", "int8", "int4"]),
     failure=st.none() | names,
 )
 
@@ -73,7 +77,11 @@ def assert_equal(one, two):
         assert list(first or ()) and first.keys() == second.keys() or not first and not second
         for name, tensor in (first or {}).items():
             assert second[name].dtype == tensor.dtype and second[name].shape == tensor.shape
-            assert torch.equal(second[name], tensor)
+            if isinstance(tensor, QuantizedTensor):
+                assert torch.equal(second[name].codes, tensor.codes)
+                assert torch.equal(second[name].scales, tensor.scales)
+            else:
+                assert torch.equal(second[name], tensor)
 
 
 @examples(100)
@@ -84,9 +92,11 @@ def test_what_comes_out_is_what_went_in_and_as_long_as_was_said(message):
     assert_equal(type(message).from_bytes(data), message)
 
 
-def example() -> ClientReply:
+def example(dtype=None) -> ClientReply:
     state = {f"base_model.model.layers.{i}.ravan_H": torch.randn(4, 16, 16) for i in range(12)}
-    return ClientReply(3, "north", update=state, num_examples=7, train_loss=0.5, run="run")
+    if dtype is not None:
+        state = {name: quantize(tensor, dtype) for name, tensor in state.items()}
+    return ClientReply(3, "north", update=state, num_examples=7, train_loss=0.5, run="run", upload_dtype=dtype)
 
 
 def test_small_tensors_cost_no_header_each():
@@ -121,7 +131,7 @@ def rewritten(message, change_fields=lambda fields: fields, change_list=lambda e
 
 
 FIELDS = {
-    "version": ({"format_version": 2}, "format version 2, and this version reads 1"),
+    "version": ({"format_version": 1}, "format version 1, and this version reads 2"),
     "no-version": ({"format_version": None}, "format version None"),
     "kind": ({"kind": "ClientTask"}, "The message is not a ClientReply"),
     "extra": ({"extra": 1}, "has the field 'extra'"),
@@ -132,6 +142,7 @@ FIELDS = {
     "long": ({"client": "x" * 20_000}, "'client' must be a text of up to 10000"),
     "purpose": ({"purpose": "attack"}, "'purpose' must be one of train, warm_up, sketch, got 'attack'"),
     "loss": ({"train_loss": "low"}, "'train_loss' must be a number"),
+    "upload": ({"upload_dtype": "int2"}, "'upload_dtype' must be one of float32, bfloat16, int8, int4, got 'int2'"),
 }
 
 
@@ -170,6 +181,37 @@ def test_a_list_that_is_not_that_of_the_tensors_is_refused(change):
         ClientReply.from_bytes(rewritten(example(), change_list=change))
 
 
+QUANTIZED_LISTS = {
+    "one-more": lambda parsed: [parsed[0], [*parsed[1], ["update", "x", "int4", [2]]]],
+    "one-less": lambda parsed: [parsed[0], parsed[1][1:]],
+    "huge": lambda parsed: [parsed[0], [["update", "x", "int4", [2**39, 2**39]], *parsed[1][1:]]],
+    "smaller": lambda parsed: [parsed[0], [["update", "x", "int4", [4, 16, 15]], *parsed[1][1:]]],
+    "as-scales": lambda parsed: [parsed[0], [["update", "x", "scales", [16]], *parsed[1][1:]]],
+    "as-codes-of-another-dtype": lambda parsed: [parsed[0], [["update", "x", "int8", [4, 16, 16]], *parsed[1][1:]]],
+    "as-plain-bytes": lambda parsed: [parsed[0], [["update", "x", "U8", [512]], *parsed[1][1:]]],
+}
+
+
+@pytest.mark.parametrize("change", QUANTIZED_LISTS.values(), ids=QUANTIZED_LISTS)
+def test_a_list_that_is_not_that_of_the_quantized_tensors_is_refused(change):
+    with pytest.raises(MessageError):
+        ClientReply.from_bytes(rewritten(example("int4"), change_list=change))
+
+
+def test_codes_and_scales_of_other_sizes_than_the_list_are_refused():
+    data = example("int8").to_bytes()
+    length = int.from_bytes(data[:8], "little")
+    metadata = json.loads(data[8 : 8 + length])["__metadata__"]
+    stored = safetensors.torch.load(data)
+    for name, tensor in stored.items():
+        for changed in (tensor[:-1], tensor.to(torch.float32), tensor.view(-1, 2)):
+            with pytest.raises(MessageError, match="not those of its list|shorter than its tensors"):
+                ClientReply.from_bytes(safetensors.torch.save({**stored, name: changed.contiguous()}, metadata))
+        with pytest.raises(MessageError, match="not those of its list|shorter than its tensors"):
+            others = {other: part for other, part in stored.items() if other != name}
+            ClientReply.from_bytes(safetensors.torch.save(others, metadata))
+
+
 def test_a_list_that_unpacks_to_gigabytes_is_not_unpacked():
     data = example().to_bytes()
     length = int.from_bytes(data[:8], "little")
@@ -183,7 +225,7 @@ def test_a_list_that_unpacks_to_gigabytes_is_not_unpacked():
 @examples(300)
 @given(st.data())
 def test_damaged_bytes_are_refused_or_read_as_something_whole(data):
-    message = bytearray(example().to_bytes())
+    message = bytearray(example(data.draw(st.sampled_from([None, "int8", "int4"]))).to_bytes())
     kind = data.draw(st.sampled_from(["cut", "longer", "changed", "random"]))
     if kind == "cut":
         message = message[: data.draw(st.integers(0, len(message) - 1))]
