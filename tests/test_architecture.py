@@ -91,7 +91,8 @@ def test_server_and_client_share_only_what_is_sent():
     assert not [path for path in server if path.parent.name == "client"]
     assert not [path for path in client if path.parent.name == "server"]
     # messages and their bytes, and functions that depend on neither
-    assert {path.stem for path in server & client} == {"exchange", "messages", "serialized", "seeds", "files"}
+    shared = {"exchange", "messages", "serialized", "quantization", "compression", "seeds", "files"}
+    assert {path.stem for path in server & client} == shared
 
 
 def test_the_server_knows_no_trainer():

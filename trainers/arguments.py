@@ -12,9 +12,11 @@ from peft_ravan.merging.limits import LARGE_UPDATES
 
 from .argument_checks import check_counts, check_local_training, check_privacy, check_sharing
 from .client.faults import FaultSettings
+from .compression import DEFAULT_DOWNLOAD_DTYPE, DEFAULT_UPLOAD_DTYPE, ExchangeSettings
 from .data.partition import PARTITIONS, PartitionSettings
 from .data.partitioner import PartitionerArgumentMixin
 from .exchange import HEAD_ALLOCATIONS, HEAD_SELECTIONS
+from .quantization import SENT_DTYPES
 from .runners import PARALLEL_MODES
 from .server.budgets import BUDGET_DISTRIBUTIONS, HeadSettings
 from .server.merging import MergeSettings
@@ -74,6 +76,12 @@ class FederatedArgumentsMixin(PartitionerArgumentMixin):
             Over how many rounds the result is averaged: the model that is evaluated, saved and returned has the mean of
             the merged adapters of the last rounds. Clients start from the last one, which is evaluated as well, with the
             prefix `eval_last`. For Ravan it is the exact mean of the weights. By default the result is the last one.
+        upload_dtype (`str`, *optional*, defaults to `"float32"`):
+            What clients round their uploads to: `"float32"` (nothing is rounded, and tensors have the dtypes of the
+            adapter), `"bfloat16"`, `"int8"` or `"int4"`. Rounded are the changes of a round, without bias, and in
+            `"int8"` and `"int4"` each block of 64 numbers with a scale of its own.
+        download_dtype (`str`, *optional*, defaults to `"float32"`):
+            What clients are sent, in the same dtypes. What rounding costs does not enter the state of the server.
         max_update_norm (`float` or `str`, *optional*):
             The largest norm of a client's change in a round, taken over all tensors together: a number, or a multiple
             of the median over the clients of the round, such as `"3*median"`. With a multiple, all uploads of a round
@@ -187,6 +195,12 @@ class FederatedArgumentsMixin(PartitionerArgumentMixin):
     average_rounds: int = field(
         default=1, metadata={"help": "Number of last rounds over which the result is averaged. By default the last."}
     )
+    upload_dtype: str = field(
+        default=DEFAULT_UPLOAD_DTYPE, metadata={"help": f"What uploads are rounded to: {', '.join(SENT_DTYPES)}."}
+    )
+    download_dtype: str = field(
+        default=DEFAULT_DOWNLOAD_DTYPE, metadata={"help": f"What downloads are rounded to: {', '.join(SENT_DTYPES)}."}
+    )
     max_update_norm: float | str | None = field(
         default=None,
         metadata={
@@ -284,7 +298,7 @@ class FederatedArgumentsMixin(PartitionerArgumentMixin):
         self.participation_weights = self.participation.weights
         self.max_update_norm = self.merging.limits.max_update_norm
         self.client_budgets = self.heads.budgets
-        _ = self.partition_settings, self.bases, self.faults
+        _ = self.partition_settings, self.bases, self.faults, self.exchange
         check_sharing(self)
         check_local_training(self)
         check_privacy(self)
@@ -309,6 +323,11 @@ class FederatedArgumentsMixin(PartitionerArgumentMixin):
     def bases(self) -> BasesSettings:
         """How the common bases are computed from gradients."""
         return BasesSettings(self.bases_clients, self.bases_warmup_steps, self.bases_batches, self.bases_rank)
+
+    @property
+    def exchange(self) -> ExchangeSettings:
+        """How tensors are sent."""
+        return ExchangeSettings(self.upload_dtype, self.download_dtype)
 
     @property
     def faults(self) -> FaultSettings:

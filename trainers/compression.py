@@ -9,7 +9,7 @@ has sent, so what rounding costs a download never enters the state of the server
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -71,6 +71,16 @@ class ExchangeSettings:
         """
         return None if self.upload_dtype == self.download_dtype == "float32" else self.upload_dtype
 
+    def sparing(self, names: Collection[str]) -> ExchangeSettings:
+        """
+        Args:
+            names (`Collection[str]`): The names of tensors.
+
+        Returns:
+            [`ExchangeSettings`]: The same settings, with these tensors sent as they are.
+        """
+        return replace(self, exact=tuple(names))
+
     def sent(self, state: State) -> SentState:
         """
         Args:
@@ -91,7 +101,7 @@ class ExchangeSettings:
             f"{dtype} in blocks of {BLOCK_SIZE}" if dtype in LEVELS else dtype
             for dtype in (self.upload_dtype, self.download_dtype)
         ]
-        return f"changes in {names[0]}; downloads in {names[1]}"
+        return f"uploads are changes in {names[0]}, downloads are in {names[1]}"
 
 
 def compress(state: State, dtype: str, seed: int | None = None, exact: Collection[str] = ()) -> SentState:

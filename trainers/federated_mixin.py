@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, ClassVar
 
@@ -185,7 +185,7 @@ class FederatedMixin(PreparationMixin, CheckpointingMixin, SharingMixin, Reports
         """The state of the server after the last round, as one value."""
         return None if self._last_run is None else self._last_run.server.state
 
-    def _server_settings(self) -> ServerSettings:
+    def _server_settings(self, statistics: Sequence[str] = ()) -> ServerSettings:
         args = self.args
         return ServerSettings(
             self._client_sizes(),
@@ -200,6 +200,7 @@ class FederatedMixin(PreparationMixin, CheckpointingMixin, SharingMixin, Reports
             scaffold=args.scaffold,
             average_rounds=args.average_rounds,
             privacy=self.privacy,
+            exchange=args.exchange.sparing(statistics),
         )
 
     def _local_client(self) -> LocalClient:
@@ -304,7 +305,7 @@ class FederatedMixin(PreparationMixin, CheckpointingMixin, SharingMixin, Reports
     def _start_run(self, resume_from_checkpoint: str | bool | None, trial: Any) -> Run:
         self._runner.share(chain(self.model.parameters(), self.model.buffers()))  # random initial values may differ
         client = self._local_client()
-        server = Server(self._server_settings(), ServerState(client.take_start()))
+        server = Server(self._server_settings(client.adapter.statistics), ServerState(client.take_start()))
         self._last_run = run = Run(server, client)
         check_patterns(run.state(), self.args.local_parameters or ())
         self.last_merge = None

@@ -94,6 +94,7 @@ def make(run: str, folder: Path, heard: Heard):
             "eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True, "num_rounds": 5,
             "metric_for_best_model": "eval_loss", "greater_is_better": True, "callbacks": [heard, EarlyStoppingCallback(1)],
         },
+        "small": {"upload_dtype": "int4", "download_dtype": "int8", "client_budgets": 0.5, "learning_rate": 0.1},
         "private": {"privacy": {"clip_norm": 1.0, "noise_multiplier": 0.5, "noise_seed": 11}},
         "killed": {"save_strategy": "epoch", "num_rounds": 3, "server_optimizer": "fedadam"},
         "resumed": {"save_strategy": "epoch", "scaffold": True, "num_rounds": 3},

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 LAUNCHER = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m")
 SHARED_OUT = (
     "uneven", "scaffold", "personal", "failing", "repeated", "full", "poisoned", "single", "budgets", "round_zero", "stopping", "resumed", "killed", "private",
-    "sft",
+    "small", "sft",
 )  # fmt: skip
 
 

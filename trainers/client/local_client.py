@@ -5,6 +5,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,14 +17,17 @@ from peft_ravan.merging import ClientUpdate, UpdateError, plain_update
 from peft_ravan.merging.entries import is_finite
 from peft_ravan.tuner.state import CORE_NAME, SCALING_NAME
 
+from ..compression import SentState, changes, compress, decompress
 from ..data.client_data import ClientData
 from ..exchange import ClientReply, ClientTask
 from ..messages import MAX_TEXT_LENGTH
 from ..processes import TrainingGroup, one_process
+from ..quantization import LEVELS
+from ..seeds import derive_seed
 from .faults import ClientFault, NothingTrainedError, TimeoutCallback
 from .heads import choose_heads
 from .live_adapter import LiveAdapter, freeze, frozen_for_now
-from .objective import SCAFFOLD_PREFIX, GradientCorrection, control_change, of_scaffold
+from .objective import SCAFFOLD_PREFIX, GradientCorrection, control_change, control_sent, of_scaffold
 from .personal import of_parts, split_state
 from .round_zero import sketch_gradient
 from .settings import ClientSettings
@@ -222,21 +226,27 @@ class LocalClient:
     # ---- Tasks of a round --------------------------------------------------------
 
     def _update(self, task: ClientTask, timeout: TimeoutCallback) -> ClientReply:
-        kept = self.load(task.client, task.state, task.kept_in)
+        start = decompress(task.state)
+        kept = self.load(task.client, start, task.kept_in)
         resting_control, old_control = of_parts(of_scaffold(kept), task.frozen)
         # the caller may have disabled gradients
         with torch.enable_grad(), frozen_for_now(self.trainer.model, task.frozen):
-            output, learning_rate, training = self.fit(task, timeout, self._objective(task.control, old_control))
-        own_control, change = {}, None
+            control = None if task.control is None else decompress(task.control)
+            output, learning_rate, training = self.fit(task, timeout, self._objective(control, old_control))
+        own_control, sent_change = {}, None
         if task.control is not None:
             new_control = training.correction.new_client_control()
-            own_control, change = {**resting_control, **new_control}, control_change(old_control, new_control)
+            change = control_change(old_control, new_control)
+            sent_change = self._compressed(task, change, "control")
+            own_control = {**resting_control, **control_sent(new_control, change, decompress(sent_change))}
         heads = self.adapter.trained_heads()
         own, shared = split_state(self.adapter.read(), self.settings.personal_patterns)
         _, trained = of_parts(shared, task.frozen)
-        update = self._before_upload(task, trained, timeout, heads)
+        update = self._as_changes(task, self._before_upload(task, trained, timeout, heads), start)
         digest = self._keep(task, own, own_control)
-        return _reply(task, update, output.training_loss, learning_rate, control_change=change, kept_digest=digest)
+        return _reply(
+            task, update, output.training_loss, learning_rate, control_change=sent_change, kept_digest=digest
+        )
 
     def _objective(
         self, control: State | None, client_control: State
@@ -285,24 +295,44 @@ class LocalClient:
             raise UpdateError(f"client {client!r}: its update has the name of {update.client_id!r}.")
         return update
 
+    def _as_changes(self, task: ClientTask, update: ClientUpdate, start: State) -> ClientUpdate:
+        """The update as the server has asked for it: whole tensors, or the changes from what the client was sent."""
+        if task.upload_dtype is None:
+            return update
+        change = changes(update.state, start, update.trained_heads)
+        return replace(update, state=self._compressed(task, change, "update"))
+
+    def _compressed(self, task: ClientTask, tensors: State, name: str) -> SentState:
+        seed = derive_seed(task.seed, "upload", name)
+        # a rounded variance could become negative
+        return compress(tensors, task.upload_dtype or "float32", seed, exact=self.adapter.statistics)
+
     # ---- Tasks of round 0 --------------------------------------------------------
 
     def _warm_up(self, task: ClientTask, timeout: TimeoutCallback) -> ClientReply:
-        self._load_start(task)
+        start = self._load_start(task)
         with torch.enable_grad(), frozen_for_now(self.trainer.model, (f".{CORE_NAME}.", f".{SCALING_NAME}.")):
             output, learning_rate, _ = self.fit(task, timeout)
-        head = {name: tensor for name, tensor in self.adapter.read().items() if name in task.state}
-        return _reply(task, self._before_upload(task, head, timeout), output.training_loss, learning_rate)
+        head = {name: tensor for name, tensor in self.adapter.read().items() if name in start}
+        update = self._as_changes(task, self._before_upload(task, head, timeout), start)
+        return _reply(task, update, output.training_loss, learning_rate)
 
     def _sketch(self, task: ClientTask, timeout: TimeoutCallback) -> ClientReply:
         self._load_start(task)
         with torch.enable_grad(), self.as_client(task, timeout):
             sketch, loss = sketch_gradient(self.trainer, task.max_steps, task.rank, timeout)
-        return _reply(task, self._before_upload(task, sketch, timeout), loss)
+        update = self._before_upload(task, sketch, timeout)  # it is a change already, from zero
+        if task.upload_dtype in LEVELS:
+            # 4 bits would be too few: what is made from sketches is kept for the whole run
+            sketch = compress(update.state, "int8", derive_seed(task.seed, "upload", "sketch"))
+            update = replace(update, state=sketch)
+        return _reply(task, update, loss)
 
-    def _load_start(self, task: ClientTask) -> None:
+    def _load_start(self, task: ClientTask) -> State:
+        start = decompress(task.state)
         # tensors that are not sent in round 0 keep their initial values
-        self.adapter.load({**self.adapter.read(), **self.personal_start, **task.state})
+        self.adapter.load({**self.adapter.read(), **self.personal_start, **start})
+        return start
 
 
 def _reply(
@@ -315,5 +345,6 @@ def _reply(
         trained_heads=update.trained_heads,
         train_loss=loss,
         learning_rate=learning_rate,
+        upload_dtype=task.upload_dtype,
         **fields,
     )

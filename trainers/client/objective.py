@@ -118,3 +118,20 @@ def control_change(old: Mapping[str, torch.Tensor], new: Mapping[str, torch.Tens
     """
     changes = {name: tensor - old[name] if name in old else tensor for name, tensor in new.items()}
     return {**changes, **{name: -tensor for name, tensor in old.items() if name not in new}}
+
+
+def control_sent(
+    new: Mapping[str, torch.Tensor], change: Mapping[str, torch.Tensor], sent: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """
+    Args:
+        new (`Mapping[str, torch.Tensor]`): A client's c_i after the round.
+        change (`Mapping[str, torch.Tensor]`): Its change, as returned by [`control_change`].
+        sent (`Mapping[str, torch.Tensor]`): The change that the server reads, which may be rounded.
+
+    Returns:
+        `dict[str, torch.Tensor]`: The c_i that the client keeps, which differs from the new one by what was rounded. So
+        the server's c stays the mean of all c_i.
+    """
+    rounded = {name: sent[name].float() - tensor for name, tensor in change.items() if sent[name] is not tensor}
+    return {**new, **{name: new[name] + error if name in new else error for name, error in rounded.items()}}

@@ -53,6 +53,7 @@ def federation_record(
         **_server_optimizer(merging),
         **({"Result": f"mean of the last {server.average_rounds} rounds"} if server.average_rounds > 1 else {}),
         **_client_budgets(federation),
+        **({} if server.exchange.change_dtype is None else {"Compression": server.exchange.describe()}),
         **_privacy(federation, history),
         **_common_bases(opening),
         "Uploaded": f"{uploaded / 1e6:.2f} MB by all clients",

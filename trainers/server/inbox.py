@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 
+import torch
 from transformers.utils import logging
 
-from peft_ravan.merging import ClientUpdate
+from peft_ravan.merging import ClientUpdate, UpdateError
 
+from ..compression import decompress, with_changes
 from ..exchange import ClientReply, ClientTask
 from ..messages import MessageError
+from ..quantization import QuantizedTensor
 from .rounds import Round
 from .settings import ServerSettings
 
@@ -24,14 +28,15 @@ class Inbox:
     Args:
         this_round ([`Round`]): The round. Clients that fail are recorded there.
         tasks (`Mapping[str, ClientTask]`): Client names to the tasks they were sent.
+        state (`Mapping[str, torch.Tensor]`): The state of the server, which changes that clients upload are added to.
 
     **Attributes**:
         - **this_round** ([`Round`]) -- The round.
         - **kept_digests** (`dict[str, str | None]`) -- Client names to the digests of the files that clients keep.
     """
 
-    def __init__(self, this_round: Round, tasks: Mapping[str, ClientTask]):
-        self.this_round, self._tasks = this_round, tasks
+    def __init__(self, this_round: Round, tasks: Mapping[str, ClientTask], state: Mapping[str, torch.Tensor]):
+        self.this_round, self._tasks, self._state = this_round, tasks, state
         self._arrived: set[str] = set()
         self.kept_digests: dict[str, str | None] = {}
 
@@ -41,8 +46,8 @@ class Inbox:
             replies (`Iterable[ClientReply]`): The replies.
 
         Yields:
-            [`ClientReply`]: The first reply to each task, if it has an update. A reply is released once the next one
-            is requested.
+            [`ClientReply`]: The first reply to each task, if it has an update: whole tensors, also if changes were sent.
+            A reply is released once the next one is requested.
         """
         for reply in replies:
             if not self._is_expected(reply):
@@ -52,15 +57,20 @@ class Inbox:
                 )
                 continue
             self._arrived.add(reply.client)
-            reason = reply.failure
+            reason, error = reply.failure, reply.error
             try:
                 self.this_round.upload_bytes += reply.num_bytes
-            except MessageError as error:
-                reason = reason or f"{type(error).__name__}: {error}"
+            except MessageError as unsendable:
+                reason = reason or f"{type(unsendable).__name__}: {unsendable}"
             if reason is None and reply.update is None:
                 reason = "It has uploaded nothing."
+            if reason is None:
+                try:
+                    reply = self._with_whole_tensors(reply)
+                except UpdateError as unfit:
+                    reason, error = str(unfit), unfit
             if reason is not None:
-                self._fail(reply.client, reason, reply.error)
+                self._fail(reply.client, reason, error)
                 continue
             self.kept_digests[reply.client] = reply.kept_digest
             yield reply
@@ -92,6 +102,25 @@ class Inbox:
     def _is_expected(self, reply: ClientReply) -> bool:
         task = self._tasks.get(reply.client)
         return task is not None and reply.answers(task) and reply.client not in self._arrived
+
+    def _with_whole_tensors(self, reply: ClientReply) -> ClientReply:
+        asked, client = self._tasks[reply.client].upload_dtype, f"client {reply.client!r}"
+        if reply.upload_dtype != asked:
+            formats = [
+                "whole tensors" if dtype is None else f"changes in {dtype}" for dtype in (asked, reply.upload_dtype)
+            ]
+            raise UpdateError(f"{client}: was asked for {formats[0]}, and has uploaded {formats[1]}.")
+        if asked is None:
+            for name, tensor in (*reply.update.items(), *(reply.control_change or {}).items()):
+                if isinstance(tensor, QuantizedTensor):
+                    raise UpdateError(f"{client}, tensor {name!r}: is quantized, but the server has not asked for it.")
+            return reply
+        try:
+            update = with_changes(self._state, decompress(reply.update), reply.trained_heads)
+        except UpdateError as error:
+            raise UpdateError(f"{client}, {error}") from None
+        control_change = reply.control_change
+        return replace(reply, update=update, control_change=control_change and decompress(control_change))
 
     def _fail(self, client: str, reason: str, error: Exception | None) -> None:
         self.this_round.fail(client, reason, error)

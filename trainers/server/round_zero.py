@@ -109,13 +109,15 @@ class RoundZero:
         this_round, seed = self.this_round, self.settings.seed
         this_round.clients = [client for client in this_round.clients if client not in this_round.failures]
         if purpose == "warm_up":
-            asked = {"max_steps": self.bases.warmup_steps}
+            asked: dict[str, Any] = {"max_steps": self.bases.warmup_steps}
         else:
             asked = {"max_steps": self.bases.batches, "rank": self.bases.rank}
+        exchange = self.settings.exchange
+        sent, asked["upload_dtype"] = exchange.sent(state), exchange.change_dtype
         # not the learning rate of the first round, which is 0 if the schedule starts with a warm-up
         self._tasks = {
             client: ClientTask(
-                0, client, state, derive_seed(seed, "client", 0, client), purpose, self.settings.run, **asked
+                0, client, sent, derive_seed(seed, "client", 0, client), purpose, self.settings.run, **asked
             )
             for client in this_round.clients
         }
@@ -125,7 +127,8 @@ class RoundZero:
     def close(self, like: State, replies: Iterable[ClientReply]) -> dict[str, torch.Tensor]:
         """
         Args:
-            like (`Mapping[str, torch.Tensor]`): The names, shapes and dtypes that updates must have.
+            like (`Mapping[str, torch.Tensor]`): The names, shapes and dtypes that updates must have, and the values that
+                changes are added to: the task head, or zeros for sketches.
             replies (`Iterable[ClientReply]`): The replies.
 
         Returns:
@@ -134,7 +137,7 @@ class RoundZero:
         Raises:
             RoundFailedError: if too few clients succeeded.
         """
-        this_round, inbox = self.this_round, Inbox(self.this_round, self._tasks)
+        this_round, inbox = self.this_round, Inbox(self.this_round, self._tasks, like)
         updates = (inbox.update_of(reply, self.settings) for reply in inbox.taken(replies))
         result = merge_of(
             this_round, lambda: merge(like, updates, "fedavg", on_bad_update="drop", limits=self._limits())

@@ -11,6 +11,7 @@ from transformers.utils import logging
 
 from peft_ravan.merging import ClientUpdate, MergeResult, UpdateError
 
+from ..compression import SentState
 from ..exchange import ClientReply, ClientTask, KeptFile
 from ..seeds import derive_seed
 from .control_variates import ControlVariates
@@ -106,7 +107,9 @@ class Server:
             )
         is_another = self._round is None or self._round.round_number != round_number
         self._round = self._first_attempt(round_number) if is_another else self._next_attempt(self._round)
-        self._tasks = {client: self._task(client, self._round) for client in self._round.clients}
+        # rounded once for all clients
+        state, control = map(self.settings.exchange.sent, (self.state.global_state, self.state.control))
+        self._tasks = {client: self._task(client, self._round, state, control) for client in self._round.clients}
         self._round.download_bytes += sum(task.num_bytes for task in self._tasks.values())
         return list(self._tasks.values())
 
@@ -165,7 +168,7 @@ class Server:
         )
         return before.again(clients)
 
-    def _task(self, client: str, this_round: Round) -> ClientTask:
+    def _task(self, client: str, this_round: Round, sent_state: SentState, sent_control: SentState) -> ClientTask:
         settings, state, round_number = self.settings, self.state, this_round.round_number
         heads = None
         if settings.client_budgets is not None:
@@ -175,7 +178,7 @@ class Server:
         return ClientTask(
             round_number,
             client,
-            state.global_state,
+            sent_state,
             derive_seed(settings.seed, "client", round_number, client),
             run=settings.run,
             attempt=this_round.attempts,
@@ -184,13 +187,14 @@ class Server:
             frozen=settings.merging.merge_method.frozen_in(round_number),
             kept_in=None if kept is None else kept.round,
             keep_from=round_number - 1 if self.keep_from is None else self.keep_from,
-            control=state.control if settings.scaffold else None,
+            upload_dtype=settings.exchange.change_dtype,
+            control=sent_control if settings.scaffold else None,
         )
 
     def _merge(self, this_round: Round, replies: Iterable[ClientReply]) -> tuple[MergeResult | None, ServerState]:
         """The merge result, and the state of the server if the round counts."""
         settings, state, kept = self.settings, self.state, dict(self.state.kept)
-        inbox = Inbox(this_round, self._tasks)
+        inbox = Inbox(this_round, self._tasks, state.global_state)
         control = ControlVariates(state.control, len(settings.client_sizes)) if settings.scaffold else None
 
         def on_merged(client: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from ..compression import ExchangeSettings
 from .budgets import HeadSettings
 from .merging import MergeSettings
 from .participation import Availability, Participation
@@ -30,6 +31,7 @@ class ServerSettings:
         scaffold (`bool`, *optional*, defaults to `False`): Whether clients use SCAFFOLD's control variates.
         average_rounds (`int`, *optional*, defaults to 1): Over how many last rounds the result is averaged.
         privacy ([`PrivateRounds`], *optional*): The noise and the privacy accounting.
+        exchange ([`ExchangeSettings`], *optional*): How tensors are sent. By default as they are.
         run (`str`, *optional*): The name of the run, which tasks and replies carry.
     """
 
@@ -45,6 +47,7 @@ class ServerSettings:
     scaffold: bool = False
     average_rounds: int = 1
     privacy: PrivateRounds | None = None
+    exchange: ExchangeSettings = ExchangeSettings()
     run: str = ""
 
     def learning_rate_factor(self, round_number: int) -> float:
