@@ -12,8 +12,10 @@ from peft import get_peft_model
 
 from peft_ravan import GradientSketch, RavanConfig
 from peft_ravan.trainers import FederatedArguments, Privacy
+from peft_ravan.trainers.compression import compress
 from peft_ravan.trainers.data.partition import DEFAULT_NUM_CLIENTS, PARTITIONS
 from peft_ravan.trainers.data.partition_report import MAX_BARS, MAX_COLOURS
+from peft_ravan.trainers.quantization import SENT_DTYPES, QuantizedTensor
 from peft_ravan.trainers.records.client_metrics import client_statistics
 from peft_ravan.trainers.runners import PARALLEL_MODES
 from peft_ravan.tuner.bases import BasesShape
@@ -49,6 +51,19 @@ def test_the_code_gives_the_results_it_shows(tmp_path, monkeypatch):
     attempted = run_blocks(PAGE, given(), doctest.NORMALIZE_WHITESPACE)
     assert attempted >= 10
     assert all((tmp_path / name).exists() for name in ("labels.png", "speakers.png", "history.png"))
+
+
+def test_the_table_of_dtypes_has_their_bytes():
+    table = rows(section(TEXT, "Small uploads", level=2))
+    assert [re.findall(r'"(\w+)"', row[0])[0] for row in table] == list(SENT_DTYPES)
+    numbers = torch.zeros(64 * 1000)
+    for dtype, (_, size, _) in zip(SENT_DTYPES, table, strict=True):
+        sent = compress({"w": numbers}, dtype)["w"]
+        parts = (sent.codes, sent.scales) if isinstance(sent, QuantizedTensor) else (sent,)
+        assert round(sum(part.nbytes for part in parts) / len(numbers), 2) == float(size)
+    [default] = [row for row in table if "(default)" in row[0]]
+    args = FederatedArguments("out")
+    assert f'"{args.upload_dtype}"' in default[0] and f'"{args.download_dtype}"' in default[0]
 
 
 def test_every_partition_is_in_the_table_with_its_arguments():

@@ -17,6 +17,7 @@ from peft_ravan.trainers.client.objective import control_change, control_sent
 from peft_ravan.trainers.client.store import ClientStore
 from peft_ravan.trainers.compression import ExchangeSettings, changes, compress, decompress, with_changes
 from peft_ravan.trainers.exchange import ClientReply, ClientTask
+from peft_ravan.trainers.heap import frozen_heap
 from peft_ravan.trainers.quantization import (
     LEVELS,
     QuantizedTensor,
@@ -115,7 +116,7 @@ def test_the_seed_determines_the_rounding(dtype):
     assert all(torch.equal(first[name], reordered[name]) for name in state)
 
 
-@examples(300)
+@examples(150)
 @given(
     numbers=st.lists(
         st.floats(width=32, allow_nan=False, allow_infinity=False, max_value=2.0**122, min_value=-(2.0**122)),
@@ -367,6 +368,13 @@ def test_there_are_four_dtypes(tmp_path):
 # ---- Clients ---------------------------------------------------------------------
 
 
+@pytest.fixture
+def quick():
+    """Training a client collects garbage, which is fast if the heap is frozen."""
+    with frozen_heap():
+        yield
+
+
 def alone(folder, model, **kwargs) -> LocalClient:
     trainer = Trainer(model, arguments(folder, **kwargs), train_dataset=classification_dataset(40))
     return LocalClient(trainer, ClientStore(folder))
@@ -374,7 +382,7 @@ def alone(folder, model, **kwargs) -> LocalClient:
 
 @pytest.mark.parametrize("adapter", [ravan, lora])
 @pytest.mark.parametrize("upload, download", [("bfloat16", "float32"), ("int4", "float32"), ("int8", "int4")])
-def test_a_client_uploads_its_change_from_what_it_was_sent(tmp_path, adapter, upload, download):
+def test_a_client_uploads_its_change_from_what_it_was_sent(quick, tmp_path, adapter, upload, download):
     client = alone(tmp_path, get_peft_model(tiny_bert(), adapter()), max_steps=2)
     state = {name: tensor + 0.01 for name, tensor in client.adapter.read().items()}
     sent = compress(state, download)
@@ -430,6 +438,8 @@ def test_float32_is_the_exchange_of_whole_tensors(tmp_path):
     assert task.upload_dtype is None and all(task.state[n] is t for n, t in server.state.global_state.items())
     assert_same(trainer.last_global_state, named.last_global_state)
     assert comparable(trainer.state.log_history) == comparable(named.state.log_history)
+    named.save_model(str(tmp_path / "saved"))
+    assert "Compression" not in (tmp_path / "saved" / "README.md").read_text()
 
 
 RUNS = {
@@ -506,7 +516,7 @@ def test_a_run_is_near_the_one_in_which_nothing_is_rounded(tmp_path, options):
 
 
 @pytest.mark.parametrize("upload, download", [("float32", "int8"), ("int4", "int4"), ("int8", "bfloat16")])
-def test_rounded_downloads_leave_no_trace_in_the_state_of_the_server(tmp_path, download, upload):
+def test_rounded_downloads_leave_no_trace_in_the_state_of_the_server(quick, tmp_path, download, upload):
     model = get_peft_model(tiny_bert(), lora())
     client = alone(tmp_path, model, max_steps=1, learning_rate=0.0)
     state = {name: torch.randn(tensor.shape, generator=seeded(0)) for name, tensor in client.adapter.read().items()}
@@ -554,13 +564,12 @@ def test_the_mean_of_what_clients_of_scaffold_keep_is_that_of_the_server(tmp_pat
         torch.testing.assert_close(control, mean, atol=1e-6, rtol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_sketches_are_sent_in_8_bits_and_still_give_bases(tmp_path, dtype):
+def test_sketches_are_sent_in_8_bits_and_still_give_bases(tmp_path):
     def opened(folder, **options):
         adapter = RavanConfig(r=3, num_heads=2, init_bases="gradient_svd", task_type="SEQ_CLS")
         return run(folder, adapter, num_rounds=1, max_steps=1, bases_warmup_steps=0, bases_batches=2, **options)
 
-    exact, rounded = opened(tmp_path / "exact"), opened(tmp_path / "rounded", upload_dtype=dtype)
+    exact, rounded = opened(tmp_path / "exact"), opened(tmp_path / "rounded", upload_dtype="int4")
     bytes_of = [trainer.state.log_history[0]["upload_bytes"] for trainer in (exact, rounded)]
     assert 0.5 < bytes_of[1] / bytes_of[0] < 0.65  # 8 bits and a scale instead of 16, and the list of the tensors
     for (name, one), (_, other) in zip(exact.model.named_buffers(), rounded.model.named_buffers(), strict=True):
@@ -595,6 +604,3 @@ def test_the_card_says_how_tensors_were_sent(tmp_path):
     trainer.save_model(str(tmp_path / "saved"))
     card = (tmp_path / "saved" / "README.md").read_text()
     assert "uploads are changes in int8 in blocks of 64, downloads are in float32" in card
-    plain = run(tmp_path / "b", num_rounds=1, upload_dtype="float32")
-    plain.save_model(str(tmp_path / "plain"))
-    assert "Compression" not in (tmp_path / "plain" / "README.md").read_text()
