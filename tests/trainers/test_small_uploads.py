@@ -358,6 +358,25 @@ def test_a_bad_change_costs_only_its_client(change, message, dtype):
     assert server.state.global_state["w"].tolist() == pytest.approx([3.5, 3.5], rel=1e-2)
 
 
+@pytest.mark.parametrize("upload", ["float32", "int8"])
+def test_heads_and_control_variates_that_are_quantized_unasked_cost_only_their_client(upload):
+    quantized = {"w": quantize(torch.ones(2), "int4")}
+    for field in ("trained_heads", "control_change"):
+        server = make_server({"w": torch.zeros(2)}, upload=upload, scaffold=field == "control_change")
+        north, south = server.open(1)
+        good, bad = (
+            ClientReply.to(
+                task, update={"w": torch.ones(2)}, num_examples=10, upload_dtype=task.upload_dtype,
+                control_change={"w": torch.ones(2)} if server.settings.scaffold else None,
+            )
+            for task in (north, south)
+        )  # fmt: skip
+        record = server.close(1, [good, ClientReply.from_bytes(replace(bad, **{field: quantized}).to_bytes())])
+        # changes of control variates may be quantized if uploads are
+        expected = ["north", "south"] if upload == "int8" and field == "control_change" else ["north"]
+        assert record["clients"] == expected and server.state.global_state["w"].tolist() == [1.0, 1.0]
+
+
 def test_there_are_four_dtypes(tmp_path):
     with pytest.raises(ValueError, match="`upload_dtype` must be one of float32, bfloat16, int8, int4, got 'int2'"):
         arguments(tmp_path, upload_dtype="int2")
