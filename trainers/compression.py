@@ -28,7 +28,7 @@ from .quantization import (
 from .seeds import derive_seed
 
 
-# how tensors are sent unless something else is asked for
+# the defaults of the arguments of a federated trainer
 DEFAULT_UPLOAD_DTYPE = "float32"
 DEFAULT_DOWNLOAD_DTYPE = "float32"
 
@@ -53,8 +53,8 @@ class ExchangeSettings:
         ValueError: if there is no such dtype.
     """
 
-    upload_dtype: str = DEFAULT_UPLOAD_DTYPE
-    download_dtype: str = DEFAULT_DOWNLOAD_DTYPE
+    upload_dtype: str = "float32"
+    download_dtype: str = "float32"
     exact: tuple[str, ...] = ()
 
     def __post_init__(self):

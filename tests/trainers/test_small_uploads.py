@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import BertConfig, BertForSequenceClassification, Trainer
 
 from peft_ravan import RavanConfig
-from peft_ravan.merging import UpdateError
+from peft_ravan.merging import ClientUpdate, UpdateError, merge
 from peft_ravan.trainers.client.local_client import LocalClient
 from peft_ravan.trainers.client.objective import control_change, control_sent
 from peft_ravan.trainers.client.store import ClientStore
@@ -26,6 +26,7 @@ from peft_ravan.trainers.quantization import (
     quantize,
     to_bfloat16,
 )
+from peft_ravan.trainers.runners import Runner
 from peft_ravan.trainers.server.merging import MergeSettings
 from peft_ravan.trainers.server.server import Server
 from peft_ravan.trainers.server.settings import ServerSettings
@@ -449,15 +450,27 @@ def run(folder, adapter=None, **kwargs):
 
 
 def test_float32_is_the_exchange_of_whole_tensors(tmp_path):
-    """Nothing is computed that was not computed before: clients upload whole tensors, which the server takes."""
-    trainer = run(tmp_path / "a", num_rounds=1)
-    named = run(tmp_path / "b", num_rounds=1, upload_dtype="float32", download_dtype="float32")
-    server = Server(trainer._server_settings(), ServerState(trainer.last_global_state))
-    [task, *_] = server.open(1)
-    assert task.upload_dtype is None and all(task.state[n] is t for n, t in server.state.global_state.items())
-    assert_same(trainer.last_global_state, named.last_global_state)
-    assert comparable(trainer.state.log_history) == comparable(named.state.log_history)
-    named.save_model(str(tmp_path / "saved"))
+    """Clients are sent the tensors of the server, upload what they have trained, and the server takes that as it is."""
+    trainer = make_trainer(tmp_path, **SMALL, num_rounds=1, upload_dtype="float32", download_dtype="float32")
+    replies, task_states = [], []
+
+    class Watched(Runner):
+        def run(self, tasks, work):
+            for task in tasks:
+                assert task.upload_dtype is None
+                task_states.append(task.state)
+                replies.append(work(task))
+                yield replies[-1]
+
+    trainer._runner = Watched()
+    start = adapter_state(trainer)
+    trainer.train()
+    for state in task_states:
+        assert_same(state, start)
+    assert all(reply.upload_dtype is None for reply in replies)
+    updates = [ClientUpdate(reply.update, reply.num_examples, reply.client) for reply in replies]
+    assert_same(trainer.last_global_state, merge(start, updates, "ravan").state)
+    trainer.save_model(str(tmp_path / "saved"))
     assert "Compression" not in (tmp_path / "saved" / "README.md").read_text()
 
 
@@ -588,7 +601,10 @@ def test_sketches_are_sent_in_8_bits_and_still_give_bases(tmp_path):
         adapter = RavanConfig(r=3, num_heads=2, init_bases="gradient_svd", task_type="SEQ_CLS")
         return run(folder, adapter, num_rounds=1, max_steps=1, bases_warmup_steps=0, bases_batches=2, **options)
 
-    exact, rounded = opened(tmp_path / "exact"), opened(tmp_path / "rounded", upload_dtype="int4")
+    exact, rounded = (
+        opened(tmp_path / "exact", upload_dtype="float32"),
+        opened(tmp_path / "rounded", upload_dtype="int4"),
+    )
     bytes_of = [trainer.state.log_history[0]["upload_bytes"] for trainer in (exact, rounded)]
     assert 0.5 < bytes_of[1] / bytes_of[0] < 0.65  # 8 bits and a scale instead of 16, and the list of the tensors
     for (name, one), (_, other) in zip(exact.model.named_buffers(), rounded.model.named_buffers(), strict=True):
