@@ -72,16 +72,12 @@ class FederatedArgumentsMixin(PartitionerArgumentMixin):
             The server optimizer that takes a step towards the merged state: `"fedavgm"`, `"fedadam"` or `"fedyogi"`.
         server_optimizer_options (`dict[str, Any]`, *optional*):
             The options of the server optimizer, such as `{"learning_rate": 0.01}`. A string is read as JSON.
-        average_rounds (`int`, *optional*, defaults to 1):
+        average_rounds (`int`, *optional*):
             Over how many rounds the result is averaged: the model that is evaluated, saved and returned has the mean of
-            the merged adapters of the last rounds. Clients start from the last one, which is evaluated as well, with the
-            prefix `eval_last`. For Ravan it is the exact mean of the weights. By default the result is the last one.
-        upload_dtype (`str`, *optional*, defaults to `"float32"`):
-            What clients round their uploads to: `"float32"` (nothing is rounded, and tensors have the dtypes of the
-            adapter), `"bfloat16"`, `"int8"` or `"int4"`. Rounded are the changes of a round, without bias, and in
-            `"int8"` and `"int4"` each block of 64 numbers with a scale of its own.
-        download_dtype (`str`, *optional*, defaults to `"float32"`):
-            What clients are sent, in the same dtypes. What rounding costs does not enter the state of the server.
+            the merged adapters of the last `average_rounds` rounds. Clients start from the last one, which is evaluated as
+            well, with the prefix `eval_last`. For Ravan it is the exact mean of the weights. 1 is the last adapter alone.
+            By default the mean over all rounds, in which later rounds weigh more, see [`running_mean`], or the last
+            adapter for merge methods on LoRA that decompose the product of A and B anew in every round.
         max_update_norm (`float` or `str`, *optional*):
             The largest norm of a client's change in a round, taken over all tensors together: a number, or a multiple
             of the median over the clients of the round, such as `"3*median"`. With a multiple, all uploads of a round
@@ -192,8 +188,11 @@ class FederatedArgumentsMixin(PartitionerArgumentMixin):
     server_optimizer_options: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Options of the server optimizer, as JSON."}
     )
-    average_rounds: int = field(
-        default=1, metadata={"help": "Number of last rounds over which the result is averaged. By default the last."}
+    average_rounds: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of last rounds over which the result is averaged. By default a weighted mean of all rounds."
+        },
     )
     upload_dtype: str = field(
         default=DEFAULT_UPLOAD_DTYPE, metadata={"help": f"What uploads are rounded to: {', '.join(SENT_DTYPES)}."}

@@ -41,7 +41,7 @@ from .run_facts import run_facts
 from .runners import make_runner
 from .schedule import is_due, learning_rate_factors, run_metrics
 from .server.budgets import resolve_client_budgets
-from .server.mean_of_rounds import check_mean_of_rounds
+from .server.mean_of_rounds import rounds_to_average
 from .server.merging import MergeSettings
 from .server.participation import Availability
 from .server.privacy import Privacy, PrivateRounds
@@ -142,9 +142,8 @@ class FederatedMixin(PreparationMixin, CheckpointingMixin, SharingMixin, Reports
         self.client_budgets = resolve_client_budgets(
             args.heads.budgets, list(clients), args.federated_seed, self.model.active_peft_config, self.merge_method
         )
-        if args.average_rounds > 1:
-            check_mean_of_rounds(self._merging.merge_method, self._merging.options, self.model.active_peft_config)
         check_task_head_rate(self, args.task_head_learning_rate)
+        rounds_to_average(args.average_rounds, self._merging, self.model.active_peft_config)
         check_labels(self, given)
         sizes = self._client_sizes()
         args.participation.check(sizes, self.availability)
@@ -198,7 +197,7 @@ class FederatedMixin(PreparationMixin, CheckpointingMixin, SharingMixin, Reports
             heads=args.heads,
             client_budgets=self.client_budgets,
             scaffold=args.scaffold,
-            average_rounds=args.average_rounds,
+            average_rounds=rounds_to_average(args.average_rounds, self._merging, self.model.active_peft_config),
             privacy=self.privacy,
             exchange=args.exchange.sparing(statistics),
         )
@@ -378,7 +377,7 @@ class FederatedMixin(PreparationMixin, CheckpointingMixin, SharingMixin, Reports
 
     def _evaluate_round(self, run: Run, ignore_keys_for_eval: list[str] | None) -> dict[str, float]:
         metrics = self._evaluate_quietly(ignore_keys_for_eval)
-        if self.args.average_rounds > 1:
+        if (self.args.average_rounds or 1) > 1:
             run.load_global()
             metrics.update(self._evaluate_quietly(ignore_keys_for_eval, "eval_last"))
             run.load_result()

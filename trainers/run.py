@@ -53,4 +53,6 @@ class Run:
 
     def take_global(self) -> None:
         """Use the adapter in the model as the global one."""
-        self.server.state = replace(self.server.state, global_state=self.client.take_start(), earlier=())
+        self.server.state = replace(
+            self.server.state, global_state=self.client.take_start(), earlier=(), running_mean={}
+        )

@@ -35,6 +35,7 @@ def arguments(tmp_path, **kwargs) -> FederatedArguments:
         "max_steps": 3,
         "per_device_train_batch_size": 8,
         "learning_rate": 1e-2,
+        "average_rounds": 1,
         "report_to": "none",
         "save_strategy": "no",
         "disable_tqdm": True,

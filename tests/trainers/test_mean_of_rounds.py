@@ -1,4 +1,6 @@
-"""The mean over the last rounds: what is evaluated and saved, while clients start from the last merged state."""
+"""The mean over rounds: what is evaluated and saved, while clients start from the last merged state."""
+
+import math
 
 import pytest
 import torch
@@ -7,7 +9,7 @@ from peft import get_peft_model
 from peft_ravan.trainers.client.live_adapter import LiveAdapter
 from peft_ravan.trainers.records.callbacks import FederatedCallback
 from peft_ravan.trainers.server.checkpoints import read_server_state, write_server_state
-from peft_ravan.trainers.server.mean_of_rounds import earlier_states, mean_of_rounds
+from peft_ravan.trainers.server.mean_of_rounds import POWER, earlier_states, mean_of_rounds, remembered
 from peft_ravan.trainers.server.state import ServerState
 
 from ..conftest import tiny_bert
@@ -50,6 +52,47 @@ def test_the_mean_is_that_of_the_states_so_far_and_then_of_the_last_ones():
         state = ServerState({"w": torch.tensor([value])}, num_merged=number, earlier=earlier)
         means.append(mean_of_rounds(state)["w"].item())
     assert means == [1.0, 2.0, 4.0, 5.0]
+
+
+def test_by_default_later_rounds_weigh_more():
+    """The n-th round has a weight in proportion to n (n + 1) ... (n + 7), whatever has been merged in all."""
+    state, values = ServerState({"w": torch.tensor([100.0])}), torch.randn(12).double()
+    for number, value in enumerate(values, start=1):
+        merged = {"w": value[None].float(), "count": torch.tensor(number)}
+        state = ServerState(merged, num_merged=number, **remembered(state, merged, None))
+        weights = [math.prod(range(n, n + POWER)) for n in range(1, number + 1)]
+        expected = torch.tensor(weights).double() @ values[:number] / sum(weights)
+        found = mean_of_rounds(state)
+        torch.testing.assert_close(found["w"].double(), expected[None], atol=1e-6, rtol=1e-5)
+        assert found["count"].item() == number
+    assert not state.earlier  # the mean is all that is kept
+
+
+def test_the_default_is_a_mean_that_clients_are_not_sent(tmp_path):
+    last, states = run(tmp_path / "last", eval_strategy="epoch")
+    mean, same_states = run(tmp_path / "mean", average_rounds=None, eval_strategy="epoch")
+    for one, other in zip(states, same_states, strict=True):
+        assert_same(one, other)
+    in_model = adapter_state(mean)
+    weights = [math.prod(range(n, n + POWER)) for n in range(1, 5)]
+    for name in states[-1]:
+        expected = sum(w * state[name].double() for w, state in zip(weights, states, strict=True)) / sum(weights)
+        torch.testing.assert_close(in_model[name].double(), expected, atol=1e-6, rtol=1e-5)
+    first, *_, end = mean.state.log_history
+    assert first["eval_loss"] == last.state.log_history[0]["eval_loss"]
+    assert end["eval_loss"] == pytest.approx(mean.evaluate()["eval_loss"]) and "eval_last_loss" not in end
+
+
+def test_the_mean_of_one_round_by_default_is_that_round(tmp_path):
+    last, _ = run(tmp_path / "last", num_rounds=1)
+    mean, _ = run(tmp_path / "mean", num_rounds=1, average_rounds=None)
+    assert_same(adapter_state(last), adapter_state(mean))
+
+
+def test_factors_that_are_computed_anew_in_every_round_have_no_mean_by_default(tmp_path):
+    last, _ = run(tmp_path / "last", lora(), merge_method="flexlora")
+    default, _ = run(tmp_path / "default", lora(), merge_method="flexlora", average_rounds=None)
+    assert_same(adapter_state(last), adapter_state(default))
 
 
 def test_the_mean_keeps_the_dtype():
@@ -112,8 +155,9 @@ def test_the_mean_of_ravan_is_the_mean_of_the_weights(tmp_path):
     torch.testing.assert_close(found, sum(weights) / 4, atol=1e-6, rtol=1e-5)
 
 
-def test_a_resumed_run_has_the_mean_of_the_uninterrupted_one(tmp_path):
-    options = {"average_rounds": 3}
+@pytest.mark.parametrize("average_rounds", [3, None])
+def test_a_resumed_run_has_the_mean_of_the_uninterrupted_one(tmp_path, average_rounds):
+    options = {"average_rounds": average_rounds}
     whole = resumable_trainer(tmp_path / "whole", **options)
     whole.train()
     interrupted(tmp_path / "run", after=3, **options)
@@ -155,7 +199,11 @@ def test_factors_that_are_computed_anew_in_every_round_have_no_mean(tmp_path):
         make_trainer(tmp_path, average_rounds=0)
 
 
-def test_the_card_says_that_the_result_is_a_mean(tmp_path):
-    trainer, _ = run(tmp_path, average_rounds=3)
+@pytest.mark.parametrize(
+    ("average_rounds", "result"),
+    [(3, "mean of the last 3 rounds"), (None, "mean of all rounds, weighted towards the last ones")],
+)
+def test_the_card_says_that_the_result_is_a_mean(tmp_path, average_rounds, result):
+    trainer, _ = run(tmp_path, average_rounds=average_rounds)
     trainer.save_model(str(tmp_path / "saved"))
-    assert "mean of the last 3 rounds" in (tmp_path / "saved" / "README.md").read_text()
+    assert result in (tmp_path / "saved" / "README.md").read_text()

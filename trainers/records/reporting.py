@@ -51,7 +51,7 @@ def federation_record(
         "Merge method": f"[{method.pretty_name}]({method.reference})",
         "Merge options": {**method.options, **merging.options} or "none",
         **_server_optimizer(merging),
-        **({"Result": f"mean of the last {server.average_rounds} rounds"} if server.average_rounds > 1 else {}),
+        **_result(server.average_rounds),
         **_client_budgets(federation),
         **({} if server.exchange.change_dtype is None else {"Compression": server.exchange.describe()}),
         **_privacy(federation, history),
@@ -124,6 +124,15 @@ def _common_bases(opening: list[dict[str, Any]]) -> dict[str, str]:
     return {
         "Bases": f"from gradients of {len(record['clients'])} clients, in a round 0 with {up} of uploads and {down} of downloads"
     }
+
+
+def _result(average_rounds: int | None) -> dict[str, str]:
+    if average_rounds == 1:
+        return {}
+    which = (
+        "all rounds, weighted towards the last ones" if average_rounds is None else f"the last {average_rounds} rounds"
+    )
+    return {"Result": f"mean of {which}"}
 
 
 def _optimizer(federation: Federation) -> str:

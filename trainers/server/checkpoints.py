@@ -25,12 +25,12 @@ from .privacy import NoisyRound
 from .state import ServerState
 
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 STATE_FILE = "federation_state.json"
 TENSORS_FILE = "federation_state.safetensors"
 OWN_DIGEST = "sha256"  # the digest of the state file, which is stored in it
 # the fields of the state that hold tensors
-_TENSOR_FIELDS = ("global_state", "merge_memory", "control")
+_TENSOR_FIELDS = ("global_state", "running_mean", "merge_memory", "control")
 _RANDOM_PREFIX = "rng."
 _EARLIER_PREFIX = "earlier."
 

@@ -16,7 +16,7 @@ from ..exchange import ClientReply, ClientTask, KeptFile
 from ..seeds import derive_seed
 from .control_variates import ControlVariates
 from .inbox import Inbox
-from .mean_of_rounds import earlier_states
+from .mean_of_rounds import remembered
 from .merging import merge_of
 from .privacy import NoisyRound
 from .rounds import Round, RoundFailedError, check_for_a_mistake
@@ -220,7 +220,7 @@ class Server:
             state,
             global_state=result.state,
             num_merged=state.num_merged + 1,
-            earlier=earlier_states(state, settings.average_rounds),
+            **remembered(state, result.state, settings.average_rounds),
             merge_memory=result.server_state,
             kept=kept,
             **moved,

@@ -29,7 +29,8 @@ class ServerSettings:
         heads ([`HeadSettings`], *optional*): How clients choose heads.
         client_budgets (`Mapping[str, float]`, *optional*): Client names to shares of the heads. By default all heads.
         scaffold (`bool`, *optional*, defaults to `False`): Whether clients use SCAFFOLD's control variates.
-        average_rounds (`int`, *optional*, defaults to 1): Over how many last rounds the result is averaged.
+        average_rounds (`int`, *optional*, defaults to 1): Over how many last rounds the result is averaged. `None`: over all,
+            with larger weights for later ones.
         privacy ([`PrivateRounds`], *optional*): The noise and the privacy accounting.
         exchange ([`ExchangeSettings`], *optional*): How tensors are sent. By default as they are.
         run (`str`, *optional*): The name of the run, which tasks and replies carry.
@@ -45,7 +46,7 @@ class ServerSettings:
     heads: HeadSettings = HeadSettings()
     client_budgets: Mapping[str, float] | None = None
     scaffold: bool = False
-    average_rounds: int = 1
+    average_rounds: int | None = 1
     privacy: PrivateRounds | None = None
     exchange: ExchangeSettings = ExchangeSettings()
     run: str = ""

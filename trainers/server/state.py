@@ -26,6 +26,7 @@ class ServerState:
         num_merged (`int`): The number of rounds in which updates were merged.
         earlier (`tuple[Mapping[str, torch.Tensor], ...]`):
             The merged states of earlier rounds, oldest first, as many as the mean of rounds needs.
+        running_mean (`Mapping[str, torch.Tensor]`): The weighted mean of all merged states, if the result is that mean.
         merge_memory (`Mapping[str, torch.Tensor]`): The memory of the server optimizer and the merge method.
         control (`Mapping[str, torch.Tensor]`): SCAFFOLD's c, by parameter names.
         spent (`Mapping[NoisyRound, int]`): The noise of the rounds in which clients were asked, and how often it was used.
@@ -38,6 +39,7 @@ class ServerState:
     round: int = 0
     num_merged: int = 0
     earlier: tuple[State, ...] = ()
+    running_mean: State = field(default_factory=dict)
     merge_memory: State = field(default_factory=dict)
     control: State = field(default_factory=dict)
     spent: Mapping[NoisyRound, int] = field(default_factory=dict)
