@@ -12,9 +12,10 @@ from peft_ravan.tuner.model import TRANSFORMERS_MODELS_TO_RAVAN_TARGET_MODULES_M
 from peft_ravan.tuner.param_wrapper import ParamWrapper
 
 
-# The layers of PEFT's custom models are as small as 20 x 2, so only bases that need not be orthonormal fit.
-SMALL = {"r": 4, "num_heads": 2, "init_bases": "normal"}
-TINY = {"r": 1, "num_heads": 2}  # gram_schmidt in 20 x 2
+# The layers of PEFT's custom models are as small as 20 x 2, so only bases that need not be orthonormal fit. They are trained
+# with SGD, and bases_scale="lora" is made for Adam: the steps of SGD grow with the square of the scale.
+SMALL = {"r": 4, "num_heads": 2, "init_bases": "normal", "bases_scale": "paper"}
+TINY = {"r": 1, "num_heads": 2, "bases_scale": "paper"}  # gram_schmidt in 20 x 2
 
 _CUSTOM_MODELS = [
     ("Vanilla MLP 1 Ravan", "MLP", {"target_modules": "lin0", "r": 4, "num_heads": 2}),
