@@ -162,7 +162,7 @@ BASES: dict[str, BasesKind] = {
 
 SCALES = ("lora", "paper")
 # from sweeps of the learning rate over three models and four sizes of heads, see docs/ravan.md
-LORA_SCALE = 90.0
+LORA_SCALE = 64.0
 
 
 def check_scale(scale: float | str) -> None:
