@@ -531,7 +531,7 @@ def test_a_run_over_bytes_is_the_run(tmp_path, options):
         {"upload_dtype": "int8", "download_dtype": "int8", "adapter": lora, "merge_method": "flexlora"},
         {"upload_dtype": "int4", "download_dtype": "int8", "client_budgets": 0.4},
     ],
-    ids=str,
+    ids=["flexlora", "budgets"],
 )
 def test_a_run_is_near_the_one_in_which_nothing_is_rounded(tmp_path, options):
     options = {"max_steps": 3, **options}

@@ -1,12 +1,13 @@
 """
-The accuracy of a federated adapter after its last round, and of means over its rounds, by the rule of the mean.
+The trial by which the defaults of the federated trainers were chosen: accuracy and megabytes on real text.
 
 Clients with different shares of the labels make the merged adapter swing from round to round. The script runs federations
-on real text, keeps the merged state of each round, and evaluates the last state and means of the states so far. All rules
-are compared on the same run. Each run is saved when it has finished, and is not repeated.
+with adapters that upload the same number of parameters, in different dtypes, keeps the merged state of each round, and
+evaluates the last state and means of the states so far. All rules of the mean are compared on the same run. Each run is
+saved when it has finished, and is not repeated.
 
-    python benchmarks/mean_of_rounds.py --model MODEL --data PATH_OR_HUB_ID --output mean_of_rounds
-    python benchmarks/mean_of_rounds.py --output mean_of_rounds --report
+    python benchmarks/defaults.py --model MODEL --data PATH_OR_HUB_ID --output defaults
+    python benchmarks/defaults.py --output defaults --report
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ import argparse
 import math
 import statistics
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import datasets
 import torch
 from cells import run_cells
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
@@ -34,16 +36,34 @@ from transformers import (
 from peft_ravan import RavanConfig
 from peft_ravan.trainers import FederatedArguments, FederatedCallback, FederatedTrainer
 from peft_ravan.trainers.client.live_adapter import LiveAdapter
+from peft_ravan.trainers.server.mean_of_rounds import POWER
 
 
 NUM_CLIENTS, CLIENTS_PER_ROUND, ALPHA = 20, 5, 0.3
 STEPS, BATCH_SIZE, TOKENS = 10, 32, 32
-TARGETS = ["query", "value"]
-CLASSIFIER_LEARNING_RATE = 3e-3
-# adapters that upload the same number of parameters, and their learning rates
-ADAPTERS = {
-    "lora": (LoraConfig(r=8, lora_alpha=16, task_type="SEQ_CLS", target_modules=TARGETS), 3e-3),
-    "ravan": (RavanConfig(r=32, num_heads=6, task_type="SEQ_CLS", target_modules=TARGETS), 3e-2),
+LEARNING_RATE, TASK_HEAD_LEARNING_RATE = 5e-3, 1e-1
+WHERE = {"task_type": "SEQ_CLS", "target_modules": ["query", "value"], "layers_to_transform": [4, 5]}
+
+
+@dataclass(frozen=True)
+class Method:
+    """An adapter and how it is sent. All of them upload about the same number of parameters."""
+
+    adapter: PeftConfig
+    upload_dtype: str = "float32"
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+LORA = LoraConfig(r=8, lora_alpha=16, **WHERE)
+RAVAN = RavanConfig(r=32, num_heads=6, **WHERE)
+FROM_GRADIENTS = RavanConfig(r=32, num_heads=6, init_bases="gradient_svd", **WHERE)
+METHODS = {
+    "LoRA": Method(LORA),
+    "LoRA, int4": Method(LORA, "int4"),
+    "Ravan": Method(RAVAN),
+    "Ravan, int8": Method(RAVAN, "int8"),
+    "Ravan, int4": Method(RAVAN, "int4"),
+    "Ravan, gradient_svd": Method(FROM_GRADIENTS, arguments={"bases_rank": 32}),
 }
 # evaluated after each of these shares of the rounds, and in the rounds before, over which accuracies are averaged
 SHARES_OF_ROUNDS = (0.5, 1.0)
@@ -51,6 +71,7 @@ LAST_ROUNDS = 5
 WINDOWS = (3, 5, 10)
 SHARES = (0.25, 1 / 3, 0.5)
 DECAYS = (0.8, 0.9)
+POWERS = (3, 8)
 
 State = dict[str, torch.Tensor]
 
@@ -59,7 +80,7 @@ State = dict[str, torch.Tensor]
 class Cell:
     """One run."""
 
-    adapter: str
+    method: str
     seed: int
     num_rounds: int
 
@@ -68,7 +89,8 @@ def rules() -> list[str]:
     """The names of the rules."""
     windows = [f"window {k}" for k in WINDOWS]
     shares = [f"share {share:.2f}" for share in SHARES]
-    return ["last", *windows, *shares, *(f"decay {decay}" for decay in DECAYS)]
+    decays = [f"decay {decay}" for decay in DECAYS]
+    return ["last", *windows, *shares, *decays, *(f"power {power}" for power in POWERS)]
 
 
 def weights(rule: str, num_states: int) -> list[float]:
@@ -77,6 +99,9 @@ def weights(rule: str, num_states: int) -> list[float]:
     if kind == "decay":
         powers = [float(number) ** age for age in reversed(range(num_states))]
         return [power / sum(powers) for power in powers]
+    if kind == "power":
+        products = [math.prod(range(n, n + int(number))) for n in range(1, num_states + 1)]
+        return [product / sum(products) for product in products]
     window = {"last": 1, "window": int(float(number or 1)), "share": math.ceil(float(number or 1) * num_states)}[kind]
     window = min(window, num_states)
     return [0.0] * (num_states - window) + [1 / window] * window
@@ -117,13 +142,6 @@ def load_data(source: str, tokenizer) -> tuple[datasets.Dataset, datasets.Datase
     return tokenize(data["train"]), tokenize(data["test"])
 
 
-def parameter_groups(model: PeftModel, learning_rate: float) -> list[dict]:
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    adapter = [parameter for name, parameter in trained.items() if "lora_" in name or "ravan_" in name]
-    classifier = [parameter for name, parameter in trained.items() if "lora_" not in name and "ravan_" not in name]
-    return [{"params": adapter, "lr": learning_rate}, {"params": classifier, "lr": CLASSIFIER_LEARNING_RATE}]
-
-
 @torch.no_grad()
 def accuracy(model: nn.Module, batches: list[dict[str, torch.Tensor]]) -> float:
     model.eval()
@@ -135,12 +153,12 @@ def run(cell: Cell, options: argparse.Namespace) -> dict[str, dict[str, float]]:
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     train, test = load_data(options.data, tokenizer)
     collator = DataCollatorWithPadding(tokenizer)
-    config, learning_rate = ADAPTERS[cell.adapter]
+    method = METHODS[cell.method]
     set_seed(cell.seed)
     base = AutoModelForSequenceClassification.from_pretrained(
         options.model, num_labels=train.features["labels"].num_classes
     )
-    model = get_peft_model(base, config)
+    model = get_peft_model(base, method.adapter)
     args = FederatedArguments(
         str(options.output / "run"),
         num_clients=NUM_CLIENTS,
@@ -148,7 +166,10 @@ def run(cell: Cell, options: argparse.Namespace) -> dict[str, dict[str, float]]:
         num_rounds=cell.num_rounds,
         max_steps=STEPS,
         per_device_train_batch_size=BATCH_SIZE,
-        learning_rate=CLASSIFIER_LEARNING_RATE,
+        learning_rate=LEARNING_RATE,
+        task_head_learning_rate=TASK_HEAD_LEARNING_RATE,
+        lr_scheduler_type="constant",
+        upload_dtype=method.upload_dtype,
         partition="dirichlet",
         partition_alpha=ALPHA,
         partition_column="labels",
@@ -158,6 +179,7 @@ def run(cell: Cell, options: argparse.Namespace) -> dict[str, dict[str, float]]:
         use_cpu=True,
         disable_tqdm=True,
         seed=cell.seed,
+        **method.arguments,
     )
     keep = Keep()
     trainer = FederatedTrainer(
@@ -166,18 +188,16 @@ def run(cell: Cell, options: argparse.Namespace) -> dict[str, dict[str, float]]:
         train_dataset=train,
         data_collator=collator,
         callbacks=[keep],
-        optimizer_cls_and_kwargs=(
-            torch.optim.AdamW,
-            {"params": parameter_groups(model, learning_rate), "lr": learning_rate, "weight_decay": 0.0},
-        ),
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     by_length = sorted(range(len(test)), key=lambda index: len(test[index]["input_ids"]))
     batches = [collator([test[i] for i in by_length[start : start + 256]]) for start in range(0, len(test), 256)]
-    adapter, results = LiveAdapter(model), {}
+    adapter, results = LiveAdapter(model), {"MB": {}}
     for share in SHARES_OF_ROUNDS:
         end = round(share * cell.num_rounds)
+        records = [record for record in trainer.state.log_history if record.get("round", end + 1) <= end]
+        results["MB"][str(end)] = sum(record["upload_bytes"] for record in records) / 1e6
         for rule in rules():
             found = []
             # one state swings; a mean hardly does
@@ -192,37 +212,45 @@ def run(cell: Cell, options: argparse.Namespace) -> dict[str, dict[str, float]]:
 
 
 def report(records: list[dict]) -> str:
-    """A markdown table: a row for each rule, a column for each adapter and number of rounds, with the mean over seeds."""
-    columns = sorted(
-        {
-            (record["adapter"], rounds)
-            for record in records
-            for rounds in record["accuracy"]["last"]
-            if rounds.isdigit()
-        }
-    )
-    lines = [f"| Rule | {' | '.join(f'{adapter}, {rounds} rounds' for adapter, rounds in columns)} |"]
-    lines.append("|---|" + "---:|" * len(columns))
+    """Two markdown tables with means over seeds: methods with the default mean, and rules of the mean."""
+    ends = sorted({int(end) for record in records for end in record["accuracy"]["MB"]})
+    methods = [name for name in METHODS if any(record["method"] == name for record in records)]
+    default = f"power {POWER}"
+
+    def mean_of(method: str, key: str, end: int, factor: float = 100.0) -> str:
+        found = [record["accuracy"][key][str(end)] for record in records if record["method"] == method]
+        return f"{factor * statistics.fmean(found):.1f}"
+
+    lines = ["| Method | Seeds | " + " | ".join(f"{end} rounds: last | mean | MB" for end in ends) + " |"]
+    lines.append("|---|---:|" + "---:|---:|---:|" * len(ends))
+    for method in methods:
+        seeds = sum(record["method"] == method for record in records)
+        columns = [
+            value
+            for end in ends
+            for value in (mean_of(method, "last", end), mean_of(method, default, end), mean_of(method, "MB", end, 1.0))
+        ]
+        lines.append(f"| {method} | {seeds} | {' | '.join(columns)} |")
+    lines += ["", "| Rule | " + " | ".join(f"{method}, {end}" for method in methods for end in ends) + " |"]
+    lines.append("|---|" + "---:|" * (len(methods) * len(ends)))
     for rule in rules():
-        row = [rule]
-        for adapter, rounds in columns:
-            found = [record["accuracy"][rule][rounds] for record in records if record["adapter"] == adapter]
-            row.append(f"{100 * statistics.fmean(found):.1f} ({len(found)})")
-        lines.append(f"| {' | '.join(row)} |")
+        values = [mean_of(method, rule, end) for method in methods for end in ends]
+        lines.append(f"| {rule} | {' | '.join(values)} |")
     return "\n".join(lines)
 
 
 def cells(options: argparse.Namespace) -> Iterator[Cell]:
     for seed in range(options.seeds):
-        for adapter in ADAPTERS:
-            yield Cell(adapter, seed, options.rounds)
+        for method in options.methods:
+            yield Cell(method, seed, options.rounds)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0].strip())
     parser.add_argument("--model", help="path or Hub id of a text encoder")
     parser.add_argument("--data", help="folder with train.parquet and test.parquet, or Hub id")
-    parser.add_argument("--output", type=Path, default=Path("outputs/mean_of_rounds"), help="folder for the results")
+    parser.add_argument("--output", type=Path, default=Path("outputs/defaults"), help="folder for the results")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--threads", type=int, default=1)
