@@ -203,18 +203,17 @@ class FederatedMixin(PreparationMixin, CheckpointingMixin, SharingMixin, Reports
         )
 
     def _local_client(self) -> LocalClient:
-        settings = ClientSettings(
-            personal_patterns=self._personal_patterns,
-            frozen_parts=self._merging.merge_method.frozen_parts,
-            proximal_mu=self.args.proximal_mu,
-            task_head_learning_rate=self.args.task_head_learning_rate,
-            timeout=self.args.faults.client_timeout,
-            attributes=self.client_attributes,
-        )
         return LocalClient(
             self,
             self._store,
-            settings=settings,
+            settings=ClientSettings(
+                personal_patterns=self._personal_patterns,
+                frozen_parts=self._merging.merge_method.frozen_parts,
+                proximal_mu=self.args.proximal_mu,
+                task_head_learning_rate=self.args.task_head_learning_rate,
+                timeout=self.args.faults.client_timeout,
+                attributes=self.client_attributes,
+            ),
             data=ClientData.of_clients(self.clients, self.args, self._runner.group.size),
             train=super().train,
             group=self._runner.group,
@@ -353,8 +352,7 @@ class FederatedMixin(PreparationMixin, CheckpointingMixin, SharingMixin, Reports
     # ---- A round -----------------------------------------------------------------
 
     def _run_round(self, run: Run, round_number: int, ignore_keys_for_eval: list[str] | None, trial: Any) -> None:
-        start_time = time.perf_counter()
-        record = None
+        args, start_time, record = self.args, time.perf_counter(), None
         while record is None:  # too few clients succeeded, so other clients are asked
             record = self._attempt_round(run, round_number)
         self.last_merge = run.server.last_merge
@@ -363,16 +361,14 @@ class FederatedMixin(PreparationMixin, CheckpointingMixin, SharingMixin, Reports
 
         self.state.global_step = round_number
         is_best = False
-        if is_due(self.args.eval_strategy, self.args.eval_steps, round_number, self.args.num_rounds):
+        if is_due(args.eval_strategy, args.eval_steps, round_number, args.num_rounds):
             metrics = self._evaluate_round(run, ignore_keys_for_eval)
             is_best = self._determine_best_metric(metrics, trial)
             record.update(metrics)
         self.log(record)
         self._tell("on_round_end", record=record)
-        is_save_due = is_due(
-            self.args.save_strategy, self.args.save_steps, round_number, self.args.num_rounds, also_last=True
-        )
-        if is_save_due or (is_best and self.args.save_strategy == SaveStrategy.BEST):
+        is_save_due = is_due(args.save_strategy, args.save_steps, round_number, args.num_rounds, also_last=True)
+        if is_save_due or (is_best and args.save_strategy == SaveStrategy.BEST):
             self._save_round(run, trial)
 
     def _evaluate_round(self, run: Run, ignore_keys_for_eval: list[str] | None) -> dict[str, float]:

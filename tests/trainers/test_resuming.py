@@ -168,7 +168,7 @@ def finished(tmp_path_factory):
         ("flipped bit", "adapter_model.safetensors is not what was written"),
         ("changed state", "federation_state.json is not what was written"),
         ("changed list", "federation_state.json is not what was written"),
-        ("other version", "format version 99, and this version reads 3"),
+        ("other version", "format version 99, and this version reads 4"),
     ],
 )
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_used(tmp_path, finished, kind, message, caplog):

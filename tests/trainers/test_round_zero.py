@@ -284,7 +284,7 @@ def test_bytes_are_those_of_sketches_heads_and_bases(tmp_path):
 
 def test_fewer_directions_make_smaller_sketches(tmp_path):
     """The leading ones are still found; the others are arbitrary, but make the bases orthonormal."""
-    adapter = {"r": 8, "target_modules": ["intermediate.dense", "output.dense"]}
+    adapter = {"r": 8, "target_modules": ["intermediate.dense", "output.dense"], "bases_scale": "paper"}
     all_found = opened(tmp_path, clients_of(8, 8), gradient_svd(**adapter), wide_bert())
     leading = opened(tmp_path, clients_of(8, 8), gradient_svd(**adapter), wide_bert(), bases_rank=2)
     targets = [(256, 512), (512, 256), (256, 256)]  # d_in, d_out

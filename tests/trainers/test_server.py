@@ -281,7 +281,7 @@ def test_a_state_of_another_version_or_cut_off_is_refused(tmp_path):
         read_server_state(tmp_path)
     text = (tmp_path / "federation_state.json").read_text()
     (tmp_path / "federation_state.json").write_text(text.replace('"format_version": 4', '"format_version": 3'))
-    with pytest.raises(CheckpointError, match="has format version 2, and this version reads 3"):
+    with pytest.raises(CheckpointError, match="has format version 3, and this version reads 4"):
         read_server_state(tmp_path)
 
 

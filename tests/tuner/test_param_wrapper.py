@@ -87,7 +87,7 @@ def test_output_merge_and_unload(is_transposed):
 
 def test_training_and_saving(is_transposed, tmp_path):
     model, x = get_peft_model(Model(is_transposed), config()), torch.randn(4, 12)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     losses = []
     for _ in range(3):
         optimizer.zero_grad()

@@ -41,7 +41,7 @@ def running_mean(state: ServerState, merged: State) -> dict[str, torch.Tensor]:
     """
     The mean of all merged states so far, of which the n-th has a weight in proportion to n (n + 1) ... (n + 7). About the
     last fifth of the rounds counts, however long the run is, and only the mean itself has to be kept. This is
-    polynomial-decay averaging (Shamir and Zhang, ICML 2013, equation 3).
+    polynomial-decay averaging (Shamir and Zhang, ICML 2013).
 
     Args:
         state ([`ServerState`]): The state of the server before a merge.
