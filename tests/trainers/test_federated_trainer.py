@@ -121,8 +121,8 @@ def test_it_learns(tmp_path, merge_method):
         clients_per_round=3,
         eval_strategy="epoch",
         merge_method=merge_method,
-        learning_rate=1e-2,
-        task_head_learning_rate=5e-2,
+        learning_rate=3e-3,
+        task_head_learning_rate=1e-2,
     )
     before = trainer.evaluate()["eval_accuracy"]
     trainer.train()
