@@ -78,6 +78,12 @@ class FederatedArgumentsMixin(PartitionerArgumentMixin):
             well, with the prefix `eval_last`. For Ravan it is the exact mean of the weights. 1 is the last adapter alone.
             By default the mean over all rounds, in which later rounds weigh more, see [`running_mean`], or the last
             adapter for merge methods on LoRA that decompose the product of A and B anew in every round.
+        upload_dtype (`str`, *optional*, defaults to `"float32"`):
+            What clients round their uploads to: `"float32"` (nothing is rounded, and tensors have the dtypes of the
+            adapter), `"bfloat16"`, `"int8"` or `"int4"`. Rounded are the changes of a round, without bias, and in
+            `"int8"` and `"int4"` each block of 64 numbers with a scale of its own.
+        download_dtype (`str`, *optional*, defaults to `"float32"`):
+            What clients are sent, in the same dtypes. What rounding costs does not enter the state of the server.
         max_update_norm (`float` or `str`, *optional*):
             The largest norm of a client's change in a round, taken over all tensors together: a number, or a multiple
             of the median over the clients of the round, such as `"3*median"`. With a multiple, all uploads of a round

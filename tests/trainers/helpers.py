@@ -9,6 +9,8 @@ from peft_ravan import RavanConfig
 from peft_ravan.trainers import FederatedArguments, FederatedCallback, FederatedTrainer
 from peft_ravan.trainers.client.live_adapter import LiveAdapter
 from peft_ravan.trainers.client.store import ClientStore
+from peft_ravan.trainers.exchange import ClientReply, ClientTask
+from peft_ravan.trainers.runners import Runner
 from peft_ravan.trainers.server.state import ServerState
 
 from ..conftest import classification_dataset, tiny_bert
@@ -65,6 +67,20 @@ def make_trainer(
         client_fault=client_fault,
         availability=availability,
     )
+
+
+class OverBytes(Runner):
+    """Sends every task and every reply as bytes, and counts them."""
+
+    def __init__(self):
+        self.down = self.up = 0
+
+    def run(self, tasks, work):
+        for task in tasks:
+            sent = task.to_bytes()
+            back = work(ClientTask.from_bytes(sent)).to_bytes()
+            self.down, self.up = self.down + len(sent), self.up + len(back)
+            yield ClientReply.from_bytes(back)
 
 
 def adapter_state(trainer) -> dict[str, torch.Tensor]:

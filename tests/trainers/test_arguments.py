@@ -1,7 +1,10 @@
+import dataclasses
+import re
+
 import pytest
 from transformers import HfArgumentParser, TrainingArguments
 
-from peft_ravan.trainers import FederatedArguments
+from peft_ravan.trainers import FederatedArguments, FederatedArgumentsMixin
 
 
 def test_they_are_training_arguments_with_a_constant_rate():
@@ -11,6 +14,12 @@ def test_they_are_training_arguments_with_a_constant_rate():
     assert args.federated_seed == args.seed == 42
     assert FederatedArguments("out", seed=3).federated_seed == 3
     assert FederatedArguments("out", seed=3, federated_seed=5).federated_seed == 5
+
+
+def test_every_argument_is_documented():
+    documented = set(re.findall(r"^        (\w+) \(", FederatedArgumentsMixin.__doc__, flags=re.MULTILINE))
+    own = {field.name for field in dataclasses.fields(FederatedArgumentsMixin)}
+    assert documented == own - {field.name for field in dataclasses.fields(TrainingArguments)}
 
 
 def test_they_can_be_parsed_from_a_command_line():

@@ -20,7 +20,7 @@ from peft_ravan.trainers.server.settings import ServerSettings
 from peft_ravan.trainers.server.state import ServerState
 
 from ..conftest import classification_dataset, tiny_bert
-from .helpers import adapter_state, arguments, assert_same, lora, make_trainer, ravan
+from .helpers import OverBytes, adapter_state, arguments, assert_same, lora, make_trainer, ravan
 
 
 def alone(folder, dataset, adapter=None, settings=None, store=None, **kwargs) -> LocalClient:
@@ -74,20 +74,6 @@ def test_independent_clients_give_the_same_result_as_a_federated_trainer(tmp_pat
     )  # fmt: skip
     assert_same(server.state.global_state, trainer.last_global_state)
     assert server.state.kept == trainer.last_server_state.kept
-
-
-class OverBytes(Runner):
-    """Sends every task and every reply as bytes, and counts them."""
-
-    def __init__(self):
-        self.down = self.up = 0
-
-    def run(self, tasks, work):
-        for task in tasks:
-            sent = task.to_bytes()
-            back = work(ClientTask.from_bytes(sent)).to_bytes()
-            self.down, self.up = self.down + len(sent), self.up + len(back)
-            yield ClientReply.from_bytes(back)
 
 
 RUNS = {

@@ -35,6 +35,7 @@ from peft_ravan.trainers.server.state import ServerState
 from ..conftest import classification_dataset, tiny_bert
 from ..properties import examples
 from .helpers import (
+    OverBytes,
     WithStatistics,
     adapter_state,
     arguments,
@@ -491,23 +492,6 @@ RUNS = {
 }  # fmt: skip
 
 
-class OverBytes:
-    """Mixed into a runner: every task and every reply is sent as bytes, which are counted."""
-
-    def __init__(self, runner):
-        self.runner, self.up, self.down = runner, 0, 0
-
-    def __getattr__(self, name):
-        return getattr(self.runner, name)
-
-    def run(self, tasks, work):
-        for task in tasks:
-            sent = task.to_bytes()
-            back = work(ClientTask.from_bytes(sent)).to_bytes()
-            self.down, self.up = self.down + len(sent), self.up + len(back)
-            yield ClientReply.from_bytes(back)
-
-
 @pytest.mark.parametrize("options", RUNS.values(), ids=RUNS)
 def test_a_run_over_bytes_is_the_run(tmp_path, options):
     options = dict(options)
@@ -515,7 +499,7 @@ def test_a_run_over_bytes_is_the_run(tmp_path, options):
     direct = run(tmp_path / "direct", adapter(), **options)
     assert not any(record["failed_clients"] for record in direct.state.log_history)
     sent = make_trainer(tmp_path / "sent", adapter(), **SMALL, **options)
-    sent._runner = runner = OverBytes(sent._runner)
+    sent._runner = runner = OverBytes()
     output = sent.train()
     assert_same(direct.last_global_state, sent.last_global_state)
     for one, other in zip(kept_by_clients(direct).values(), kept_by_clients(sent).values(), strict=True):

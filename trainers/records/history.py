@@ -53,9 +53,9 @@ def history_table(history: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 
     Returns:
         `pandas.DataFrame`: A row for each round, with the number of `clients` whose updates were merged, of clients
-        that `failed` and of `examples`; `train_loss`, `update_cosine`, the metrics of evaluations, the megabytes (10^6 bytes) that all
-        clients sent (`uploaded_MB`) and received (`downloaded_MB`) in the round, and `seconds`. Missing values are
-        NaN.
+        that `failed` and of `examples`; `train_loss`, `update_cosine`, the metrics of evaluations, the megabytes (10^6
+        bytes) that all clients sent (`uploaded_MB`) and received (`downloaded_MB`) in the round, and `seconds`. Missing
+        values are NaN.
     """
     rows = {}
     for record in history:

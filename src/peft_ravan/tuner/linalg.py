@@ -111,7 +111,7 @@ def svd_of_heads(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
     The singular value decomposition of `sum_i B_i P_i A_i`, computed from matrices of the size of the heads. If the
-    bases are orthonormal, or a multiple of it, the decompositions of all P_i together give that of the sum.
+    bases are orthonormal up to a scale, the decompositions of all P_i together give that of the sum.
 
     Args:
         basis_A (`torch.Tensor`): The stacked A, `[h*r, d_in]`.
