@@ -153,3 +153,14 @@ def test_the_card_template_is_at_the_top_level():
     assert (
         ROOT / "model_card_template.md"
     ).resolve() == ROOT / "src" / "peft_ravan" / "sharing" / "model_card_template.md"
+
+
+def test_all_packages_are_built():
+    # an editable installation finds the folders by itself, a wheel does not
+    tomllib = pytest.importorskip("tomllib")
+    tools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = set()
+    for top, where in tools["package-dir"].items():
+        for module in (ROOT / where).rglob("*.py"):
+            folders.add(".".join([top, *module.parent.relative_to(ROOT / where).parts]))
+    assert set(tools["packages"]) == folders
