@@ -15,7 +15,7 @@ from peft_ravan.trainers import FederatedArguments, Privacy
 from peft_ravan.trainers.compression import compress
 from peft_ravan.trainers.data.partition import DEFAULT_NUM_CLIENTS, PARTITIONS
 from peft_ravan.trainers.data.partition_report import MAX_BARS, MAX_COLOURS
-from peft_ravan.trainers.quantization import SENT_DTYPES, QuantizedTensor
+from peft_ravan.trainers.quantization import BLOCK_SIZE, SENT_DTYPES, QuantizedTensor
 from peft_ravan.trainers.records.client_metrics import client_statistics
 from peft_ravan.trainers.runners import PARALLEL_MODES
 from peft_ravan.tuner.bases import BasesShape
@@ -61,9 +61,11 @@ def test_the_table_of_dtypes_has_their_bytes():
         sent = compress({"w": numbers}, dtype)["w"]
         parts = (sent.codes, sent.scales) if isinstance(sent, QuantizedTensor) else (sent,)
         assert round(sum(part.nbytes for part in parts) / len(numbers), 2) == float(size)
-    [default] = [row for row in table if "(default)" in row[0]]
     args = FederatedArguments("out")
-    assert f'"{args.upload_dtype}"' in default[0] and f'"{args.download_dtype}"' in default[0]
+    for direction, dtype in (("uploads", args.upload_dtype), ("downloads", args.download_dtype)):
+        assert [row[0] for row in table if f"(default of {direction})" in row[0]] == [
+            f'`"{dtype}"` (default of {direction})'
+        ]
 
 
 def test_every_partition_is_in_the_table_with_its_arguments():
@@ -81,15 +83,18 @@ def test_the_limits_of_bars():
 
 
 def test_the_figures_of_bases_from_the_clients():
-    figures = rows(section(TEXT, "Communication cost", level=3))
-    for (_, heads, *columns), d in zip(figures, (384, 4096), strict=True):
+    text, args = section(TEXT, "Communication cost", level=3), FederatedArguments("out")
+    for (_, heads, *columns), d in zip(rows(text), (384, 4096), strict=True):
         num_heads, r = map(int, re.findall(r"\d+", heads))
-        sketch = GradientSketch(BasesShape(d, d, num_heads, r), 0, "cpu")
-        sketch_bytes = 2 * (sketch.columns.numel() + sketch.rows.numel())  # in bfloat16, the others in float32
-        sizes = [sketch_bytes, 4 * d * d, 4 * 2 * d * num_heads * r]
-        assert columns[:3] == [f"{size / 1e6:.2f} MB" for size in sizes]
-        assert columns[3] == f"{4 * num_heads * r**2 / 1e6:.3f} MB"
-        assert f"{sketch_bytes / (4 * num_heads * r**2):.0f} rounds" in section(TEXT, "Communication cost", level=3)
+        bytes_of = {}  # in int8, the cores in int4, the others in float32
+        for rank in (args.bases_rank, num_heads * r):
+            sketch = GradientSketch(BasesShape(d, d, num_heads, r), 0, "cpu", rank)
+            bytes_of[rank] = (sketch.columns.numel() + sketch.rows.numel()) * (1 + 2 / BLOCK_SIZE)
+        cores = num_heads * r**2 * (1 / 2 + 2 / BLOCK_SIZE)
+        sizes = [bytes_of[args.bases_rank], 4 * d * d, 4 * 2 * d * num_heads * r]
+        assert columns == [*(f"{size / 1e6:.2f} MB" for size in sizes), f"{cores / 1e6:.3f} MB"]
+        assert f"cores of {bytes_of[args.bases_rank] / cores:.0f} rounds" in text
+    assert f"cores of {bytes_of[num_heads * r] / cores:.0f} rounds" in text
 
 
 def test_the_arguments_of_faults_are_in_the_table_with_their_defaults():

@@ -78,12 +78,12 @@ class FederatedArgumentsMixin(PartitionerArgumentMixin):
             well, with the prefix `eval_last`. For Ravan it is the exact mean of the weights. 1 is the last adapter alone.
             By default the mean over all rounds, in which later rounds weigh more, see [`running_mean`], or the last
             adapter for merge methods on LoRA that decompose the product of A and B anew in every round.
-        upload_dtype (`str`, *optional*, defaults to `"float32"`):
+        upload_dtype (`str`, *optional*, defaults to `"int4"`):
             What clients round their uploads to: `"float32"` (nothing is rounded, and tensors have the dtypes of the
-            adapter), `"bfloat16"`, `"int8"` or `"int4"`. Rounded are the changes of a round, without bias, and in
-            `"int8"` and `"int4"` each block of 64 numbers with a scale of its own.
+            adapter), `"bfloat16"`, `"int8"` or `"int4"`. The changes of a round are rounded, without bias, and in
+            `"int8"` and `"int4"` each block of 64 numbers has a scale of its own.
         download_dtype (`str`, *optional*, defaults to `"float32"`):
-            What clients are sent, in the same dtypes. What rounding costs does not enter the state of the server.
+            What the global state is rounded to for clients, one of the same dtypes. The server keeps it unrounded.
         max_update_norm (`float` or `str`, *optional*):
             The largest norm of a client's change in a round, taken over all tensors together: a number, or a multiple
             of the median over the clients of the round, such as `"3*median"`. With a multiple, all uploads of a round
@@ -136,9 +136,9 @@ class FederatedArgumentsMixin(PartitionerArgumentMixin):
             `modules_to_save` has no task head and is not warmed up.
         bases_batches (`int`, *optional*, defaults to 8):
             The number of batches over which each of them averages its gradient, or fewer if it has fewer.
-        bases_rank (`int`, *optional*):
-            The number of directions of the mean gradient in the bases of each target, at most `h*r`, which is the
-            default. The others are arbitrary orthonormal directions. A smaller number makes the sketches smaller.
+        bases_rank (`int`, *optional*, defaults to 32):
+            The number of directions of the mean gradient in the bases of each target, at most `h*r`. The others are
+            arbitrary orthonormal directions. A smaller number makes the sketches smaller.
         eval_clients (`bool`, *optional*, defaults to `False`):
             Whether each evaluation also evaluates the clients, each on its own data and with its own personal parts,
             see [`FederatedTrainer.evaluate_clients`]. The record of the round then includes the values of
@@ -269,9 +269,8 @@ class FederatedArgumentsMixin(PartitionerArgumentMixin):
         default=10, metadata={"help": "Steps on the task head before the gradients for the bases are computed."}
     )
     bases_batches: int = field(default=8, metadata={"help": "Batches of a client's gradient for the bases."})
-    bases_rank: int | None = field(
-        default=None,
-        metadata={"help": "Directions of the gradient in the bases of a target. By default all `h*r`."},
+    bases_rank: int = field(
+        default=32, metadata={"help": "Directions of the gradient in the bases of a target, at most `h*r`."}
     )
     eval_clients: bool = field(default=False, metadata={"help": "Whether evaluations also evaluate each client."})
     personalization_steps: int = field(

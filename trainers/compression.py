@@ -1,7 +1,7 @@
 """
 How the tensors of a round are made small on their way between a server and its clients, and what they mean there.
 
-By default tensors are sent as they are. Otherwise clients upload the change of each tensor, which is smaller than the
+In float32, tensors are sent as they are. Otherwise clients upload the change of each tensor, which is smaller than the
 tensor itself and can be rounded to fewer bits. The server adds it to its own tensor and not to the rounded one that it
 has sent, so what rounding costs a download never enters the state of the server.
 """
@@ -29,7 +29,7 @@ from .seeds import derive_seed
 
 
 # the defaults of the arguments of a federated trainer
-DEFAULT_UPLOAD_DTYPE = "float32"
+DEFAULT_UPLOAD_DTYPE = "int4"
 DEFAULT_DOWNLOAD_DTYPE = "float32"
 
 State = Mapping[str, torch.Tensor]

@@ -38,6 +38,7 @@ def arguments(tmp_path, **kwargs) -> FederatedArguments:
         "per_device_train_batch_size": 8,
         "learning_rate": 1e-2,
         "average_rounds": 1,
+        "upload_dtype": "float32",
         "report_to": "none",
         "save_strategy": "no",
         "disable_tqdm": True,

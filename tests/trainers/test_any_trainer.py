@@ -107,7 +107,7 @@ def test_a_client_trains_by_the_loss_of_the_trainer(tmp_path):
         "max_steps": 3, "per_device_train_batch_size": 8, "first_class_weight": 5.0, "report_to": "none",
         "save_strategy": "no", "disable_tqdm": True, "use_cpu": True, "lr_scheduler_type": "constant",
     }  # fmt: skip
-    args = federated_arguments(WeightedArguments)(str(tmp_path), num_rounds=1, **common)
+    args = federated_arguments(WeightedArguments)(str(tmp_path), num_rounds=1, upload_dtype="float32", **common)
     seen = []
     # by position, in the order of the trainer below
     trainer = federated(WeightedTrainer)(model(), args, seen, train_dataset={"only": classification_dataset()})

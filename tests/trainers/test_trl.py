@@ -55,7 +55,7 @@ def preferences(starts) -> datasets.Dataset:
 )
 def test_one_client_and_one_round_is_sft(tmp_path, tokenizer, make_dataset, feature):
     dataset, seed = make_dataset(range(32)), derive_seed(42, "client", 1, "only")
-    federated = sft(tmp_path, tokenizer, {"only": dataset}, num_rounds=1, **feature)
+    federated = sft(tmp_path, tokenizer, {"only": dataset}, num_rounds=1, upload_dtype="float32", **feature)
     federated.train()
     args = trl.SFTConfig(str(tmp_path), **{**COMMON, "seed": seed, **feature})
     alone = trl.SFTTrainer(tiny_llama(), args, train_dataset=dataset, processing_class=tokenizer, peft_config=ravan())
@@ -79,7 +79,7 @@ def test_an_8_bit_optimizer(tmp_path, tokenizer):
     for trainer_class, config, data in (
         (
             FederatedSFTTrainer,
-            FederatedSFTConfig(str(tmp_path), num_rounds=1, optim="adamw_bnb_8bit", **COMMON),
+            FederatedSFTConfig(str(tmp_path), num_rounds=1, upload_dtype="float32", optim="adamw_bnb_8bit", **COMMON),
             {"only": dataset},
         ),
         (trl.SFTTrainer, trl.SFTConfig(str(tmp_path), optim="adamw_bnb_8bit", seed=seed, **COMMON), dataset),
@@ -103,7 +103,7 @@ def test_one_client_and_one_round_is_dpo(tmp_path, tokenizer, feature):
         # `args` is the third by position here
         return cls(model, None, args, train_dataset=train_dataset, processing_class=tokenizer, peft_config=config)
 
-    config = FederatedDPOConfig(str(tmp_path), num_rounds=1, **COMMON, **feature)
+    config = FederatedDPOConfig(str(tmp_path), num_rounds=1, upload_dtype="float32", **COMMON, **feature)
     federated = make(FederatedDPOTrainer, config, {"only": dataset})
     assert federated.ref_model is None
     federated.train()

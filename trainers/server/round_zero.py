@@ -37,7 +37,8 @@ class BasesSettings:
         clients (`int`, *optional*): How many clients take part. By default as many as in other rounds.
         warmup_steps (`int`, *optional*, defaults to 10): For how many steps each of them first trains the task head.
         batches (`int`, *optional*, defaults to 8): Over how many batches each of them averages its gradient.
-        rank (`int`, *optional*): How many directions of the mean gradient to keep at each target. By default all.
+        rank (`int`, *optional*, defaults to 32): How many directions of the mean gradient to keep at each target, at most
+            `h*r`.
 
     Raises:
         ValueError: if one of them is below 1, or `warmup_steps` below 0.
@@ -46,7 +47,7 @@ class BasesSettings:
     clients: int | None = None
     warmup_steps: int = 10
     batches: int = 8
-    rank: int | None = None
+    rank: int = 32
 
     def __post_init__(self):
         for name in ("clients", "batches", "rank"):
