@@ -60,7 +60,7 @@ from peft_ravan.trainers import FederatedArguments, FederatedTrainer, client_sta
 PUBLIC_DIGITS = range(7)
 PUBLIC_SHARE = 0.5  # of the images of the public digits
 # the same for all methods
-LEARNING_RATE = 6e-3
+LEARNING_RATE = 1.2e-2
 CLASSIFIER_LEARNING_RATE = 3e-3
 TARGET_MODULES = ["q_proj", "k_proj", "v_proj"]
 
