@@ -12,6 +12,12 @@ import typer
 from typer.core import TyperGroup
 
 
+try:
+    from typer import TyperException as UsageError
+except ImportError:  # releases below 0.21, which Flower needs, leave usage errors to click
+    from click import ClickException as UsageError
+
+
 DEBUG = "--debug"
 # the messages of these errors say what is wrong; for other errors, the type is shown, too
 EXPECTED = (ValueError, TypeError, OSError, ImportError, RuntimeError)
@@ -35,7 +41,7 @@ class CommandGroup(TyperGroup):
             with quiet():
                 return super().invoke(ctx)
         # the first two are normal ways to end a command, the third is a usage error
-        except (typer.Exit, typer.Abort, typer.TyperException):
+        except (typer.Exit, typer.Abort, UsageError):
             raise
         except Exception as error:
             typer.echo(f"Error: {in_one_line(error)}", err=True)
