@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
@@ -24,11 +23,12 @@ from .client.local_client import LocalClient
 from .client.personal import check_patterns
 from .client.settings import ClientSettings
 from .client.task_head import check_task_head_rate
+from .client_setup import client_settings, personal_patterns
 from .data.checks import check_batches, check_labels
 from .data.client_data import ClientData
 from .data.partition import make_clients
 from .data.preparation import PreparationMixin, by_name, one_dataset
-from .exchange import ClientReply
+from .exchange import ClientReply, ClientTask
 from .federation import Federation
 from .heap import frozen_heap
 from .records.callbacks import FederatedProgressCallback
@@ -39,16 +39,15 @@ from .round_zero import make_common_bases
 from .run import Run
 from .run_facts import run_facts
 from .runners import make_runner
-from .schedule import is_due, learning_rate_factors, run_metrics
-from .server.budgets import resolve_client_budgets
-from .server.mean_of_rounds import rounds_to_average
+from .schedule import is_due, run_metrics
 from .server.merging import MergeSettings
 from .server.participation import Availability
-from .server.privacy import Privacy, PrivateRounds
-from .server.private_rounds import check_privacy_of_adapter, private_rounds
+from .server.privacy import PrivateRounds
+from .server.private_rounds import check_privacy_of_adapter
 from .server.server import Progress, Server
 from .server.settings import ServerSettings
 from .server.state import ServerState
+from .server_setup import KnownClients, server_settings
 from .sharing import SharingMixin
 
 
@@ -139,20 +138,15 @@ class FederatedMixin(PreparationMixin, CheckpointingMixin, SharingMixin, Reports
         single_active_adapter(self.model)  # raises if the model cannot be trained this way
         adapter = self._local_client().adapter
         self.clients = self._prepared(clients)
-        self.client_budgets = resolve_client_budgets(
-            args.heads.budgets, list(clients), args.federated_seed, self.model.active_peft_config, self.merge_method
-        )
         check_task_head_rate(self, args.task_head_learning_rate)
-        rounds_to_average(args.average_rounds, self._merging, self.model.active_peft_config)
         check_labels(self, given)
         sizes = self._client_sizes()
-        args.participation.check(sizes, self.availability)
         if not self._preparations:  # preparation may make more examples from few
             check_batches(max(sizes.values()), args.train_batch_size * self._runner.group.size, args)
         if args.privacy is not None:
             check_privacy_of_adapter(adapter.awaits_gradient, adapter.statistics)
-            privacy, always = Privacy.parse(args.privacy), self.availability is None
-            self.privacy = private_rounds(privacy, args.participation, len(clients), args.num_rounds, always)
+        known = KnownClients.of(sizes, args, self.model.active_peft_config, self.availability)
+        self.client_budgets, self.privacy = known.budgets, known.privacy
 
     # ---- Parts of a federation ---------------------------------------------------
 
@@ -185,35 +179,14 @@ class FederatedMixin(PreparationMixin, CheckpointingMixin, SharingMixin, Reports
         return None if self._last_run is None else self._last_run.server.state
 
     def _server_settings(self, statistics: Sequence[str] = ()) -> ServerSettings:
-        args = self.args
-        return ServerSettings(
-            self._client_sizes(),
-            self._merging,
-            args.participation,
-            args.federated_seed,
-            learning_rate_factors=learning_rate_factors(args, args.num_rounds),
-            max_round_attempts=args.faults.max_round_attempts,
-            availability=self.availability,
-            heads=args.heads,
-            client_budgets=self.client_budgets,
-            scaffold=args.scaffold,
-            average_rounds=rounds_to_average(args.average_rounds, self._merging, self.model.active_peft_config),
-            privacy=self.privacy,
-            exchange=args.exchange.sparing(statistics),
-        )
+        clients = KnownClients(self._client_sizes(), self.availability, self.client_budgets, self.privacy)
+        return server_settings(clients, self.args, self.model.active_peft_config, statistics)
 
     def _local_client(self) -> LocalClient:
         return LocalClient(
             self,
             self._store,
-            settings=ClientSettings(
-                personal_patterns=self._personal_patterns,
-                frozen_parts=self._merging.merge_method.frozen_parts,
-                proximal_mu=self.args.proximal_mu,
-                task_head_learning_rate=self.args.task_head_learning_rate,
-                timeout=self.args.faults.client_timeout,
-                attributes=self.client_attributes,
-            ),
+            settings=client_settings(self.args, self.model.active_peft_config, self.client_attributes),
             data=ClientData.of_clients(self.clients, self.args, self._runner.group.size),
             train=super().train,
             group=self._runner.group,
@@ -221,13 +194,8 @@ class FederatedMixin(PreparationMixin, CheckpointingMixin, SharingMixin, Reports
         )
 
     @property
-    def _personal_patterns(self) -> tuple[str, ...]:
-        parts = self._merging.merge_method.personal_parts
-        return (*(self.args.local_parameters or ()), *map(re.escape, parts))
-
-    @property
     def _keeps_state(self) -> bool:
-        return self.args.scaffold or bool(self._personal_patterns)
+        return self.args.scaffold or bool(personal_patterns(self.args, self.model.active_peft_config))
 
     def _client_sizes(self) -> dict[str, int]:
         data = ClientData.of_clients(self.clients, self.args, self._runner.group.size)
@@ -286,12 +254,16 @@ class FederatedMixin(PreparationMixin, CheckpointingMixin, SharingMixin, Reports
         if run.round == 0:
             self._open_run(run, trial)
         for round_number in range(run.round + 1, self.args.num_rounds + 1):
-            if not self.control.should_training_stop and (reason := run.server.why_spent()) is not None:
-                logger.warning(reason)
-                self.control.should_training_stop = True
-            if self._runner.agree(self.control.should_training_stop):
+            if self._is_over(run):
                 break
             self._run_round(run, round_number, ignore_keys_for_eval, trial)
+
+    def _is_over(self, run: Run) -> bool:
+        """Whether the run ends before its last round: a callback has stopped it, or its privacy budget is spent."""
+        if not self.control.should_training_stop and (reason := run.server.why_spent()) is not None:
+            logger.warning(reason)
+            self.control.should_training_stop = True
+        return self._runner.agree(self.control.should_training_stop)
 
     def _init_model_again(self, trial: Any) -> None:
         # as Trainer does, so that a second train() does not continue from the first
@@ -352,13 +324,19 @@ class FederatedMixin(PreparationMixin, CheckpointingMixin, SharingMixin, Reports
     # ---- A round -----------------------------------------------------------------
 
     def _run_round(self, run: Run, round_number: int, ignore_keys_for_eval: list[str] | None, trial: Any) -> None:
-        args, start_time, record = self.args, time.perf_counter(), None
+        start_time, record = time.perf_counter(), None
         while record is None:  # too few clients succeeded, so other clients are asked
             record = self._attempt_round(run, round_number)
+        record["round_seconds"] = time.perf_counter() - start_time
+        self._end_round(run, record, ignore_keys_for_eval, trial)
+
+    def _end_round(
+        self, run: Run, record: dict[str, Any], ignore_keys_for_eval: list[str] | None = None, trial: Any = None
+    ) -> None:
+        """Do what comes after a round was closed: evaluate, log and save it."""
+        args, round_number = self.args, run.round
         self.last_merge = run.server.last_merge
         run.load_result()
-        record["round_seconds"] = time.perf_counter() - start_time
-
         self.state.global_step = round_number
         is_best = False
         if is_due(args.eval_strategy, args.eval_steps, round_number, args.num_rounds):
@@ -380,15 +358,18 @@ class FederatedMixin(PreparationMixin, CheckpointingMixin, SharingMixin, Reports
         return metrics
 
     def _attempt_round(self, run: Run, round_number: int) -> dict[str, Any] | None:
-        tasks = run.server.open(round_number)
-        self._tell("on_round_begin", clients=[task.client for task in tasks])
-        replies = self._told(self._runner.run(tasks, run.client.train))
+        replies = self._told(self._runner.run(self._open_attempt(run, round_number), run.client.train))
 
         def close(replies: Iterable[ClientReply]) -> tuple[dict[str, Any] | None, Progress]:
             return run.server.close(round_number, replies), run.server.progress
 
         record, run.server.progress = self._runner.at_server(replies, close)
         return record
+
+    def _open_attempt(self, run: Run, round_number: int) -> list[ClientTask]:
+        tasks = run.server.open(round_number)
+        self._tell("on_round_begin", clients=[task.client for task in tasks])
+        return tasks
 
     def _told(self, replies: Iterable[ClientReply]) -> Iterator[ClientReply]:
         for reply in replies:
