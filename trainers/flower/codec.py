@@ -8,6 +8,7 @@ chunks once, so the state of a round is brought to its object store once and not
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable, Iterator
 from typing import TypeVar
 
 from flwr.app import Array, ArrayRecord, RecordDict
@@ -38,6 +39,23 @@ def to_record(message: Message) -> RecordDict:
     return RecordDict({RECORD: ArrayRecord({HEADER: bytes_array(data[:end]), TENSORS: bytes_array(data[end:])})})
 
 
+def to_records(messages: Iterable[Message]) -> Iterator[RecordDict]:
+    """
+    Args:
+        messages (`Iterable[Message]`): Messages that often have the same tensors, such as the tasks of a round.
+
+    Yields:
+        `flwr.app.RecordDict`: The content of a message of Flower for each. Equal tensors are kept in memory once.
+    """
+    last = None
+    for message in messages:
+        record = to_record(message)
+        if last is not None and last.data == record[RECORD][TENSORS].data:
+            record[RECORD][TENSORS] = last
+        last = record[RECORD][TENSORS]
+        yield record
+
+
 def from_record(content: RecordDict, kind: type[AnyMessage]) -> AnyMessage:
     """
     Args:
@@ -50,7 +68,9 @@ def from_record(content: RecordDict, kind: type[AnyMessage]) -> AnyMessage:
     Raises:
         MessageError: if it is anything else. Its records are compared with what is expected before any of them is read.
     """
-    record = only_entry(content, RECORD, "record")
+    if len(content) != 1 or RECORD not in content:  # there may be any number, so they are not read
+        raise MessageError(f"A message of Flower must have the record {RECORD!r} and no other, got {_some(content)}.")
+    record = content[RECORD]
     if not isinstance(record, ArrayRecord):
         raise MessageError(f"The record {RECORD!r} must hold arrays, got a {type(record).__name__}.")
     if set(record) != {HEADER, TENSORS}:
@@ -97,13 +117,6 @@ def bytes_of(array: Array, name: str) -> bytes:
     return array.data
 
 
-def only_entry(entries: RecordDict, name: str, what: str):
-    """The only entry, which must have that name. There may be any number of others, so they are counted first."""
-    if len(entries) != 1 or name not in entries:
-        raise MessageError(f"A message of Flower must have the {what} {name!r} and no other, got {_some(entries)}.")
-    return entries[name]
-
-
-def _some(names) -> str:
+def _some(names: Collection[str]) -> str:
     first = ", ".join(f"{name!r:.50}" for name, _ in zip(names, range(3), strict=False))
     return f"{first} and {len(names) - 3:,} more" if len(names) > 3 else first or "none"

@@ -1,0 +1,64 @@
+"""Federations in the nodes of an in-process grid, with the data and the arguments of the tests of the trainers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from safetensors.torch import load_file
+
+from peft_ravan.trainers import FederatedArguments, make_clients
+from peft_ravan.trainers.flower import make_client_app, make_server_app
+
+from ...conftest import classification_dataset, tiny_bert
+from ..helpers import arguments, ravan
+from .grid import InProcessGrid
+
+
+NUM_CLIENTS = 3
+
+
+def load_model(adapter=None):
+    return get_peft_model(tiny_bert(), adapter or ravan())
+
+
+def small(folder, **kwargs) -> FederatedArguments:
+    return arguments(folder, **{"num_clients": NUM_CLIENTS, "max_steps": 2, **kwargs})
+
+
+class Federation:
+    """
+    The server app and the client apps of one federation, in one process.
+
+    Args:
+        args (`FederatedArguments`): The arguments.
+        make_adapter (`Callable`, *optional*): Makes the configuration of the adapter.
+        node_configs (`dict`, *optional*): What is added to the configuration of a client's node, by its name.
+        grid_class (`type`, *optional*): The grid.
+        **server_options: Options of the server app.
+    """
+
+    def __init__(self, args, make_adapter=ravan, node_configs=None, grid_class=InProcessGrid, **server_options):
+        self.args, self.folder = args, Path(args.output_dir)
+        parts = make_clients(classification_dataset(), args)
+
+        def load(config=make_adapter):
+            return load_model(config())
+
+        client_app = make_client_app(load, lambda context: parts[str(context.node_config["data"])], args)
+        nodes: dict[int, Mapping[str, Any]] = {
+            100 + 7 * index: {"client-name": name, "data": name, **(node_configs or {}).get(name, {})}
+            for index, name in enumerate(sorted(parts, reverse=True))
+        }
+        self.grid = grid_class(client_app, nodes)
+        self.app = make_server_app(load, args, **{"node_timeout": 0.0, **server_options})
+
+    def run(self) -> None:
+        self.app(self.grid, self.grid.server_context())
+
+    def adapter(self) -> dict[str, torch.Tensor]:
+        """What the server app has saved."""
+        return load_file(self.folder / "adapter_model.safetensors")

@@ -1,0 +1,51 @@
+"""A federation over Flower gives the adapter of a FederatedTrainer with the same seeds and data, bit for bit."""
+
+import pytest
+
+
+pytest.importorskip("flwr")
+
+from safetensors.torch import load_file
+
+from peft_ravan.trainers import read_history
+
+from ..helpers import assert_same, comparable, lora, make_trainer, ravan
+from .helpers import NUM_CLIENTS, Federation, small
+
+
+RUNS = {
+    "ravan": (ravan, {}),
+    "ravan, mean of rounds": (ravan, {"average_rounds": 2, "lr_scheduler_type": "linear"}),
+    "ravan, budgets": (ravan, {"client_budgets": "uniform", "head_selection": "gradient"}),
+    "ravan, fedrpca": (ravan, {"merge_method": "fedrpca", "merge_options": {"beta": "adaptive"}}),
+    "ravan, int4": (ravan, {"upload_dtype": "int4", "download_dtype": "bfloat16"}),
+    "lora, fedavg": (lora, {"clients_per_round": 2, "server_optimizer": "fedadam"}),
+    "lora, fedrpca": (lora, {"merge_method": "fedrpca"}),
+    "lora, ffa_lora": (lora, {"merge_method": "ffa_lora"}),
+    "lora, fedsa_lora": (lora, {"merge_method": "fedsa_lora"}),
+    "scaffold, personal": (
+        ravan,
+        {
+            "scaffold": True,
+            "local_parameters": ["classifier"],
+            "optim": "sgd",
+            "clients_per_round": 2,
+            "num_rounds": 3,
+        },
+    ),
+    "privacy": (ravan, {"privacy": {"clip_norm": 1.0, "noise_multiplier": 0.5, "noise_seed": 11}}),
+}
+
+
+@pytest.mark.parametrize("make_adapter, options", RUNS.values(), ids=RUNS)
+def test_it_is_the_federation_of_a_federated_trainer(tmp_path, make_adapter, options):
+    trainer = make_trainer(
+        tmp_path / "trainer", make_adapter(), **{"num_clients": NUM_CLIENTS, "max_steps": 2, **options}
+    )
+    trainer.train()
+    trainer.save_model()
+    federation = Federation(small(tmp_path / "flower", **options), make_adapter)
+    federation.run()
+    expected = load_file(tmp_path / "trainer" / "adapter_model.safetensors")
+    assert_same(federation.adapter(), expected)
+    assert comparable(read_history(federation.folder)) == comparable(read_history(tmp_path / "trainer"))

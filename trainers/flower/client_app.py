@@ -1,0 +1,134 @@
+"""A client of a federation as an app of Flower."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+from peft import PeftModel
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainingArguments, set_seed
+
+from peft_ravan.sharing.federation_record import current_versions
+
+from ..client.local_client import LocalClient
+from ..client.store import ClientStore
+from ..client.trainer_hooks import local_arguments
+from ..client_setup import client_settings
+from ..data.client_data import ClientData
+from ..exchange import ClientTask
+from .client_state import client_store
+from .codec import from_record, to_record
+from .introduction import Introduction, frozen_fingerprints
+
+
+Arguments = TrainingArguments | Callable[[Mapping[str, Any]], TrainingArguments]
+
+
+def arguments_of(args: Arguments, run_config: Mapping[str, Any]) -> TrainingArguments:
+    """
+    Args:
+        args ([`FederatedArguments`] or `Callable`): The arguments, or a function that makes them.
+        run_config (`Mapping[str, Any]`): The configuration of the run.
+
+    Returns:
+        [`FederatedArguments`]: The arguments of the run.
+    """
+    return args if isinstance(args, TrainingArguments) else args(run_config)
+
+
+def client_name(node_config: Mapping[str, Any]) -> str:
+    """
+    Args:
+        node_config (`Mapping[str, Any]`): The configuration of a node.
+
+    Returns:
+        `str`: The name of its client: `client-name`, or a name from `partition-id`, which is the one that a
+        [`FederatedTrainer`] gives to that part of its data.
+
+    Raises:
+        ValueError: if it has neither.
+    """
+    if "client-name" in node_config:
+        return str(node_config["client-name"])
+    if "partition-id" in node_config:
+        digits = len(str(int(node_config.get("num-partitions", 1)) - 1))
+        return f"client_{int(node_config['partition-id']):0{digits}d}"
+    raise ValueError(
+        "The node has no name, by which the federation would know it again. Start it with one, such as `--node-config "
+        "'client-name=\"north\"'`, or with a `partition-id`."
+    )
+
+
+def make_client_app(
+    load_model: Callable[[], PeftModel],
+    load_data: Callable[[Context], Dataset],
+    args: Arguments,
+    *,
+    trainer_class: type[Trainer] = Trainer,
+) -> ClientApp:
+    """
+    Make the app that the nodes of a federation run. A client trains as with a [`FederatedTrainer`]: with the same seeds
+    and data, the result is the same.
+
+    The configuration of a node has the name of its client (`client-name`, or `partition-id` and `num-partitions`), and
+    optionally the share of the heads that it can train (`budget`) and a folder for what the client keeps between its
+    rounds (`state-dir`; by default Flower keeps it until the run ends).
+
+    Args:
+        load_model (`Callable[[], PeftModel]`):
+            Returns the model with the adapter, as for a [`FederatedTrainer`]. It is called after the seed of `args` was
+            set, and must return the same model at all nodes and at the server.
+        load_data (`Callable[[flwr.app.Context], Dataset]`):
+            Returns the training set of the client from the context of its node.
+        args ([`FederatedArguments`] or `Callable[[Mapping], FederatedArguments]`):
+            The arguments, or a function that makes them from the configuration of the run. All nodes and the server
+            need the same.
+        trainer_class (`type[Trainer]`, *optional*, defaults to [`~transformers.Trainer`]):
+            The trainer of the client. It is given the model, the arguments and the training set.
+
+    Returns:
+        `flwr.clientapp.ClientApp`: The app.
+
+    Example:
+
+        ```py
+        >>> app = make_client_app(load_model, load_data, FederatedArguments("out", max_steps=10))
+        ```
+    """
+    app = ClientApp()
+
+    def make_client(context: Context, store: ClientStore | None = None) -> LocalClient:
+        run_args = arguments_of(args, context.run_config)
+        set_seed(run_args.seed)
+        model, dataset = load_model(), load_data(context)
+        trainer = trainer_class(model=model, args=local_arguments(run_args, run_args.seed), train_dataset=dataset)
+        # a trainer may prepare its data, and examples are counted before
+        given = ClientData.of_one(dataset, run_args)
+        data = ClientData(lambda client: trainer.train_dataset, given.num_examples)
+        return LocalClient(trainer, store, settings=client_settings(run_args, model.active_peft_config), data=data)
+
+    @app.query()
+    def introduce(message: Message, context: Context) -> Message:
+        name, client = client_name(context.node_config), make_client(context)
+        introduction = Introduction(
+            name,
+            client.data.num_examples(name),
+            current_versions(),
+            frozen_fingerprints(client.trainer.model),
+            context.node_config.get("budget"),
+        )
+        return Message(to_record(introduction), reply_to=message)
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        task, name = from_record(message.content, ClientTask), client_name(context.node_config)
+        if task.client != name:
+            raise ValueError(f"The task is for the client {task.client!r}, and this node is {name!r}.")
+        with client_store(context) as store:
+            reply = make_client(context, store).train(task)
+        return Message(to_record(reply), reply_to=message)
+
+    return app

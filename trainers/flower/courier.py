@@ -1,0 +1,95 @@
+"""Carries the tasks of a round to the nodes of their clients, and the replies back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from flwr.app import Message, MessageType, Metadata
+from transformers.utils import logging
+
+from ..exchange import ClientReply, ClientTask
+from ..messages import MAX_TEXT_LENGTH, MessageError
+from .codec import from_record, to_records
+from .nodes import Nodes
+
+
+logger = logging.get_logger(__name__)
+
+
+class Courier:
+    """
+    Turns the tasks of a round into messages of Flower, and the answers into replies. Whatever goes wrong on the way to
+    a client, at its node or on the way back becomes a reply that says so, and costs only this client.
+
+    Args:
+        nodes ([`Nodes`]): The nodes of the clients.
+        timeout (`float`): The seconds that nodes have for a round.
+    """
+
+    def __init__(self, nodes: Nodes, timeout: float):
+        self.nodes, self.timeout = nodes, timeout
+        self._tasks: Sequence[ClientTask] = ()
+        self._sent: dict[str, Metadata] = {}
+
+    def messages(self, tasks: Sequence[ClientTask]) -> list[Message]:
+        """
+        Args:
+            tasks (`Sequence[ClientTask]`): The tasks of a round.
+
+        Returns:
+            `list[flwr.app.Message]`: A message for each client whose node is connected. They expire with the round.
+        """
+        connected = self.nodes.connected() if tasks else {}
+        reached = [task for task in tasks if task.client in connected]
+        number = str(tasks[0].round_number) if tasks else ""
+        messages = [
+            Message(content, connected[task.client], MessageType.TRAIN, ttl=self.timeout, group_id=number)
+            for task, content in zip(reached, to_records(reached), strict=True)
+        ]
+        self._tasks = tasks
+        # Flower gives a message its id when it is sent
+        self._sent = {task.client: message.metadata for task, message in zip(reached, messages, strict=True)}
+        return messages
+
+    def replies(self, answers: Iterable[Message]) -> Iterator[ClientReply]:
+        """
+        Args:
+            answers (`Iterable[flwr.app.Message]`): The answers to these messages, in any order. They may come from
+                untrusted sources.
+
+        Yields:
+            [`ClientReply`]: A reply to each task, in the order of the tasks, so that sums over clients are the same bit for
+            bit in every run.
+        """
+        # the answers of lost nodes have the id of the SuperLink, so answers are known by what they answer
+        by_message: dict[str, Message] = {}
+        for answer in answers:
+            by_message.setdefault(answer.metadata.reply_to_message_id, answer)
+        tasks, sent = self._tasks, self._sent
+        self._tasks, self._sent = (), {}
+        for task in tasks:
+            metadata = sent.get(task.client)
+            if metadata is None:
+                yield ClientReply.to(task, failure="Its node is not connected.")
+                continue
+            yield self._reply(task, by_message.pop(metadata.message_id, None))
+        if by_message:
+            logger.warning(f"{len(by_message)} answers to other messages than those of the round are left out.")
+
+    def _reply(self, task: ClientTask, answer: Message | None) -> ClientReply:
+        if answer is None:
+            return ClientReply.to(task, failure=f"Its node has not replied within {self.timeout:g} seconds.")
+        if answer.has_error():
+            reason = f"Its node reports an error: {answer.error.reason}"
+            return ClientReply.to(task, failure=reason[:MAX_TEXT_LENGTH])
+        try:
+            reply = from_record(answer.content, ClientReply)
+        except MessageError as error:
+            return ClientReply.to(task, failure=f"Its reply cannot be read. {error}"[:MAX_TEXT_LENGTH])
+        if not reply.answers(task):
+            return ClientReply.to(
+                task,
+                failure=f"It has replied to another task: of client {reply.client!r:.100}, round {reply.round_number}, attempt "
+                f"{reply.attempt} and run {reply.run!r:.100}.",
+            )
+        return reply

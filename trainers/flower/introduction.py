@@ -1,0 +1,112 @@
+"""What a node says of itself before the first round, and whether it can take part."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+
+from peft_ravan.sharing.reading import bases_fingerprint, different_bases
+from peft_ravan.tuner.fingerprint import make_fingerprint
+
+from ..messages import Check, Message, State, integer, number, optional, text
+
+
+MAX_NAME_LENGTH = 200
+MAX_VERSIONS = 100
+
+
+def name(value: Any) -> str:
+    value = text(value)
+    if not value.strip() or not value.isprintable() or len(value) > MAX_NAME_LENGTH:
+        raise ValueError(f"a name of up to {MAX_NAME_LENGTH} characters that can be printed")
+    return value
+
+
+def share(value: Any) -> float:
+    value = number(value)
+    if not 0 < value <= 1:
+        raise ValueError("a share of the heads above 0 and up to 1")
+    return value
+
+
+def versions(value: Any) -> dict[str, str]:
+    if not isinstance(value, dict) or len(value) > MAX_VERSIONS:
+        raise ValueError(f"an object with the versions of up to {MAX_VERSIONS} packages")
+    return {text(package): text(version) for package, version in value.items()}
+
+
+@dataclass(frozen=True)
+class Introduction(Message):
+    """
+    What a node says of itself.
+
+    Args:
+        client (`str`): The name of the client, which stays the same when the node is started again.
+        num_examples (`int`): The number of its examples.
+        versions (`Mapping[str, str]`): The versions of its packages.
+        frozen (`Mapping[str, torch.Tensor]`): The fingerprints of the frozen parts of its adapter, see
+            [`frozen_fingerprints`].
+        budget (`float`, *optional*): The share of the heads that it can train. By default as in the arguments.
+    """
+
+    TENSOR_FIELDS: ClassVar[tuple[str, ...]] = ("frozen",)
+    JSON_FIELDS: ClassVar[Mapping[str, Check]] = {
+        "client": name,
+        "num_examples": integer(1),
+        "versions": versions,
+        "budget": optional(share),
+    }
+
+    client: str
+    num_examples: int
+    versions: Mapping[str, str]
+    frozen: State
+    budget: float | None = None
+
+
+def frozen_fingerprints(model: PeftModel) -> dict[str, torch.Tensor]:
+    """
+    Args:
+        model ([`~peft.PeftModel`]): A model with one active adapter, in which everything that no client trains is frozen.
+
+    Returns:
+        `dict[str, torch.Tensor]`: The fingerprints, `[h, 8]`, of what every node makes for itself: the bases of a Ravan
+        adapter, and frozen matrices such as LoRA's A for FFA-LoRA.
+    """
+    frozen = {parameter.data_ptr() for parameter in model.parameters() if not parameter.requires_grad}
+    state = get_peft_model_state_dict(model, adapter_name=model.active_adapter, save_embedding_layers=False)
+    matrices = {key: tensor for key, tensor in state.items() if tensor.data_ptr() in frozen and tensor.dim() > 1}
+    fingerprints = {
+        key: make_fingerprint(tensor.flatten(1), tensor.flatten(1).T, 1) for key, tensor in matrices.items()
+    }
+    return {**fingerprints, **bases_fingerprint(model, model.active_adapter)}
+
+
+def check_same_adapter(own: Mapping[str, torch.Tensor], introduction: Introduction) -> None:
+    """
+    Args:
+        own (`Mapping[str, torch.Tensor]`): The fingerprints of the server's adapter.
+        introduction ([`Introduction`]): What a node says of itself. It may come from an untrusted source.
+
+    Raises:
+        ValueError: if the frozen parts of its adapter are not those of the server, so updates could not be averaged.
+    """
+    theirs = introduction.frozen
+    suitable = {
+        key: tensor
+        for key, tensor in theirs.items()
+        if key in own and isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
+    }
+    different = different_bases(own, suitable) + [key for key in theirs if key not in suitable]
+    if different:
+        installed = introduction.versions.get("torch", "of an unknown version")
+        raise ValueError(
+            f"The node of {introduction.client!r}, with torch {installed:.40}, has another adapter than the server, with torch "
+            f"{torch.__version__}: what is frozen in {different[0]!r:.200} differs, so updates could not be averaged. Give all "
+            "the same `load_model` and the same version of torch, or load the adapter from a folder that was saved with "
+            "`save_projection=True`."
+        )

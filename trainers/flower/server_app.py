@@ -1,0 +1,240 @@
+"""The server of a federation as an app of Flower."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from flwr.app import ArrayRecord, Context
+from flwr.serverapp import Grid, ServerApp
+from peft import PeftConfig, PeftModel
+from torch.utils.data import Dataset
+from transformers import TrainingArguments, set_seed
+from transformers.utils import logging
+
+from peft_ravan.tuner.gradient_bases import awaits_gradient
+
+from ..client.live_adapter import freeze
+from ..client.store import ClientStore
+from ..exchange import ClientTask
+from ..federated_trainer import FederatedTrainer
+from ..run import Run
+from ..server.budgets import resolve_client_budgets
+from .client_app import Arguments, arguments_of
+from .courier import Courier
+from .introduction import frozen_fingerprints
+from .nodes import Nodes
+from .strategy import FederatedStrategy
+
+
+logger = logging.get_logger(__name__)
+
+
+class DataElsewhere(Dataset):
+    """
+    The data of a client, of which only the number of examples is known here.
+
+    Args:
+        num_examples (`int`): The number of examples.
+    """
+
+    def __init__(self, num_examples: int):
+        self._num_examples = num_examples
+
+    def __len__(self) -> int:
+        return self._num_examples
+
+    def __getitem__(self, index):
+        raise NotImplementedError("The data of the clients stay at their nodes, so the server cannot read them.")
+
+
+class StoresElsewhere(ClientStore):
+    """What clients keep at their nodes. They check it themselves when they are given a task."""
+
+    def check(self, kept) -> None:
+        pass
+
+    def forget_newer(self, kept) -> None:
+        pass
+
+
+class ServerTrainer(FederatedTrainer):
+    """
+    A [`FederatedTrainer`] whose clients are nodes of Flower. Its rounds are run by a [`FederatedStrategy`], and everything
+    else is the same: its settings, checkpoints, records, evaluation and what it saves.
+
+    Args:
+        model ([`~peft.PeftModel`]): The model with the adapter.
+        args ([`FederatedArguments`]): The arguments.
+        courier ([`Courier`]): Carries tasks and replies.
+        **kwargs: As for [`FederatedTrainer`].
+    """
+
+    def __init__(self, model: PeftModel, args: TrainingArguments, courier: Courier, **kwargs):
+        _check_arguments(model, args)
+        self._courier = courier
+        clients = {name: DataElsewhere(node.num_examples) for name, node in courier.nodes.clients.items()}
+        super().__init__(model, args, train_dataset=clients, **kwargs)
+
+    @property
+    def _store(self) -> ClientStore:
+        return StoresElsewhere(self.args.output_dir)
+
+    def _run_rounds(self, run: Run, ignore_keys_for_eval: list[str] | None, trial: Any) -> None:
+        if run.round == 0:
+            self._open_run(run, trial)
+        started = time.perf_counter()
+
+        def on_open(tasks: list[ClientTask]) -> None:
+            self._tell("on_round_begin", clients=[task.client for task in tasks])
+
+        def on_close(record: dict[str, Any]) -> None:
+            nonlocal started
+            record["round_seconds"] = time.perf_counter() - started
+            self._end_round(run, record, ignore_keys_for_eval, trial)
+            started = time.perf_counter()
+
+        strategy = FederatedStrategy(
+            run.server,
+            self._courier,
+            on_open=on_open,
+            on_reply=self._told,
+            on_close=on_close,
+            is_over=lambda: self._is_over(run),
+        )
+        strategy.start(
+            self._courier.nodes.grid,
+            ArrayRecord(),
+            num_rounds=self.args.num_rounds - run.round,
+            timeout=self._courier.timeout,
+        )
+
+
+def make_server_app(
+    load_model: Callable[[], PeftModel],
+    args: Arguments,
+    *,
+    min_nodes: int | None = None,
+    node_timeout: float = 600.0,
+    round_timeout: float = 3600.0,
+    load_eval_data: Callable[[], Dataset] | None = None,
+    compute_metrics: Callable | None = None,
+) -> ServerApp:
+    """
+    Make the app that the server of a federation runs. It waits for the nodes, runs the rounds of a [`FederatedTrainer`]
+    with their clients, and writes the same files to `args.output_dir`: the adapter with its card, `rounds.jsonl`, and
+    checkpoints, from which `args.resume_from_checkpoint` resumes a run.
+
+    Args:
+        load_model (`Callable[[], PeftModel]`):
+            Returns the model with the adapter, as for [`make_client_app`].
+        args ([`FederatedArguments`] or `Callable[[Mapping], FederatedArguments]`):
+            The arguments, or a function that makes them from the configuration of the run.
+        min_nodes (`int`, *optional*):
+            How many nodes must be there before the first round. Those that are there then are the clients of the run. By
+            default `num_clients` of the arguments, else `clients_per_round`, else `min_clients`. The configuration of the
+            run can have it as `min-nodes`.
+        node_timeout (`float`, *optional*, defaults to 600):
+            How many seconds to wait for them. In the configuration of the run, `node-timeout`.
+        round_timeout (`float`, *optional*, defaults to 3600):
+            How many seconds the clients have for a round. Later replies are lost. In the configuration of the run,
+            `round-timeout`.
+        load_eval_data (`Callable[[], Dataset]`, *optional*):
+            Returns the data that the server evaluates the adapter on, according to `eval_strategy`.
+        compute_metrics (`Callable`, *optional*):
+            As for [`~transformers.Trainer`].
+
+    Returns:
+        `flwr.serverapp.ServerApp`: The app.
+
+    Raises:
+        TooFewNodesError: when it runs, if there are too few nodes in time.
+        ValueError: when it runs, if a node has the name or another adapter of another one, or if the arguments do not fit.
+
+    Example:
+
+        ```py
+        >>> app = make_server_app(load_model, FederatedArguments("out", num_clients=3, num_rounds=10))
+        ```
+    """
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        config = context.run_config
+        run_args = copy.copy(arguments_of(args, config))
+        set_seed(run_args.seed)
+        model = load_model()
+        needed = config.get("min-nodes", min_nodes)
+        if needed is None:
+            needed = run_args.num_clients or run_args.clients_per_round or run_args.min_clients
+        nodes = connected_nodes(grid, model, run_args, int(needed), float(config.get("node-timeout", node_timeout)))
+        # set after the nodes are known: the federation has as many clients as have come
+        run_args.num_clients = len(nodes.clients)
+        run_args.client_budgets = told_budgets(nodes, run_args, model.active_peft_config)
+        trainer = ServerTrainer(
+            model,
+            run_args,
+            Courier(nodes, float(config.get("round-timeout", round_timeout))),
+            eval_dataset=None if load_eval_data is None else load_eval_data(),
+            compute_metrics=compute_metrics,
+        )
+        trainer.train(resume_from_checkpoint=run_args.resume_from_checkpoint)
+        trainer.save_model()
+
+    return app
+
+
+def connected_nodes(grid: Grid, model: PeftModel, args: TrainingArguments, least: int, timeout: float) -> Nodes:
+    """
+    Wait for the nodes of a federation.
+
+    Args:
+        grid (`flwr.serverapp.Grid`): The grid.
+        model ([`~peft.PeftModel`]): The model of the server. What no client trains is frozen.
+        args ([`FederatedArguments`]): The arguments.
+        least (`int`): How many nodes must be there.
+        timeout (`float`): How many seconds to wait for them.
+
+    Returns:
+        [`Nodes`]: The nodes, which have the same adapter.
+    """
+    freeze(model, args.merging.of(model.active_peft_config).merge_method.frozen_parts)
+    nodes = Nodes(grid, frozen_fingerprints(model), timeout)
+    nodes.wait(least)
+    return nodes
+
+
+def told_budgets(
+    nodes: Nodes, args: TrainingArguments, config: PeftConfig
+) -> Mapping[str, float] | float | str | None:
+    """
+    Args:
+        nodes ([`Nodes`]): The nodes.
+        args ([`FederatedArguments`]): The arguments.
+        config ([`~peft.PeftConfig`]): The configuration of the adapter.
+
+    Returns:
+        The budgets of the clients: those that nodes have told, and otherwise those in the arguments.
+    """
+    told = {client: node.budget for client, node in nodes.clients.items() if node.budget is not None}
+    if not told:
+        return args.client_budgets
+    method = args.merging.of(config).method
+    given = resolve_client_budgets(args.client_budgets, list(nodes.clients), args.federated_seed, config, method) or {}
+    return {client: told.get(client, given.get(client, 1.0)) for client in nodes.clients}
+
+
+def _check_arguments(model: PeftModel, args: TrainingArguments) -> None:
+    if awaits_gradient(model, model.active_adapter):
+        raise ValueError(
+            "Bases that are made from the clients' gradients cannot be brought to nodes of Flower yet. Make them before "
+            "(`initialize_bases_from_gradient`) and load the saved adapter in `load_model`, or use other bases."
+        )
+    if args.eval_clients:
+        raise ValueError(
+            "`eval_clients` evaluates clients on their own data, which stay at their nodes. Leave it out, and give the "
+            "server data with `load_eval_data`."
+        )
