@@ -10,7 +10,7 @@ import torch
 from peft import get_peft_model
 from safetensors.torch import load_file
 
-from peft_ravan.trainers import FederatedArguments, make_clients
+from peft_ravan.trainers import FederatedArguments, make_clients, read_history
 from peft_ravan.trainers.flower import make_client_app, make_server_app
 
 from ...conftest import classification_dataset, tiny_bert
@@ -62,3 +62,8 @@ class Federation:
     def adapter(self) -> dict[str, torch.Tensor]:
         """What the server app has saved."""
         return load_file(self.folder / "adapter_model.safetensors")
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """The records of its rounds."""
+        return read_history(self.folder)
