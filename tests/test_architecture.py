@@ -110,6 +110,36 @@ def test_features_import_neither_arguments_nor_the_trainer_over_them(part):
     assert not facade & {path.stem for path in closure(part) if path.parent == ROOT / "trainers"}
 
 
+def test_flower_is_optional():
+    """Only its own folder needs it, nothing else imports that folder, and without it everything else can be used."""
+    others = [path for path in TRAINER_WING if path.parent != ROOT / "trainers" / "flower"]
+    imported = {}
+    for path in others + COMMAND_LINE:
+        package = ".".join(path.relative_to(ROOT).parent.parts)
+        names = {
+            name for name in imported_modules(path, package) if "flwr" in name or name.startswith("trainers.flower")
+        }
+        if names:
+            imported[path.name] = names
+    assert len(others) < len(TRAINER_WING) and not imported
+    code = "import sys, peft_ravan.trainers; sys.exit('flwr' in sys.modules)"
+    assert subprocess.run([sys.executable, "-W", "ignore", "-c", code]).returncode == 0
+
+
+def test_what_runs_on_nodes_and_what_runs_on_the_server_of_flower_share_only_what_is_sent():
+    graph = imports_among(TRAINER_WING, ROOT)
+
+    def imported_by(name: str) -> set[str]:
+        return {path.parent.name for path in graph[ROOT / "trainers" / "flower" / f"{name}.py"]}
+
+    for name in ("client_app", "client_state"):
+        assert "server" not in imported_by(name)
+    for name in ("strategy", "courier", "nodes"):
+        assert "client" not in imported_by(name)
+    for name in ("codec", "introduction"):
+        assert not {"client", "server"} & imported_by(name)
+
+
 def test_the_federated_mixin_has_at_most_four_parents():
     from peft_ravan.trainers import FederatedMixin
 

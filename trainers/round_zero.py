@@ -67,10 +67,19 @@ def make_common_bases(run: Run, runner: Runner, model: nn.Module, bases: BasesSe
     run.load_global()
     set_bases_from_sketches(model, sketches, adapter_name)
     runner.share(tensor for name, tensor in model.named_buffers() if ".ravan_" in name)
-    round_zero.sent_to_all(_bases(model, adapter_name))
+    round_zero.sent_to_all(bases_of(model, adapter_name))
     return {**round_zero.record(), "round_seconds": time.perf_counter() - start_time}
 
 
-def _bases(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
+def bases_of(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
+    """
+    Args:
+        model ([`~peft.PeftModel`]): The model.
+        adapter_name (`str`): The name of the adapter.
+
+    Returns:
+        `dict[str, torch.Tensor]`: The bases in its checkpoint, which share the memory of the model. Empty if they are
+        made from a seed.
+    """
     checkpoint = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     return {name: tensor for name, tensor in checkpoint.items() if is_basis(name)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from flwr.app import Context, Message
+from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from peft import PeftModel
 from torch.utils.data import Dataset
@@ -19,9 +19,10 @@ from ..client.trainer_hooks import local_arguments
 from ..client_setup import client_settings
 from ..data.client_data import ClientData
 from ..exchange import ClientTask
-from .client_state import client_store
+from ..round_zero import bases_of
+from .client_state import client_store, keep_bases, kept_bases
 from .codec import from_record, to_record
-from .introduction import Introduction, frozen_fingerprints
+from .introduction import BASES_ACTION, Bases, Introduction, frozen_fingerprints
 
 
 Arguments = TrainingArguments | Callable[[Mapping[str, Any]], TrainingArguments]
@@ -100,27 +101,33 @@ def make_client_app(
     """
     app = ClientApp()
 
-    def make_client(context: Context, store: ClientStore | None = None) -> LocalClient:
+    def make_client(context: Context, store: ClientStore | None = None, bases: Bases | None = None) -> LocalClient:
         run_args = arguments_of(args, context.run_config)
         set_seed(run_args.seed)
         model, dataset = load_model(), load_data(context)
+        if bases is not None:
+            bases.load(bases_of(model, model.active_adapter))
         trainer = trainer_class(model=model, args=local_arguments(run_args, run_args.seed), train_dataset=dataset)
         # a trainer may prepare its data, and examples are counted before
         given = ClientData.of_one(dataset, run_args)
         data = ClientData(lambda client: trainer.train_dataset, given.num_examples)
         return LocalClient(trainer, store, settings=client_settings(run_args, model.active_peft_config), data=data)
 
+    def introduction(client: LocalClient, context: Context) -> RecordDict:
+        name = client_name(context.node_config)
+        frozen, budget = frozen_fingerprints(client.trainer.model), context.node_config.get("budget")
+        return to_record(Introduction(name, client.data.num_examples(name), current_versions(), frozen, budget))
+
     @app.query()
     def introduce(message: Message, context: Context) -> Message:
-        name, client = client_name(context.node_config), make_client(context)
-        introduction = Introduction(
-            name,
-            client.data.num_examples(name),
-            current_versions(),
-            frozen_fingerprints(client.trainer.model),
-            context.node_config.get("budget"),
-        )
-        return Message(to_record(introduction), reply_to=message)
+        return Message(introduction(make_client(context), context), reply_to=message)
+
+    @app.train(BASES_ACTION)
+    def take_bases(message: Message, context: Context) -> Message:
+        bases = from_record(message.content, Bases)
+        content = introduction(make_client(context, bases=bases), context)
+        keep_bases(context, bases)
+        return Message(content, reply_to=message)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
@@ -128,7 +135,7 @@ def make_client_app(
         if task.client != name:
             raise ValueError(f"The task is for the client {task.client!r}, and this node is {name!r}.")
         with client_store(context) as store:
-            reply = make_client(context, store).train(task)
+            reply = make_client(context, store, kept_bases(context)).train(task)
         return Message(to_record(reply), reply_to=message)
 
     return app

@@ -7,13 +7,15 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from flwr.app import ArrayRecord, Context
+from flwr.app import ArrayRecord, Context, RecordDict
 
 from ..client.store import ClientStore
-from .codec import bytes_array, bytes_of
+from .codec import RECORD, bytes_array, bytes_of, from_record, to_record
+from .introduction import Bases
 
 
-RECORD = "peft-ravan.kept"
+KEPT = "peft-ravan.kept"
+BASES = "peft-ravan.bases"
 STATE_DIR = "state-dir"
 
 
@@ -34,11 +36,31 @@ def client_store(context: Context) -> Iterator[ClientStore]:
         yield ClientStore(str(context.node_config[STATE_DIR]))
         return
     with tempfile.TemporaryDirectory() as folder:
-        for name, array in context.state.get(RECORD, {}).items():
+        for name, array in context.state.get(KEPT, {}).items():
             file = Path(folder, name)
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(bytes_of(array, name))
         yield ClientStore(folder)
         files = {path.relative_to(folder).as_posix(): path for path in Path(folder).rglob("*") if path.is_file()}
         if files:
-            context.state[RECORD] = ArrayRecord({name: bytes_array(path.read_bytes()) for name, path in files.items()})
+            context.state[KEPT] = ArrayRecord({name: bytes_array(path.read_bytes()) for name, path in files.items()})
+
+
+def keep_bases(context: Context, bases: Bases) -> None:
+    """
+    Args:
+        context (`flwr.app.Context`): The context of the node, which keeps the bases until the run ends.
+        bases ([`Bases`]): The bases.
+    """
+    context.state[BASES] = to_record(bases)[RECORD]
+
+
+def kept_bases(context: Context) -> Bases | None:
+    """
+    Args:
+        context (`flwr.app.Context`): The context of the node.
+
+    Returns:
+        [`Bases`]: The bases that it keeps, or `None` if it was sent none.
+    """
+    return from_record(RecordDict({RECORD: context.state[BASES]}), Bases) if BASES in context.state else None

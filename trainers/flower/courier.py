@@ -9,6 +9,7 @@ from transformers.utils import logging
 
 from ..exchange import ClientReply, ClientTask
 from ..messages import MAX_TEXT_LENGTH, MessageError
+from ..runners.one_by_one import Runner, Work
 from .codec import from_record, to_records
 from .nodes import Nodes
 
@@ -76,6 +77,17 @@ class Courier:
         if by_message:
             logger.warning(f"{len(by_message)} answers to other messages than those of the round are left out.")
 
+    def exchange(self, tasks: Sequence[ClientTask]) -> Iterator[ClientReply]:
+        """
+        Args:
+            tasks (`Sequence[ClientTask]`): Tasks.
+
+        Yields:
+            [`ClientReply`]: The replies to them, as of [`Courier.replies`].
+        """
+        messages = self.messages(tasks)
+        yield from self.replies(self.nodes.grid.send_and_receive(messages, timeout=self.timeout) if messages else ())
+
     def _reply(self, task: ClientTask, answer: Message | None) -> ClientReply:
         if answer is None:
             return ClientReply.to(task, failure=f"Its node has not replied within {self.timeout:g} seconds.")
@@ -93,3 +105,26 @@ class Courier:
                 f"{reply.attempt} and run {reply.run!r:.100}.",
             )
         return reply
+
+
+class GridRunner(Runner):
+    """
+    Runs tasks at the nodes of Flower.
+
+    Args:
+        courier ([`Courier`]): Carries tasks and replies.
+    """
+
+    def __init__(self, courier: Courier):
+        self._courier = courier
+
+    def run(self, tasks: Sequence[ClientTask], work: Work) -> Iterator[ClientReply]:
+        """
+        Args:
+            tasks (`Sequence[ClientTask]`): The tasks.
+            work (`Callable`): Not used: the nodes do the work.
+
+        Yields:
+            [`ClientReply`]: The replies.
+        """
+        yield from self._courier.exchange(tasks)

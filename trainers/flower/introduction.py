@@ -15,6 +15,8 @@ from peft_ravan.tuner.fingerprint import make_fingerprint
 from ..messages import Check, Message, State, integer, number, optional, text
 
 
+# what a node does with a message of bases, as Flower names it
+BASES_ACTION = "bases"
 MAX_NAME_LENGTH = 200
 MAX_VERSIONS = 100
 
@@ -66,6 +68,38 @@ class Introduction(Message):
     versions: Mapping[str, str]
     frozen: State
     budget: float | None = None
+
+
+@dataclass(frozen=True)
+class Bases(Message):
+    """
+    Bases that a node cannot make for itself, because they come from the clients' gradients in round 0.
+
+    Args:
+        tensors (`Mapping[str, torch.Tensor]`): The bases, by their checkpoint names.
+    """
+
+    TENSOR_FIELDS: ClassVar[tuple[str, ...]] = ("tensors",)
+
+    tensors: State
+
+    def load(self, own: Mapping[str, torch.Tensor]) -> None:
+        """
+        Args:
+            own (`Mapping[str, torch.Tensor]`): The bases of a model, which are overwritten.
+
+        Raises:
+            ValueError: if they are bases of another adapter. In this case nothing is written.
+        """
+        shapes, expected = ({key: tuple(t.shape) for key, t in bases.items()} for bases in (self.tensors, own))
+        if shapes != expected or not all(isinstance(tensor, torch.Tensor) for tensor in self.tensors.values()):
+            raise ValueError(
+                f"The bases that were sent are those of another adapter: they have {len(shapes)} matrices, and the model has "
+                f"{len(expected)}, or their names or shapes differ."
+            )
+        with torch.no_grad():
+            for key, tensor in own.items():
+                tensor.copy_(self.tensors[key])
 
 
 def frozen_fingerprints(model: PeftModel) -> dict[str, torch.Tensor]:

@@ -14,16 +14,17 @@ from torch.utils.data import Dataset
 from transformers import TrainingArguments, set_seed
 from transformers.utils import logging
 
-from peft_ravan.tuner.gradient_bases import awaits_gradient
+from peft_ravan.sharing.reading import different_bases
 
 from ..client.live_adapter import freeze
 from ..client.store import ClientStore
 from ..exchange import ClientTask
 from ..federated_trainer import FederatedTrainer
+from ..round_zero import bases_of
 from ..run import Run
 from ..server.budgets import resolve_client_budgets
 from .client_app import Arguments, arguments_of
-from .courier import Courier
+from .courier import Courier, GridRunner
 from .introduction import frozen_fingerprints
 from .nodes import Nodes
 from .strategy import FederatedStrategy
@@ -73,10 +74,12 @@ class ServerTrainer(FederatedTrainer):
     """
 
     def __init__(self, model: PeftModel, args: TrainingArguments, courier: Courier, **kwargs):
-        _check_arguments(model, args)
+        _check_arguments(args)
         self._courier = courier
         clients = {name: DataElsewhere(node.num_examples) for name, node in courier.nodes.clients.items()}
         super().__init__(model, args, train_dataset=clients, **kwargs)
+        self._runner = GridRunner(courier)
+        self._frozen = frozen_fingerprints(self.model)
 
     @property
     def _store(self) -> ClientStore:
@@ -85,6 +88,9 @@ class ServerTrainer(FederatedTrainer):
     def _run_rounds(self, run: Run, ignore_keys_for_eval: list[str] | None, trial: Any) -> None:
         if run.round == 0:
             self._open_run(run, trial)
+        frozen = frozen_fingerprints(self.model)
+        if different_bases(self._frozen, frozen):  # they were made in round 0, or come from a checkpoint
+            self._courier.nodes.share(bases_of(self.model, self.model.active_adapter), frozen)
         started = time.perf_counter()
 
         def on_open(tasks: list[ClientTask]) -> None:
@@ -227,12 +233,7 @@ def told_budgets(
     return {client: told.get(client, given.get(client, 1.0)) for client in nodes.clients}
 
 
-def _check_arguments(model: PeftModel, args: TrainingArguments) -> None:
-    if awaits_gradient(model, model.active_adapter):
-        raise ValueError(
-            "Bases that are made from the clients' gradients cannot be brought to nodes of Flower yet. Make them before "
-            "(`initialize_bases_from_gradient`) and load the saved adapter in `load_model`, or use other bases."
-        )
+def _check_arguments(args: TrainingArguments) -> None:
     if args.eval_clients:
         raise ValueError(
             "`eval_clients` evaluates clients on their own data, which stay at their nodes. Leave it out, and give the "

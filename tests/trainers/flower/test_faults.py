@@ -17,7 +17,7 @@ from peft_ravan.trainers.flower import make_client_app
 from peft_ravan.trainers.flower.codec import RECORD, from_record, to_record
 
 from ...conftest import classification_dataset
-from ..helpers import assert_same, logged, make_trainer, ravan
+from ..helpers import assert_same, logged, make_trainer
 from .grid import InProcessGrid
 from .helpers import NUM_CLIENTS, Federation, load_model, small
 
@@ -275,10 +275,4 @@ def test_arguments_that_do_not_fit_are_refused(tmp_path, options, match):
     if "clients_per_round" in options:
         federation.grid.contexts.pop(BAD_NODE)
     with pytest.raises(ValueError, match=match):
-        federation.run()
-
-
-def test_bases_from_gradients_are_refused_until_they_can_be_sent(tmp_path):
-    federation = Federation(small(tmp_path), lambda: ravan(init_bases="gradient_svd"))
-    with pytest.raises(ValueError, match="cannot be brought to nodes of Flower yet"):
         federation.run()
