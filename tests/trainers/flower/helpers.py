@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,15 @@ from .grid import InProcessGrid
 
 
 NUM_CLIENTS = 3
+_MODELS: dict[str, torch.nn.Module] = {}  # each node loads the model anew for each message
 
 
 def load_model(adapter=None):
-    return get_peft_model(tiny_bert(), adapter or ravan())
+    adapter = adapter or ravan()
+    key = repr(adapter)
+    if key not in _MODELS:
+        _MODELS[key] = get_peft_model(tiny_bert(), adapter)
+    return copy.deepcopy(_MODELS[key])
 
 
 def small(folder, **kwargs) -> FederatedArguments:
