@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-deep lint format clean
+.PHONY: demo test test-deep test-flower lint format clean
 
 # the demo needs less than the tests, and should start soon
 $(VENV)/.demo $(VENV)/.dev: $(VENV)/.%: pyproject.toml constraints.txt
@@ -19,6 +19,9 @@ test: lint  ## set up, and run the checks and all tests
 
 test-deep: lint  ## the same with other random examples each time, and 50 times as many
 	$(BIN)/python -m pytest --numprocesses 2 --hypothesis-profile deep
+
+test-flower: $(VENV)/.dev  ## real processes of Flower on this machine, some of which are killed; takes minutes
+	PEFT_RAVAN_LOOPBACK=1 $(BIN)/python -m pytest tests/trainers/flower/test_loopback.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

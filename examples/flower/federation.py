@@ -37,6 +37,7 @@ def arguments(config):
         per_device_train_batch_size=16,
         learning_rate=6e-3,
         report_to="none",
+        resume_from_checkpoint=config["resume"],
     )
 
 

@@ -68,7 +68,7 @@ def make_client_app(
     load_data: Callable[[Context], Dataset],
     args: Arguments,
     *,
-    trainer_class: type[Trainer] = Trainer,
+    make_trainer: Callable[..., Trainer] = Trainer,
 ) -> ClientApp:
     """
     Make the app that the nodes of a federation run. A client trains as with a [`FederatedTrainer`]: with the same seeds
@@ -87,8 +87,9 @@ def make_client_app(
         args ([`FederatedArguments`] or `Callable[[Mapping], FederatedArguments]`):
             The arguments, or a function that makes them from the configuration of the run. All nodes and the server
             need the same.
-        trainer_class (`type[Trainer]`, *optional*, defaults to [`~transformers.Trainer`]):
-            The trainer of the client. It is given the model, the arguments and the training set.
+        make_trainer (`Callable[..., Trainer]`, *optional*, defaults to [`~transformers.Trainer`]):
+            Makes the trainer of the client from `model`, `args` and `train_dataset`, such as
+            `functools.partial(SFTTrainer, processing_class=tokenizer)` of TRL.
 
     Returns:
         `flwr.clientapp.ClientApp`: The app.
@@ -107,7 +108,7 @@ def make_client_app(
         model, dataset = load_model(), load_data(context)
         if bases is not None:
             bases.load(bases_of(model, model.active_adapter))
-        trainer = trainer_class(model=model, args=local_arguments(run_args, run_args.seed), train_dataset=dataset)
+        trainer = make_trainer(model=model, args=local_arguments(run_args, run_args.seed), train_dataset=dataset)
         # a trainer may prepare its data, and examples are counted before
         given = ClientData.of_one(dataset, run_args)
         data = ClientData(lambda client: trainer.train_dataset, given.num_examples)

@@ -20,6 +20,8 @@ from .introduction import BASES_ACTION, Bases, Introduction, check_same_adapter
 logger = logging.get_logger(__name__)
 
 POLL_SECONDS = 1.0
+# between rounds, the others wait for a node that introduces itself again
+MAX_SECONDS_BETWEEN_ROUNDS = 120.0
 
 
 class TooFewNodesError(RuntimeError):
@@ -95,7 +97,7 @@ class Nodes:
         missing = [client for client in self.clients if self._ids.get(client) not in now]
         if missing and now - self._asked.keys():  # one of the new nodes may be a missing one that was started again
             before = dict(self._ids)
-            self._introduce(now, self.timeout, known_only=True)
+            self._introduce(now, min(self.timeout, MAX_SECONDS_BETWEEN_ROUNDS), known_only=True)
             again = {client: node_id for client, node_id in self._ids.items() if before.get(client) != node_id}
             if self._bases is not None and again:
                 self._send_bases(again)

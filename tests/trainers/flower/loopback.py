@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -9,6 +10,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+import psutil
 
 
 BIN = Path(sys.executable).parent
@@ -70,7 +73,7 @@ class Loopback:
         return self
 
     def __exit__(self, *error) -> None:
-        for process in reversed(self.processes):
+        for process in [process for process in reversed(self.processes) if process.poll() is None]:
             # each is the head of a group, which has the processes that it has started
             for sent in (signal.SIGTERM, signal.SIGKILL):
                 try:
@@ -79,17 +82,30 @@ class Loopback:
                 except (ProcessLookupError, subprocess.TimeoutExpired):
                     pass
 
-    def run(self, app: Path, timeout: float, **config) -> subprocess.CompletedProcess:
-        given = " ".join(f"{name.replace('_', '-')}={value!r}".replace("'", '"') for name, value in config.items())
-        return subprocess.run(
-            [BIN / "flwr", "run", app, "loop", "--stream", "-c", given],
-            env=self.environment, cwd=self.folder, capture_output=True, text=True, timeout=timeout,
-        )  # fmt: skip
+    def start_run(self, app: Path, **config) -> subprocess.Popen:
+        given = " ".join(f"{name.replace('_', '-')}={json.dumps(value)}" for name, value in config.items())
+        return self._start("flwr", "run", str(app), "loop", "--stream", "-c", given)
+
+    def run(self, app: Path, timeout: float, **config) -> None:
+        self.start_run(app, **config).wait(timeout)
+
+    def kill_server_app(self) -> None:
+        """As the kernel does when memory runs out."""
+        [found] = [
+            process
+            for process in psutil.Process(self.processes[0].pid).children(recursive=True)
+            if any("flwr-serverapp" in part for part in process.cmdline())
+        ]
+        found.kill()
+
+    def kill_node(self, index: int) -> None:
+        """A node and all that it has started, as when its machine is switched off."""
+        os.killpg(self.processes[1 + index].pid, signal.SIGKILL)
 
     def logs(self) -> str:
         return "\n".join(f"== {path.name}\n{path.read_text()[-3000:]}" for path in sorted(self.folder.glob("*.log")))
 
-    def _start(self, *command: str) -> None:
+    def _start(self, *command: str) -> subprocess.Popen:
         with open(self.folder / f"{len(self.processes)}-{command[0]}.log", "w") as log:
             self.processes.append(
                 subprocess.Popen(
@@ -101,6 +117,7 @@ class Loopback:
                     start_new_session=True,
                 )  # fmt: skip
             )
+        return self.processes[-1]
 
     def _wait_for_the_link(self) -> None:
         host, port = self.address.split(":")

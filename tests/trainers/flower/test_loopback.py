@@ -2,6 +2,7 @@
 
 import os
 import runpy
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,42 +14,81 @@ pytest.importorskip("flwr")
 from safetensors.torch import load_file
 from transformers import set_seed
 
-from peft_ravan.trainers import FederatedTrainer
+from peft_ravan.trainers import FederatedTrainer, read_history
 
 from ..helpers import assert_same
 from .loopback import Loopback, is_installed
 
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "flower"
-CONFIG = {"num_rounds": 1, "max_steps": 2, "merge_method": "ravan", "node_timeout": 240, "round_timeout": 240}
+CONFIG = {"max_steps": 2, "merge_method": "ravan", "node_timeout": 240, "round_timeout": 240, "resume": False}
+SECONDS = 500
 
 pytestmark = [
     pytest.mark.skipif(not is_installed(), reason="the commands of Flower are not next to this Python"),
-    # each of its processes imports torch and transformers, which takes about a minute on two cores
+    # each of its processes imports torch and transformers, so a run takes about a minute on two cores
     pytest.mark.skipif("PEFT_RAVAN_LOOPBACK" not in os.environ, reason="set PEFT_RAVAN_LOOPBACK=1 to run it"),
 ]
 
 
-def test_the_example_gives_the_same_adapter_over_the_network(tmp_path):
-    with Loopback(tmp_path / "flower", num_nodes=2) as loopback:
-        ended = loopback.run(EXAMPLE, 400, **CONFIG, output_dir=str(tmp_path / "out"))
-        logs = loopback.logs()
-    assert (tmp_path / "out" / "adapter_model.safetensors").exists(), ended.stdout[-3000:] + ended.stderr + logs
-
+def alone(folder: Path, num_rounds: int) -> Path:
+    """The adapter of the same federation in a FederatedTrainer."""
     example = runpy.run_path(str(EXAMPLE / "federation.py"))
-    args = example["arguments"](
-        {**{name.replace("_", "-"): value for name, value in CONFIG.items()}, "output-dir": str(tmp_path / "alone")}
-    )
+    config = {name.replace("_", "-"): value for name, value in CONFIG.items()}
+    args = example["arguments"]({**config, "num-rounds": num_rounds, "output-dir": str(folder)})
     set_seed(args.seed)
     model = example["load_model"]()
-    parts = {
-        f"client_{index}": example["load_data"](
-            SimpleNamespace(node_config={"partition-id": index, "num-partitions": 2})
-        )
-        for index in range(2)
-    }
+    nodes = [SimpleNamespace(node_config={"partition-id": index, "num-partitions": 2}) for index in range(2)]
+    parts = {f"client_{index}": example["load_data"](node) for index, node in enumerate(nodes)}
     trainer = FederatedTrainer(model, args, train_dataset=parts)
     trainer.train()
     trainer.save_model()
-    expected = load_file(tmp_path / "alone" / "adapter_model.safetensors")
-    assert_same(load_file(tmp_path / "out" / "adapter_model.safetensors"), expected)
+    return folder / "adapter_model.safetensors"
+
+
+def wait_for_rounds(folder: Path, number: int, loopback: Loopback) -> None:
+    deadline = time.monotonic() + SECONDS
+    while not (folder / "rounds.jsonl").exists() or len(read_history(folder)) < number:
+        assert time.monotonic() < deadline, loopback.logs()
+        time.sleep(0.5)
+
+
+def test_the_example_gives_the_same_adapter_over_the_network(tmp_path):
+    with Loopback(tmp_path / "flower", num_nodes=2) as loopback:
+        loopback.run(EXAMPLE, SECONDS, **CONFIG, num_rounds=1, output_dir=str(tmp_path / "out"))
+        logs = loopback.logs()
+    saved = tmp_path / "out" / "adapter_model.safetensors"
+    assert saved.exists(), logs
+    assert_same(load_file(saved), load_file(alone(tmp_path / "alone", 1)))
+
+
+def test_a_node_that_is_killed_costs_only_itself(tmp_path):
+    out = tmp_path / "out"
+    with Loopback(tmp_path / "flower", num_nodes=2) as loopback:
+        run = loopback.start_run(EXAMPLE, **CONFIG, num_rounds=2, output_dir=str(out))
+        wait_for_rounds(out, 1, loopback)
+        loopback.kill_node(1)
+        run.wait(SECONDS)
+        logs = loopback.logs()
+    first, second = read_history(out)
+    assert first["clients"] == ["client_0", "client_1"], logs
+    assert second["clients"] == ["client_0"] and second["failed_clients"][0]["client"] == "client_1"
+    assert "Its node" in second["failed_clients"][0]["reason"]
+    assert (out / "adapter_model.safetensors").exists()
+
+
+def test_a_server_that_is_killed_is_gone_on_with(tmp_path):
+    out = tmp_path / "out"
+    with Loopback(tmp_path / "flower", num_nodes=2) as loopback:
+        run = loopback.start_run(EXAMPLE, **CONFIG, num_rounds=2, output_dir=str(out))
+        wait_for_rounds(out, 1, loopback)
+        while not (out / "checkpoint-1").exists():
+            time.sleep(0.2)
+        loopback.kill_server_app()
+        run.wait(SECONDS)
+        assert not (out / "adapter_model.safetensors").exists()
+        loopback.run(EXAMPLE, SECONDS, **{**CONFIG, "resume": True}, num_rounds=2, output_dir=str(out))
+        logs = loopback.logs()
+    assert (out / "adapter_model.safetensors").exists(), logs
+    assert [record["round"] for record in read_history(out)] == [1, 2]
+    assert_same(load_file(out / "adapter_model.safetensors"), load_file(alone(tmp_path / "alone", 2)))
