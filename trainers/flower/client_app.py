@@ -136,7 +136,13 @@ def make_client_app(
         if task.client != name:
             raise ValueError(f"The task is for the client {task.client!r}, and this node is {name!r}.")
         with client_store(context) as store:
-            reply = make_client(context, store, kept_bases(context)).train(task)
+            client = make_client(context, store, kept_bases(context))
+            if task.purpose == "train" and client.adapter.awaits_gradient:
+                raise ValueError(
+                    "The node has lost the bases that were made in round 0: it was started again under the same id. What it "
+                    "would train could not be averaged, so it is left out until the run is resumed."
+                )
+            reply = client.train(task)
         return Message(to_record(reply), reply_to=message)
 
     return app

@@ -12,7 +12,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
 from peft_ravan.trainers.exchange import ClientReply, ClientTask
-from peft_ravan.trainers.flower.codec import HEADER, RECORD, TENSORS, from_record, to_record
+from peft_ravan.trainers.flower.codec import HEADER, RECORD, TENSORS, from_record, to_record, to_records
 from peft_ravan.trainers.messages import MessageError
 
 from ...properties import examples
@@ -47,14 +47,25 @@ def test_flower_carries_the_bytes_of_the_message_and_little_else():
     assert reply.num_bytes < sum(len(part.deflate()) for part in parts.values()) < reply.num_bytes + 1500
 
 
-def test_the_state_of_a_round_is_stored_once_for_all_clients():
+def test_the_state_of_a_round_is_in_memory_and_stored_by_flower_once_for_all_clients():
     state = {"ravan_H": torch.randn(1000)}
+    names = ("north", "a client with a longer name")
+    contents = list(to_records(ClientTask(1, name, state, seed=len(name)) for name in names))
+    assert contents[0][RECORD][TENSORS] is contents[1][RECORD][TENSORS]
     objects = {}
-    for client in ("north", "a client with a longer name"):
-        content = to_record(ClientTask(1, client, state, seed=len(client)))
+    for content in contents:
         objects.update(get_all_nested_objects(Message(content, 7, "train")))
     large = [part for part in objects.values() if len(part.deflate()) > 4000]
     assert len(large) == 1
+    assert [from_record(content, ClientTask).client for content in contents] == list(names)
+
+
+def test_other_tensors_are_not_shared():
+    tasks_of_two = [
+        ClientTask(1, name, {"ravan_H": torch.tensor([value])}, 1) for name, value in (("a", 1.0), ("b", 2.0))
+    ]
+    first, second = (from_record(content, ClientTask) for content in to_records(tasks_of_two))
+    assert (first.state["ravan_H"].item(), second.state["ravan_H"].item()) == (1.0, 2.0)
 
 
 def test_large_messages_arrive_in_chunks():
