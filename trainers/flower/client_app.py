@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -108,7 +109,9 @@ def make_client_app(
         model, dataset = load_model(), load_data(context)
         if bases is not None:
             bases.load(bases_of(model, model.active_adapter))
-        trainer = make_trainer(model=model, args=local_arguments(run_args, run_args.seed), train_dataset=dataset)
+        local_args = local_arguments(run_args, run_args.seed)
+        local_args.output_dir = tempfile.gettempdir()  # Trainer creates this folder, and a node writes nothing into it
+        trainer = make_trainer(model=model, args=local_args, train_dataset=dataset)
         # a trainer may prepare its data, and examples are counted before
         given = ClientData.of_one(dataset, run_args)
         data = ClientData(lambda client: trainer.train_dataset, given.num_examples)

@@ -73,10 +73,10 @@ def test_a_node_with_an_impossible_budget_is_left_out(tmp_path, budget):
 
 
 def test_too_few_nodes_end_the_run_in_time_and_before_anything_was_written(tmp_path):
-    federation = Federation(small(tmp_path), min_nodes=4)
+    federation = Federation(small(tmp_path / "out"), min_nodes=4)
     with pytest.raises(TooFewNodesError, match="needs 4 nodes .* and 3 were there within 0 seconds"):
         federation.run()
-    assert not list(tmp_path.iterdir())
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_configuration_of_the_run_has_the_last_word(tmp_path):
@@ -126,13 +126,13 @@ class ElsewhereMade(InProcessGrid):
 
 
 def test_a_node_that_makes_other_bases_is_refused_with_its_version_of_torch(tmp_path):
-    federation = Federation(small(tmp_path), grid_class=ElsewhereMade)
+    federation = Federation(small(tmp_path / "out"), grid_class=ElsewhereMade)
     with pytest.raises(ValueError) as raised:
         federation.run()
     message = str(raised.value)
     assert "The node of 'client_1', with torch 2.0.1, has another adapter" in message
     assert f"with torch {torch.__version__}" in message and "save_projection=True" in message
-    assert not list(tmp_path.iterdir())
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_frozen_is_compared_for_other_adapters_too():
