@@ -74,7 +74,6 @@ class ServerTrainer(FederatedTrainer):
     """
 
     def __init__(self, model: PeftModel, args: TrainingArguments, courier: Courier, **kwargs):
-        _check_arguments(args)
         self._courier = courier
         clients = {name: DataElsewhere(node.num_examples) for name, node in courier.nodes.clients.items()}
         super().__init__(model, args, train_dataset=clients, **kwargs)
@@ -171,6 +170,7 @@ def make_server_app(
     def main(grid: Grid, context: Context) -> None:
         config = context.run_config
         run_args = copy.copy(arguments_of(args, config))
+        _check_arguments(run_args)
         set_seed(run_args.seed)
         model = load_model()
         needed = config.get("min-nodes", min_nodes)

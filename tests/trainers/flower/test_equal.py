@@ -49,3 +49,17 @@ def test_it_is_the_federation_of_a_federated_trainer(tmp_path, make_adapter, opt
     expected = load_file(tmp_path / "trainer" / "adapter_model.safetensors")
     assert_same(federation.adapter(), expected)
     assert comparable(read_history(federation.folder)) == comparable(read_history(tmp_path / "trainer"))
+
+
+def test_the_server_evaluates_the_adapter_as_a_federated_trainer_does(tmp_path):
+    options = {"eval_strategy": "epoch", "eval_on_start": True, "num_rounds": 1}
+    trainer = make_trainer(tmp_path / "trainer", num_clients=NUM_CLIENTS, max_steps=2, **options)
+    trainer.train()
+    federation = Federation(
+        small(tmp_path / "flower", **options),
+        load_eval_data=lambda: trainer.eval_dataset,
+        compute_metrics=trainer.compute_metrics,
+    )
+    federation.run()
+    assert comparable(federation.records) == comparable(read_history(tmp_path / "trainer"))
+    assert [set(record) >= {"eval_loss", "eval_accuracy"} for record in federation.records] == [True, True]
