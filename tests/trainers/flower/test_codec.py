@@ -18,6 +18,7 @@ from peft_ravan.trainers.messages import MessageError
 from ...properties import examples
 from ..messages import assert_equal, replies, tasks
 from .grid import over_the_wire
+from .records import any_content
 
 
 def over_flower(content: RecordDict) -> RecordDict:
@@ -113,24 +114,8 @@ def test_a_record_that_is_no_reply_is_refused(content, problem):
     assert problem in str(raised.value) and len(str(raised.value)) < 500
 
 
-scalars = st.integers(-(2**63), 2**63 - 1) | st.floats() | st.booleans() | st.text(max_size=9) | st.binary(max_size=99)
-any_array = st.builds(
-    Array,
-    st.sampled_from(["bytes", "float32", "../x"]),
-    st.lists(st.integers(-(10**18), 10**18), max_size=2).map(tuple) | st.just((8,)),
-    st.sampled_from(["peft-ravan.message", "numpy.ndarray", "pickle"]),
-    st.binary(max_size=64) | st.just(example().to_bytes()),
-)
-some_names = st.sampled_from([RECORD, HEADER, TENSORS, "", "/", "../../.bashrc"]) | st.text(max_size=5)
-any_record = (
-    st.dictionaries(some_names, any_array, max_size=4).map(ArrayRecord)
-    | st.dictionaries(some_names, scalars, max_size=4).map(ConfigRecord)
-    | st.dictionaries(some_names, st.integers(-9, 9) | st.floats(), max_size=4).map(MetricRecord)
-)
-
-
 @examples(200)
-@given(st.dictionaries(some_names, any_record, max_size=3).map(RecordDict))
+@given(any_content)
 def test_any_record_is_refused_with_the_same_error(content):
     with pytest.raises(MessageError):
         from_record(content, ClientReply)
