@@ -227,15 +227,17 @@ def run_tiny_round() -> None:
     """Whatever is loaded and set up on first use is not part of a measurement."""
     server = make_server({"w": torch.ones(64)}, "fedavg", 2)
     reply = ClientReply(1, "client_0", num_examples=1, upload_dtype=UPLOAD_DTYPE)
-    data = replace(reply, update=compress({"w": torch.ones(64)}, UPLOAD_DTYPE)).to_bytes()
-    server.open(1)
-    server.close(1, [ClientReply.from_bytes(data)])
+    data, tasks = replace(reply, update=compress({"w": torch.ones(64)}, UPLOAD_DTYPE)).to_bytes(), server.open(1)
+    reply = ClientReply.from_bytes(data)
+    server.close(1, [replace(reply, client=task.client) for task in tasks])
 
 
 def print_server(args: argparse.Namespace) -> None:
     print("| Model | Targets | Adapter | C | open, ms | read, ms | merge, ms | MB | MB of a state |")
     for adapter in all_adapters():
-        for num_clients in args.clients or [20, 100]:
+        if args.models and adapter.model not in args.models:
+            continue
+        for num_clients in args.clients or [10]:
             figures = in_own_process(args, run_rounds, adapter, num_clients, args.repeats)
             columns = [f"{figures[name]:.3g}" for name in ("open", "read", "close", "memory", "state")]
             print(adapter.label(), num_clients, "|", " | ".join(columns), "|", flush=True)
@@ -318,6 +320,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=parts)
     parser.add_argument("--clients", type=int, nargs="*", default=None)
+    parser.add_argument("--models", nargs="*", choices=MODELS, default=None, help="for `server`; by default all")
     parser.add_argument("--methods", nargs="*", default=None, help="for `methods`; by default those for Ravan's heads")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
