@@ -6,7 +6,8 @@ What a round costs a server, for adapters of models with 1B and 8B parameters, a
     python benchmarks/scaling.py methods       # the time of a merge at one target, by method
     python benchmarks/scaling.py registered    # what grows with all clients, and not with those of a round
 
-No model is loaded: only the shapes of its layers matter. Each measurement of memory runs in its own process and reads
+No model is loaded: only the shapes of its layers matter. Times are those of the processor, on one thread by default, and
+the least of several runs. Each measurement of memory runs in its own process and reads
 /proc/self/status on Linux: VmHWM is the peak of the resident memory, VmRSS its current value.
 """
 
@@ -64,6 +65,7 @@ MODELS = {
 TARGETS = {"q, v": ["q_proj", "v_proj"], "all linear": "all-linear"}
 ADAPTERS = {"LoRA": "fedavg", "Ravan": "ravan"}  # with their merge methods
 LORA_RANK, NUM_HEADS = 8, 4
+NUM_EDGES = 32
 UPLOAD_DTYPE, DOWNLOAD_DTYPE = "int4", "float32"
 DIGEST = "0123456789abcdef" * 4
 
@@ -158,18 +160,59 @@ def readable(num_bytes: float) -> str:
     return f"{num_bytes:,.{digits}f} {unit}"
 
 
-def bytes_row(adapter: Adapter) -> list[str]:
-    down, up = message_bytes(adapter)
-    per_round = [f"{readable(n * down)}, {readable(n * up)}" for n in (10, 100, 1000)]
-    return [*adapter, f"{adapter.num_parameters():,}", readable(down), readable(up), *per_round]
+def bytes_rows() -> Iterator[list[str]]:
+    """What is sent down and up in rounds of 10, 100 and 1,000 clients."""
+    for adapter in all_adapters():
+        down, up = message_bytes(adapter)
+        per_round = [f"{readable(n * down)}, {readable(n * up)}" for n in (10, 100, 1000)]
+        yield [*adapter, f"{adapter.num_parameters():,}", readable(down), readable(up), *per_round]
+
+
+def bases_rows() -> Iterator[list[str]]:
+    """Bases made from gradients, which all registered clients download."""
+    for adapter in all_adapters():
+        if adapter.kind == "Ravan":
+            size = bases_bytes(adapter)
+            yield [adapter.model, adapter.targets, *(readable(n * size) for n in (1, 1000, 10_000_000))]
+
+
+def kept_rows() -> Iterator[list[str]]:
+    """The updates of a round as whole tensors, which methods that do not stream keep."""
+    for adapter in all_adapters():
+        yield [*adapter, *(readable(n * 4 * adapter.num_parameters()) for n in (10, 100, 1000))]
+
+
+def personal_rows() -> Iterator[list[str]]:
+    """LoRA's B, which is personal in FedSA-LoRA, and SCAFFOLD's control variates."""
+    for adapter in all_adapters():
+        if adapter.kind == "LoRA":
+            b = 4 * sum(tensor.numel() for name, tensor in adapter.state().items() if ".lora_B." in name)
+            sizes = [n * size for size in (b, 4 * adapter.num_parameters()) for n in (1, 10_000_000)]
+            yield [adapter.model, adapter.targets, *map(readable, sizes)]
+
+
+def edges_rows() -> Iterator[list[str]]:
+    """What a root sends to and gets from edges, in float32, and what one server exchanges with 1,000 clients."""
+    for adapter in all_adapters():
+        down, up = message_bytes(adapter)
+        rounds = [(NUM_EDGES * down, NUM_EDGES * down), (1000 * down, 1000 * up)]
+        yield [*adapter, *(", ".join(map(readable, sizes)) for sizes in rounds)]
+
+
+COMPUTED = {
+    "bytes": bytes_rows,
+    "bases": bases_rows,
+    "kept": kept_rows,
+    "personal": personal_rows,
+    "edges": edges_rows,
+}
 
 
 def print_bytes(args: argparse.Namespace) -> None:
-    for adapter in all_adapters():
-        print("| " + " | ".join(bytes_row(adapter)) + " |")
-    for adapter in all_adapters():
-        if adapter.kind == "Ravan":
-            print(f"bases, {adapter.model}, {adapter.targets}: {readable(bases_bytes(adapter))}")
+    for name, rows in COMPUTED.items():
+        print(f"{name}: {rows.__doc__}")
+        for row in rows():
+            print("| " + " | ".join(row) + " |")
 
 
 # ---- The server in a round -------------------------------------------------------------
@@ -181,9 +224,10 @@ def megabytes(name: str) -> float:
 
 
 def timed(function: Callable[[], Any]) -> tuple[float, Any]:
-    start = time.perf_counter()
+    """Seconds of the processor, which do not include other programs on the machine."""
+    start = time.process_time()
     result = function()
-    return time.perf_counter() - start, result
+    return time.process_time() - start, result
 
 
 def make_server(state: State, method: str, num_clients: int, **settings) -> Server:
