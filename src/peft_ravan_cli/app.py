@@ -235,3 +235,18 @@ def push(
     options = {"private": private, "revision": revision, "create_pr": create_pr, "lora_twin": lora_twin}
     commit = push_to_hub(folder, repo_id, **options, license=license, datasets=dataset)
     typer.echo(f"The adapter is at {commit.pr_url or commit.repo_url}.")
+
+
+@app.command(epilog="Example: peft-ravan new-app hospitals")
+def new_app(
+    folder: Annotated[Path, typer.Argument(help="A new folder, whose name has letters, digits and hyphens.")],
+) -> None:
+    """
+    Write an app of Flower, which runs a federation across machines.
+
+    It can be started as it is. Put your own model, data and arguments into federation.py.
+    """
+    from peft_ravan.trainers.commands import write_app
+
+    write_app(folder)
+    typer.echo(f"The app is in {folder}. Your model, data and arguments go into {folder / 'federation.py'}.")

@@ -1,6 +1,7 @@
 """The commands as functions. `peft_ravan_cli` defines their names and options on the command line."""
 
 from .adapters import draw_rounds, find_adapter, save_lora_twin, write_card
+from .apps import write_app
 from .merge_methods import describe_methods, parse_examples, parse_options
 from .merging import MergedAdapter, MergeRequest, merge_adapters
 from .output import check_is_free
@@ -22,5 +23,6 @@ __all__ = [
     "parse_run",
     "save_lora_twin",
     "train_run",
+    "write_app",
     "write_card",
 ]
