@@ -2,17 +2,22 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-deep test-flower lint format clean
+.PHONY: demo flower test test-deep test-flower lint format clean
 
-# the demo needs less than the tests, and should start soon
-$(VENV)/.demo $(VENV)/.dev: $(VENV)/.%: pyproject.toml constraints.txt
+# the demos need less than the tests, and should start soon
+EXTRAS = $*
+$(VENV)/.flower: EXTRAS = demo,flower
+$(VENV)/.demo $(VENV)/.flower $(VENV)/.dev: $(VENV)/.%: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV), which takes a minute or two."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[$*]"
+	@$(BIN)/pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[$(EXTRAS)]"
 	@touch $@
 
 demo: $(VENV)/.demo  ## set up, and run the federation of examples/federated_digits.py
 	@$(BIN)/python examples/federated_digits.py --output-dir outputs/digits
+
+flower: $(VENV)/.flower  ## set up, and run the demo's federation over Flower, with three nodes on this machine
+	@$(BIN)/python examples/flower_digits/compare.py --output-dir outputs/flower-digits
 
 test: lint  ## set up, and run the checks and all tests
 	$(BIN)/python -m pytest --numprocesses 2

@@ -18,8 +18,9 @@ import logging
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 
 # PEFT and transformers warn about each other's renamed attributes, and quantization packages about a missing GPU
@@ -157,13 +158,24 @@ def split_clients(private: Dataset, args: FederatedArguments) -> tuple[dict[str,
     return train, test
 
 
-def arguments(method: Method, output_dir: Path, seed: int) -> FederatedArguments:
+@dataclass(frozen=True)
+class Plan:
+    """How many clients, rounds and steps there are."""
+
+    num_clients: int = 20
+    clients_per_round: int = 5
+    num_rounds: int = 20
+    max_steps: int = 10
+
+    def __str__(self) -> str:
+        rounds = f"{self.num_rounds} rounds of {self.clients_per_round} clients"
+        return f"{self.num_clients} clients, {rounds}, {self.max_steps} local steps"
+
+
+def arguments(method: Method, output_dir: Path, seed: int, plan: Plan) -> FederatedArguments:
     return FederatedArguments(
         str(output_dir),
-        num_clients=20,
-        clients_per_round=5,
-        num_rounds=20,
-        max_steps=10,
+        **asdict(plan),
         per_device_train_batch_size=16,
         per_device_eval_batch_size=512,
         partition="dirichlet",
@@ -186,44 +198,54 @@ def arguments(method: Method, output_dir: Path, seed: int) -> FederatedArguments
 class Result:
     """What one run of the comparison gave."""
 
-    method: Method
+    name: str
     trainer: FederatedTrainer
+    history: list[dict[str, Any]]
     worst_decile: float
     seconds: float
 
     def curve(self) -> list[float]:
-        return [record["eval_accuracy"] for record in self.trainer.state.log_history if "round" in record]
+        return [record["eval_accuracy"] for record in self.history if "round" in record]
 
 
-def run(method: Method, base_dir: Path, private: Dataset, output_dir: Path, seed: int) -> Result:
-    args = arguments(method, output_dir, seed)
+def load_model(method: Method, base_dir: Path) -> PeftModel:
+    return get_peft_model(ViTForImageClassification.from_pretrained(base_dir), method.adapter)
+
+
+def make_trainer(method: Method, base_dir: Path, private: Dataset, args: FederatedArguments) -> FederatedTrainer:
     train, test = split_clients(private, args)
-    set_seed(seed)
-    model = get_peft_model(ViTForImageClassification.from_pretrained(base_dir), method.adapter)
-    trainer = FederatedTrainer(
-        model,
+    set_seed(args.seed)
+    return FederatedTrainer(
+        load_model(method, base_dir),
         args,
         train_dataset=train,
         eval_dataset=concatenate_datasets(list(test.values())),
         client_eval_dataset=test,
         compute_metrics=accuracy,
     )
+
+
+def worst_decile(trainer: FederatedTrainer) -> float:
+    return client_statistics(trainer.evaluate_clients()["accuracy"])["worst_decile"]
+
+
+def run(method: Method, base_dir: Path, private: Dataset, args: FederatedArguments) -> Result:
+    trainer = make_trainer(method, base_dir, private, args)
     start_time = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - start_time
-    worst_decile = client_statistics(trainer.evaluate_clients()["accuracy"])["worst_decile"]
-    return Result(method, trainer, worst_decile, seconds)
+    return Result(method.name, trainer, trainer.state.log_history, worst_decile(trainer), seconds)
 
 
-def show_table(results: list[Result], console: Console) -> None:
-    table = Table(title="20 clients, 20 rounds of 5 clients, 10 local steps")
+def show_table(results: list[Result], plan: Plan, console: Console) -> None:
+    table = Table(title=str(plan))
     for column in ("method", "before", "after", "worst decile of clients", "MB uploaded", "seconds"):
         table.add_column(column, justify="left" if column == "method" else "right")
     for result in results:
-        uploaded = sum(record.get("upload_bytes", 0) for record in result.trainer.state.log_history)
+        uploaded = sum(record.get("upload_bytes", 0) for record in result.history)
         curve = result.curve()
         table.add_row(
-            result.method.name,
+            result.name,
             f"{curve[0]:.1%}",
             f"{curve[-1]:.1%}",
             f"{result.worst_decile:.1%}",
@@ -236,7 +258,7 @@ def show_table(results: list[Result], console: Console) -> None:
 def plot(results: list[Result], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for result in results:
-        axes.plot([100 * value for value in result.curve()], label=result.method.name)
+        axes.plot([100 * value for value in result.curve()], label=result.name)
     axes.set(xlabel="round", ylabel="accuracy on the clients' test images (%)", ylim=(0, 100))
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
@@ -276,12 +298,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     base_dir = pretrain(public, options.output_dir, options.seed)
     console.print(f"20 clients hold {len(private)} other images: all ten digits, turned by a quarter.")
 
-    results = []
+    plan, results = Plan(), []
     for method in methods():
         console.print(f"\n[bold]{method.name}[/bold]")
-        results.append(run(method, base_dir, private, options.output_dir / "run", options.seed))
+        args = arguments(method, options.output_dir / "run", options.seed, plan)
+        results.append(run(method, base_dir, private, args))
     console.print()
-    show_table(results, console)
+    show_table(results, plan, console)
 
     plot_path = options.output_dir / "accuracy.png"
     plot(results, plot_path)
@@ -291,8 +314,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console.print(f"Plot: {plot_path}")
     history_path = options.output_dir / "history.png"
     best.trainer.plot_history(history_path)
-    console.print(f"What happened in the rounds of {best.method.name}: {history_path}")
-    console.print(f"Best adapter, with its card: {adapter_dir} ({best.method.name})")
+    console.print(f"What happened in the rounds of {best.name}: {history_path}")
+    console.print(f"Best adapter, with its card: {adapter_dir} ({best.name})")
     console.print(f"Loaded into a fresh base model it scores {reloaded:.1%}, as before: {best.curve()[-1]:.1%}.")
     if reloaded != best.curve()[-1]:
         raise SystemExit("The reloaded adapter does not score the same.")

@@ -14,10 +14,11 @@ pytest.importorskip("flwr")
 from safetensors.torch import load_file
 from transformers import set_seed
 
+from peft_ravan.examples.flower_digits.loopback import is_installed
 from peft_ravan.trainers import FederatedTrainer, read_history
 
 from ..helpers import assert_same
-from .loopback import Loopback, is_installed
+from .loopback import Loopback
 
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "flower"

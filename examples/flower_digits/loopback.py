@@ -1,0 +1,163 @@
+"""A SuperLink and SuperNodes of Flower on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import psutil
+
+
+BIN = Path(sys.executable).parent
+# in the environment of all that a loopback has started, and of nothing else
+MARK = "PEFT_RAVAN_STARTED_BY"
+START_SECONDS = 120
+STOP_SECONDS = 10
+
+
+def is_installed() -> bool:
+    """Whether the commands of Flower are next to this Python."""
+    return all((BIN / name).exists() for name in ("flwr", "flower-superlink", "flower-supernode"))
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
+
+
+class Loopback:
+    """
+    A context in which a SuperLink and SuperNodes run. At its end they are stopped, and so is everything that they have
+    started, also after an error or Ctrl-C.
+
+    Args:
+        folder (`Path`): A new folder for Flower's files and for the logs.
+        num_nodes (`int`): The number of nodes.
+        environment (`Mapping[str, str]`, *optional*): Environment variables for all processes.
+    """
+
+    def __init__(self, folder: Path, num_nodes: int, environment: Mapping[str, str] | None = None):
+        self.folder, self.num_nodes, self.address = folder.absolute(), num_nodes, f"127.0.0.1:{free_port()}"
+        self.processes: list[subprocess.Popen] = []
+        self._mark = uuid.uuid4().hex
+        self.environment = {
+            **os.environ,
+            "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+            "FLWR_HOME": str(self.folder / "home"),
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "OMP_NUM_THREADS": "1",
+            **(environment or {}),
+            MARK: self._mark,
+        }
+
+    def __enter__(self) -> Loopback:
+        home = self.folder / "home"
+        home.mkdir(parents=True)
+        (home / "config.toml").write_text(
+            f'[superlink]\ndefault = "loop"\n\n[superlink.loop]\naddress = "{self.address}"\ninsecure = true\n'
+        )
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.stop)
+            self._start_all()
+            self._wait_for_the_link()
+            stack.pop_all()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.stop()
+
+    def start_run(self, app: Path, **config) -> subprocess.Popen:
+        """Start `flwr run`, which ends with the run, whether or not it succeeds."""
+        given = " ".join(f"{name.replace('_', '-')}={json.dumps(value)}" for name, value in config.items())
+        return self._start("flwr", "run", str(app.absolute()), "loop", "--stream", "-c", given)
+
+    def run(self, app: Path, timeout: float, **config) -> None:
+        self.start_run(app, **config).wait(timeout)
+
+    def logs(self) -> str:
+        return "\n".join(f"== {path.name}\n{path.read_text()[-3000:]}" for path in sorted(self.folder.glob("*.log")))
+
+    def stop(self) -> None:
+        """Stop everything. Interrupts are ignored until it is done."""
+        with _ignored_interrupts():
+            deadline = time.monotonic() + STOP_SECONDS
+            for process in self._running():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.terminate()
+            while (left := self._running()) and time.monotonic() < deadline:
+                psutil.wait_procs(left, timeout=0.2)
+            while left := self._running():
+                for process in left:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        process.kill()
+                psutil.wait_procs(left, timeout=1)
+            for process in self.processes:
+                process.wait()
+
+    def _running(self) -> list[psutil.Process]:
+        # Flower starts some processes in sessions of their own, and they can outlive their parents
+        return [process for process in psutil.process_iter() if _mark_of(process) == self._mark]
+
+    def _start_all(self) -> None:
+        host, port = self.address.split(":")
+        place = ("--host", host, "--port", port)
+        self._start("flower-superlink", "--insecure", "--disable-runtime-dependency-installation", *place)
+        for index in range(self.num_nodes):
+            place = ("--superlink", self.address, "--port", str(free_port()))
+            config = f"partition-id={index} num-partitions={self.num_nodes}"
+            self._start("flower-supernode", "--insecure", *place, "--node-config", config)
+
+    def _start(self, *command: str) -> subprocess.Popen:
+        with open(self.folder / f"{len(self.processes)}-{command[0]}.log", "w") as log:
+            process = subprocess.Popen(
+                [BIN / command[0], *command[1:]],
+                env=self.environment,
+                cwd=self.folder,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # Ctrl-C goes to the process that started them, which stops them
+            )
+        self.processes.append(process)
+        return process
+
+    def _wait_for_the_link(self) -> None:
+        host, port = self.address.split(":")
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline and self.processes[0].poll() is None:
+            with socket.socket() as probe:
+                if probe.connect_ex((host, int(port))) == 0:
+                    return
+            time.sleep(0.2)
+        raise RuntimeError(f"The SuperLink could not be started.\n{self.logs()}")
+
+
+def _mark_of(process: psutil.Process) -> str | None:
+    try:
+        return process.environ().get(MARK) if process.status() != psutil.STATUS_ZOMBIE else None
+    except (psutil.Error, OSError):  # it has ended, or belongs to somebody else
+        return None
+
+
+@contextlib.contextmanager
+def _ignored_interrupts() -> Iterator[None]:
+    # only the main thread has handlers
+    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
