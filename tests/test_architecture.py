@@ -194,3 +194,12 @@ def test_all_packages_are_built():
         for module in (ROOT / where).rglob("*.py"):
             folders.add(".".join([top, *module.parent.relative_to(ROOT / where).parts]))
     assert set(tools["packages"]) == folders
+
+
+def test_the_apps_of_flower_are_built():
+    tomllib = pytest.importorskip("tomllib")
+    built = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    folders = [path.parent.relative_to(ROOT) for path in (ROOT / "examples").rglob("pyproject.toml")]
+    assert {".".join(["peft_ravan", *folder.parts]) for folder in folders} == {
+        package for package, files in built.items() if files == ["pyproject.toml"]
+    }

@@ -1,0 +1,90 @@
+"""What `make flower` runs, with a tiny base model, and with an in-process grid instead of the network."""
+
+import pytest
+
+
+pytest.importorskip("flwr")
+pytest.importorskip("rich")
+pytest.importorskip("sklearn")
+
+import torch
+from flwr.cli.build import build_fab_from_disk
+from safetensors.torch import load_file, save_file
+from transformers import ViTConfig, ViTForImageClassification
+
+from peft_ravan.examples import federated_digits
+from peft_ravan.examples.flower_digits import compare
+from peft_ravan.examples.flower_digits.app import federation
+
+from .grid import InProcessGrid
+
+
+def save_base_model(public, output_dir, seed):
+    torch.manual_seed(seed)
+    config = ViTConfig(
+        image_size=8, patch_size=4, num_channels=1, hidden_size=64, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=32, num_labels=10,
+    )  # fmt: skip
+    ViTForImageClassification(config).save_pretrained(output_dir / "base_model")
+    return output_dir / "base_model"
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """The app runs in this process. Returns what is called with the folder of its adapter at the end."""
+    at_the_end = []
+
+    def run(base_dir, folder, output_dir, console):
+        monkeypatch.setenv(federation.BASE_MODEL, str(base_dir))
+        nodes = {10 + index: {"partition-id": index, "num-partitions": 3} for index in range(3)}
+        grid = InProcessGrid(federation.client, nodes, {"output-dir": str(output_dir), "node-timeout": 0.0})
+        federation.server(grid, grid.server_context())
+        assert compare.show_rounds(output_dir, 0, console) == 2 == compare.show_rounds(output_dir, 2, console)
+        for function in at_the_end:
+            function(output_dir)
+        return 1.0
+
+    monkeypatch.setattr(federated_digits, "pretrain", save_base_model)
+    monkeypatch.setattr(
+        federation, "PLAN", federated_digits.Plan(num_clients=3, clients_per_round=3, num_rounds=1, max_steps=2)
+    )
+    monkeypatch.setattr(compare, "is_installed", lambda: True)
+    monkeypatch.setattr(compare, "run_over_flower", run)
+    monkeypatch.setenv("COLUMNS", "150")
+    return at_the_end
+
+
+def test_the_table_has_one_more_row_with_the_same_result(tmp_path, in_process, capsys):
+    for name in ("over-flower", "flower/home"):  # of an earlier run
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "rounds.jsonl").write_text("{}")
+    compare.main(["--output-dir", str(tmp_path)])
+    assert not (tmp_path / "flower").exists()
+    shown = capsys.readouterr().out
+    assert "3 clients, 1 rounds of 3 clients, 2 local steps" in shown
+    table = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.splitlines() if line.startswith("│")]
+    assert [row[0] for row in table[-4:]] == ["LoRA, FedAvg", "Ravan", "Ravan, FedRPCA", "Ravan, FedRPCA, over Flower"]
+    assert table[-1][1:-1] == table[-2][1:-1] != table[-3][1:-1]
+    assert "is the same as that of Ravan, FedRPCA in one process, bit for bit" in shown
+
+
+def test_another_result_is_an_error(tmp_path, in_process):
+    def change(folder):
+        adapter = load_file(folder / "adapter_model.safetensors")
+        next(value for name, value in adapter.items() if name.endswith("ravan_H")).view(-1)[3] += 0.25
+        save_file(adapter, folder / "adapter_model.safetensors")
+
+    in_process.append(change)
+    with pytest.raises(SystemExit, match="differs from that of one process by up to 0.25"):
+        compare.main(["--output-dir", str(tmp_path)])
+
+
+def test_flower_accepts_the_app():
+    assert b"federation.py" in build_fab_from_disk(compare.APP)
+
+
+def test_it_says_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "is_installed", lambda: False)
+    with pytest.raises(SystemExit, match=r"pip install 'peft-ravan\[demo,flower\]', with Python 3.11"):
+        compare.main(["--output-dir", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
