@@ -10,13 +10,11 @@ client. The same clients also run in this process, with the methods of the demo.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
 import shutil
-import signal
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -32,7 +30,7 @@ from rich.console import Console  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 from peft_ravan.examples import federated_digits as digits  # noqa: E402
-from peft_ravan.examples.flower_digits.loopback import Loopback, is_installed  # noqa: E402
+from peft_ravan.examples.flower_digits.loopback import Loopback, ended_by_signals, is_installed  # noqa: E402
 from peft_ravan.trainers import read_history  # noqa: E402
 
 
@@ -82,21 +80,6 @@ def largest_difference(folder: Path, other: Path) -> float:
     if one.keys() != two.keys():
         return float("inf")
     return max((one[name].double() - two[name].double()).abs().max().item() for name in one)
-
-
-@contextlib.contextmanager
-def ended_by_signals() -> Iterator[None]:
-    """Let a signal to end this process end it as Ctrl-C does, so that nothing is left running."""
-
-    def end(number: int, frame: object) -> None:
-        raise SystemExit(128 + number)
-
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

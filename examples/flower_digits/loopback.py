@@ -22,7 +22,9 @@ BIN = Path(sys.executable).parent
 # in the environment of all that a loopback has started, and of nothing else
 MARK = "PEFT_RAVAN_STARTED_BY"
 START_SECONDS = 120
-STOP_SECONDS = 10
+STOP_SECONDS = 5
+# that end a process
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def is_installed() -> bool:
@@ -154,8 +156,25 @@ def _mark_of(process: psutil.Process) -> str | None:
 @contextlib.contextmanager
 def _ignored_interrupts() -> Iterator[None]:
     # only the main thread has handlers
-    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    numbers = SIGNALS if threading.current_thread() is threading.main_thread() else ()
     before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Let Ctrl-C and signals raise an error that ends this process without a traceback, and with nothing left running."""
+
+    def end(number: int, frame: object) -> None:
+        for other in SIGNALS:  # of somebody impatient, until everything is stopped
+            signal.signal(other, signal.SIG_IGN)
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, end) for number in SIGNALS}
     try:
         yield
     finally:
