@@ -28,12 +28,6 @@ warnings.filterwarnings("ignore", category=FutureWarning)
 for noisy in ("bitsandbytes", "torch.utils._pytree", "torchao"):
     logging.getLogger(noisy).setLevel(logging.CRITICAL)
 
-import matplotlib  # noqa: E402
-
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
@@ -256,14 +250,17 @@ def show_table(results: list[Result], plan: Plan, console: Console) -> None:
 
 
 def plot(results: list[Result], path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    # here and not above, since each node of examples/flower_digits imports this module again in every round
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
     for result in results:
         axes.plot([100 * value for value in result.curve()], label=result.name)
     axes.set(xlabel="round", ylabel="accuracy on the clients' test images (%)", ylim=(0, 100))
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def save_and_reload(result: Result, base_dir: Path, adapter_dir: Path) -> float:
