@@ -194,7 +194,9 @@ def test_an_upload_that_is_interrupted_is_reported(place, hub):
 
 def test_demo_says_what_it_needs(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    # imported before by another test, it is an attribute of its package, too
     monkeypatch.delitem(sys.modules, "peft_ravan.examples.federated_digits", raising=False)
+    monkeypatch.delattr("peft_ravan.examples.federated_digits", raising=False)
     assert_refused(
         run("demo"), "needs sklearn.datasets, which comes with an optional extra: pip install 'peft-ravan[demo]'"
     )
