@@ -280,11 +280,11 @@ def silence_libraries() -> None:
     disable_progress_bar()
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(command_line: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0].strip())
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/digits"), help="where the results go")
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(command_line)
     silence_libraries()
     # a model this small is not faster on two cores, and the results do not depend on their number this way
     torch.set_num_threads(1)
