@@ -19,19 +19,18 @@ import argparse
 import contextlib
 import functools
 import json
-import multiprocessing
 import statistics
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
+from own_process import in_own_process, memory_bytes
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils.data import DataLoader, RandomSampler
 from transformers import (
@@ -263,8 +262,7 @@ def measure_round(args: argparse.Namespace, folder: str) -> dict[str, Any]:
 
 
 def megabytes(name: str) -> float:
-    status = Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith(name + ":"))
+    return memory_bytes(name) / 2**20
 
 
 class MemoryWatch(FederatedCallback):
@@ -337,13 +335,9 @@ def measure_upload(args: argparse.Namespace, folder: str) -> dict[str, Any]:
 # ---- Table and plot --------------------------------------------------------------------
 
 
-def in_own_process(args: argparse.Namespace, function: Callable, *more) -> Any:
-    context = multiprocessing.get_context("spawn")
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        ProcessPoolExecutor(1, context, initializer=torch.set_num_threads, initargs=(args.threads,)) as pool,
-    ):
-        return pool.submit(function, args, folder, *more).result()
+def in_own_folder(args: argparse.Namespace, function: Callable, *more) -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        return in_own_process(args.threads, function, args, folder, *more)
 
 
 def flatness(figures: dict[str, Any]) -> float:
@@ -436,11 +430,11 @@ def main() -> None:
     few, many, crowd = args.clients
     per_round = min(10, few)
     figures = {
-        "round": in_own_process(args, measure_round),
-        "few": in_own_process(args, measure_clients, few, per_round, args.memory_rounds),
-        "many": in_own_process(args, measure_clients, many, per_round, args.memory_rounds),
-        "crowd": in_own_process(args, measure_clients, crowd, min(100, crowd), 2),
-        "upload": in_own_process(args, measure_upload),
+        "round": in_own_folder(args, measure_round),
+        "few": in_own_folder(args, measure_clients, few, per_round, args.memory_rounds),
+        "many": in_own_folder(args, measure_clients, many, per_round, args.memory_rounds),
+        "crowd": in_own_folder(args, measure_clients, crowd, min(100, crowd), 2),
+        "upload": in_own_folder(args, measure_upload),
     }
     print_table(("What", "Measured", "Reach"), *summary(figures))
     parts = overhead(figures, args)

@@ -7,24 +7,23 @@ What a round costs a server, for adapters of models with 1B and 8B parameters, a
     python benchmarks/scaling.py registered    # what grows with all clients, and not with those of a round
 
 No model is loaded: only the shapes of its layers matter. Times are those of the processor, on one thread by default, and
-the least of several runs. Each measurement of memory runs in its own process and reads
-/proc/self/status on Linux: VmHWM is the peak of the resident memory, VmRSS its current value.
+the least of several runs. Each measurement of memory runs in its own process and reads /proc/self/status on Linux: VmHWM
+is the peak of the resident memory, VmRSS its current value.
 """
 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from own_process import in_own_process, memory_bytes
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -219,8 +218,7 @@ def print_bytes(args: argparse.Namespace) -> None:
 
 
 def megabytes(name: str) -> float:
-    status = Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) * 1024 / 1e6 for line in status.splitlines() if line.startswith(name + ":"))
+    return memory_bytes(name) / 1e6
 
 
 def timed(function: Callable[[], Any]) -> tuple[float, Any]:
@@ -282,7 +280,7 @@ def print_server(args: argparse.Namespace) -> None:
         if args.models and adapter.model not in args.models:
             continue
         for num_clients in args.clients or [10]:
-            figures = in_own_process(args, run_rounds, adapter, num_clients, args.repeats)
+            figures = in_own_process(args.threads, run_rounds, adapter, num_clients, args.repeats)
             columns = [f"{figures[name]:.3g}" for name in ("open", "read", "close", "memory", "state")]
             print(adapter.label(), num_clients, "|", " | ".join(columns), "|", flush=True)
 
@@ -343,20 +341,14 @@ def print_registered(args: argparse.Namespace) -> None:
         for weights in (None, "examples"):
             per_round = min(1000, num_clients // 2)
             repeats = args.repeats if num_clients < 10**6 else 1
-            figures = in_own_process(args, sample_from, num_clients, per_round, weights, repeats)
+            figures = in_own_process(args.threads, sample_from, num_clients, per_round, weights, repeats)
             columns = [f"{figures[name]:.3g}" for name in ("sizes", "seconds", "peak")]
             print(f"| {num_clients:,} | {per_round} | {weights} | " + " | ".join(columns) + " |", flush=True)
     print("| clients | MB of kept | seconds to write | MB of the file | MB at the peak |")
     for num_clients in args.clients or [10, 1000, 100_000, 1_000_000]:
-        figures = in_own_process(args, keep_for, num_clients)
+        figures = in_own_process(args.threads, keep_for, num_clients)
         columns = [f"{figures[name]:.3g}" for name in ("kept", "seconds", "file", "peak")]
         print(f"| {num_clients:,} | " + " | ".join(columns) + " |", flush=True)
-
-
-def in_own_process(args: argparse.Namespace, function: Callable, *more) -> Any:
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context, initializer=torch.set_num_threads, initargs=(args.threads,)) as pool:
-        return pool.submit(function, *more).result()
 
 
 def main() -> None:
