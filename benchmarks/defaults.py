@@ -4,7 +4,7 @@ The trial by which the defaults of the federated trainers were chosen: accuracy 
 Clients with different shares of the labels make the merged adapter swing from round to round. The script runs federations
 with adapters that upload the same number of parameters, in different dtypes, keeps the merged state of each round, and
 evaluates the last state and means of the states so far. All rules of the mean are compared on the same run. Each run is
-saved when it has finished, and is not repeated..
+saved when it has finished, and is not repeated.
 
     python benchmarks/defaults.py --model MODEL --data PATH_OR_HUB_ID --output outputs/defaults
     python benchmarks/defaults.py --output outputs/defaults --report
@@ -20,10 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from cells import run_cells
 from peft import LoraConfig, PeftConfig
-from text_trial import WHERE, State, TextTrial, add_arguments
+from text_trial import WHERE, State, TextTrial, add_arguments, run_and_report
 
 from peft_ravan import RavanConfig
 from peft_ravan.trainers.server.mean_of_rounds import POWER
@@ -50,7 +48,7 @@ METHODS = {
     "Ravan": Method(RAVAN),
     "Ravan, int8": Method(RAVAN, "int8"),
     "Ravan, int4": Method(RAVAN, "int4"),
-    "Ravan, int4, gradient_svd": Method(FROM_GRADIENTS, "int4", {"bases_rank": 32, "bases_clients": 2}),
+    "Ravan, int4, gradient_svd": Method(FROM_GRADIENTS, "int4", {"bases_clients": 2}),
 }
 # evaluated after each of these shares of the rounds, and in the rounds before, over which accuracies are averaged
 SHARES_OF_ROUNDS = (0.5, 1.0)
@@ -158,19 +156,10 @@ def cells(options: argparse.Namespace) -> Iterator[Cell]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0].strip())
-    add_arguments(parser)
-    parser.add_argument("--output", type=Path, default=Path("outputs/defaults"), help="folder for the results")
+    add_arguments(parser, Path("outputs/defaults"))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--rounds", type=int, default=30)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    options.output.mkdir(parents=True, exist_ok=True)
-    path = options.output / "cells.jsonl"
-    if options.report:
-        print(report(run_cells((), run, path)))
-        return
-    trial = TextTrial(options.model, options.data, options.max_test_examples)
-    print(report(run_cells(cells(options), lambda cell: run(cell, trial, options.output), path)))
+    run_and_report(parser.parse_args(), cells, run, report)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 The sweep by which the scale of the bases was chosen: the best learning rate of LoRA, and of Ravan with heads of any shape.
 
 Each run is saved when it has finished, and is not repeated. The best rate is interpolated between rates by a parabola in
-the logarithm of the rate..
+the logarithm of the rate.
 
     python benchmarks/learning_rates.py --model MODEL --data PATH_OR_HUB_ID --output outputs/learning_rates
     python benchmarks/learning_rates.py --output outputs/learning_rates --report
@@ -17,10 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-from cells import run_cells
 from peft import LoraConfig, PeftConfig
-from text_trial import WHERE, TextTrial, add_arguments
+from text_trial import WHERE, TextTrial, add_arguments, run_and_report
 
 from peft_ravan import RavanConfig
 
@@ -98,20 +96,11 @@ def cells(options: argparse.Namespace) -> Iterator[Cell]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0].strip())
-    add_arguments(parser)
-    parser.add_argument("--output", type=Path, default=Path("outputs/learning_rates"), help="folder for the results")
+    add_arguments(parser, Path("outputs/learning_rates"))
     parser.add_argument("--learning-rates", type=float, nargs="+", default=LEARNING_RATES)
     parser.add_argument("--bases-scale", choices=("lora", "paper"), default="lora")
     parser.add_argument("--rounds", type=int, default=15)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    options.output.mkdir(parents=True, exist_ok=True)
-    path = options.output / "cells.jsonl"
-    if options.report:
-        print(report(run_cells((), run, path)))
-        return
-    trial = TextTrial(options.model, options.data, options.max_test_examples)
-    print(report(run_cells(cells(options), lambda cell: run(cell, trial, options.output), path)))
+    run_and_report(parser.parse_args(), cells, run, report)
 
 
 if __name__ == "__main__":

@@ -114,7 +114,11 @@ def run(cell: Cell, output: Path) -> float:
         logging_strategy="no",
         report_to="none",
         use_cpu=True,
-        learning_rate=digits.CLASSIFIER_LEARNING_RATE,
+        learning_rate=digits.LEARNING_RATE,
+        task_head_learning_rate=digits.CLASSIFIER_LEARNING_RATE,
+        # attackers change what they start from, which the model holds at the start of a round
+        average_rounds=1,
+        upload_dtype="float32",
         merge_method=cell.method,
         merge_options=OPTIONS.get(cell.method),
         max_update_norm=cell.limit,
@@ -125,7 +129,6 @@ def run(cell: Cell, output: Path) -> float:
     set_seed(cell.seed)
     model = get_peft_model(ViTForImageClassification.from_pretrained(base_dir), method.adapter)
     attackers = Attackers(cell)
-    groups = {"params": digits.parameter_groups(model, method.learning_rate), "lr": args.learning_rate}
     trainer = FederatedTrainer(
         model,
         args,
@@ -135,7 +138,6 @@ def run(cell: Cell, output: Path) -> float:
             [test[c] for c in test if c not in Cell("", None, "", 4, 0).attackers]
         ),
         compute_metrics=digits.accuracy,
-        optimizer_cls_and_kwargs=(torch.optim.AdamW, groups),
         client_fault=attackers,
         callbacks=[attackers],
     )

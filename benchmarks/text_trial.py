@@ -8,7 +8,7 @@ Adapters are at the queries and values of the last two layers. The layers below 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import datasets
 import torch
 from cached_layers import CachedTexts, keep_upper_layers
+from cells import Cell, run_cells
 from peft import PeftConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PrinterCallback, set_seed
@@ -80,19 +81,17 @@ class TextTrial:
 
     def __init__(self, model: str, data: str, max_test_examples: int):
         self.model = model
-        tokenizer, encoder = (
-            AutoTokenizer.from_pretrained(model),
-            AutoModelForSequenceClassification.from_pretrained(model),
-        )
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        encoder = AutoModelForSequenceClassification.from_pretrained(model)
         first = encoder.config.num_hidden_layers - ADAPTED_LAYERS
         splits = load_texts(data)
         test = splits["test"].shuffle(seed=0)
         splits["test"] = test.select(range(min(max_test_examples, len(test))))
-        self.label = next(n for n, f in test.features.items() if isinstance(f, datasets.ClassLabel))
+        label = next(n for n, f in test.features.items() if isinstance(f, datasets.ClassLabel))
         text = next(name for name in ("text", "sentence", "utterance") if name in test.features)
-        self.num_labels = test.features[self.label].num_classes
+        self.num_labels = test.features[label].num_classes
         self.train, self.test = (
-            CachedTexts(encoder, tokenizer, split[text], split[self.label], test.features[self.label], first, TOKENS)
+            CachedTexts(encoder, tokenizer, split[text], split[label], test.features[label], first, TOKENS)
             for split in (splits["train"], splits["test"])
         )
         self.first, self.test_batches = first, self.test.batches(256)
@@ -150,10 +149,27 @@ def load_texts(source: str) -> datasets.DatasetDict:
     )
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser, output: Path) -> None:
     parser.add_argument("--model", help="path or Hub id of a BERT encoder")
     parser.add_argument("--data", help="folder with train.parquet and test.parquet, or Hub id")
+    parser.add_argument("--output", type=Path, default=output, help="folder for the results")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--max-test-examples", type=int, default=2250)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--report", action="store_true", help="print the table of the finished runs")
+
+
+def run_and_report(
+    options: argparse.Namespace,
+    cells: Callable[[argparse.Namespace], Iterator[Cell]],
+    run: Callable[[Cell, TextTrial, Path], Any],
+    report: Callable[[list[dict]], str],
+) -> None:
+    """Run the cells that have not finished yet, unless only the report is wanted, and print the report of all."""
+    torch.set_num_threads(options.threads)
+    options.output.mkdir(parents=True, exist_ok=True)
+    wanted, trial = (), None
+    if not options.report:
+        wanted, trial = cells(options), TextTrial(options.model, options.data, options.max_test_examples)
+    records = run_cells(wanted, lambda cell: run(cell, trial, options.output), options.output / "cells.jsonl")
+    print(report(records))
