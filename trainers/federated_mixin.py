@@ -28,7 +28,7 @@ from .data.checks import check_batches, check_labels
 from .data.client_data import ClientData
 from .data.partition import make_clients
 from .data.preparation import PreparationMixin, by_name, one_dataset
-from .exchange import ClientReply, ClientTask
+from .exchange import ClientReply
 from .federation import Federation
 from .heap import frozen_heap
 from .records.callbacks import FederatedProgressCallback
@@ -358,18 +358,15 @@ class FederatedMixin(PreparationMixin, CheckpointingMixin, SharingMixin, Reports
         return metrics
 
     def _attempt_round(self, run: Run, round_number: int) -> dict[str, Any] | None:
-        replies = self._told(self._runner.run(self._open_attempt(run, round_number), run.client.train))
+        tasks = run.server.open(round_number)
+        self._tell("on_round_begin", clients=[task.client for task in tasks])
+        replies = self._told(self._runner.run(tasks, run.client.train))
 
         def close(replies: Iterable[ClientReply]) -> tuple[dict[str, Any] | None, Progress]:
             return run.server.close(round_number, replies), run.server.progress
 
         record, run.server.progress = self._runner.at_server(replies, close)
         return record
-
-    def _open_attempt(self, run: Run, round_number: int) -> list[ClientTask]:
-        tasks = run.server.open(round_number)
-        self._tell("on_round_begin", clients=[task.client for task in tasks])
-        return tasks
 
     def _told(self, replies: Iterable[ClientReply]) -> Iterator[ClientReply]:
         for reply in replies:

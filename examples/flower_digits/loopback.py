@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import psutil
@@ -85,15 +85,12 @@ class Loopback:
         given = " ".join(f"{name.replace('_', '-')}={json.dumps(value)}" for name, value in config.items())
         return self._start("flwr", "run", str(app.absolute()), "loop", "--stream", "-c", given)
 
-    def run(self, app: Path, timeout: float, **config) -> None:
-        self.start_run(app, **config).wait(timeout)
-
     def logs(self) -> str:
         return "\n".join(f"== {path.name}\n{path.read_text()[-3000:]}" for path in sorted(self.folder.glob("*.log")))
 
     def stop(self) -> None:
         """Stop everything. Interrupts are ignored until it is done."""
-        with _ignored_interrupts():
+        with _handled_by(signal.SIG_IGN):
             deadline = time.monotonic() + STOP_SECONDS
             for process in self._running():
                 with contextlib.suppress(psutil.NoSuchProcess):
@@ -154,15 +151,15 @@ def _mark_of(process: psutil.Process) -> str | None:
 
 
 @contextlib.contextmanager
-def _ignored_interrupts() -> Iterator[None]:
+def _handled_by(handler: Callable | signal.Handlers) -> Iterator[None]:
     # only the main thread has handlers
     numbers = SIGNALS if threading.current_thread() is threading.main_thread() else ()
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, handler_before in before.items():
+            signal.signal(number, handler_before)
 
 
 @contextlib.contextmanager
@@ -174,9 +171,5 @@ def ended_by_signals() -> Iterator[None]:
             signal.signal(other, signal.SIG_IGN)
         raise SystemExit(128 + number)
 
-    before = {number: signal.signal(number, end) for number in SIGNALS}
-    try:
+    with _handled_by(end):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -243,10 +243,21 @@ def partition_indices(dataset: Dataset, settings: PartitionSettings) -> dict[str
     return dict(zip(_client_names(num_clients), parts, strict=True))
 
 
+def client_of_part(part: int, num_parts: int) -> str:
+    """
+    Args:
+        part (`int`): A part of a dataset, from 0.
+        num_parts (`int`): The number of parts.
+
+    Returns:
+        `str`: The name of its client. All have one length, so that alphabetical order is numerical order.
+    """
+    digits = len(str(num_parts - 1))
+    return f"client_{part:0{digits}d}"
+
+
 def _client_names(num_clients: int) -> list[str]:
-    # padded to one length, so that alphabetical order is numerical order
-    digits = len(str(num_clients - 1))
-    return [f"client_{index:0{digits}d}" for index in range(num_clients)]
+    return [client_of_part(part, num_clients) for part in range(num_clients)]
 
 
 def _dirichlet(labels: np.ndarray, num_clients: int, alpha: float, rng: np.random.Generator) -> list[np.ndarray]:

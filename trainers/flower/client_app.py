@@ -19,6 +19,7 @@ from ..client.store import ClientStore
 from ..client.trainer_hooks import local_arguments
 from ..client_setup import client_settings
 from ..data.client_data import ClientData
+from ..data.partition import client_of_part
 from ..exchange import ClientTask
 from ..round_zero import bases_of
 from .client_state import client_store, keep_bases, kept_bases
@@ -56,8 +57,7 @@ def client_name(node_config: Mapping[str, Any]) -> str:
     if "client-name" in node_config:
         return str(node_config["client-name"])
     if "partition-id" in node_config:
-        digits = len(str(int(node_config.get("num-partitions", 1)) - 1))
-        return f"client_{int(node_config['partition-id']):0{digits}d}"
+        return client_of_part(int(node_config["partition-id"]), int(node_config.get("num-partitions", 1)))
     raise ValueError(
         "The node has no name, by which the federation would know it again. Start it with one, such as `--node-config "
         "'client-name=\"north\"'`, or with a `partition-id`."

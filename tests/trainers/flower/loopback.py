@@ -2,6 +2,7 @@
 
 import os
 import signal
+from pathlib import Path
 
 import psutil
 
@@ -10,6 +11,9 @@ from peft_ravan.examples.flower_digits import loopback
 
 class Loopback(loopback.Loopback):
     """A loopback with accidents."""
+
+    def run(self, app: Path, timeout: float, **config) -> None:
+        self.start_run(app, **config).wait(timeout)
 
     def kill_server_app(self) -> None:
         """As the kernel does when memory runs out."""
