@@ -293,9 +293,9 @@ def main(command_line: Sequence[str] | None = None) -> None:
     public, private = load_data(options.seed)
     console.print(f"Pretraining on {len(public)} public images: the digits 0 to 6, upright.")
     base_dir = pretrain(public, options.output_dir, options.seed)
-    console.print(f"20 clients hold {len(private)} other images: all ten digits, turned by a quarter.")
-
     plan, results = Plan(), []
+    console.print(f"{plan.num_clients} clients hold {len(private)} other images: all ten digits, turned by a quarter.")
+
     for method in methods():
         console.print(f"\n[bold]{method.name}[/bold]")
         args = arguments(method, options.output_dir / "run", options.seed, plan)

@@ -7,26 +7,15 @@ pytest.importorskip("flwr")
 pytest.importorskip("rich")
 pytest.importorskip("sklearn")
 
-import torch
 from flwr.cli.build import build_fab_from_disk
 from safetensors.torch import load_file, save_file
-from transformers import ViTConfig, ViTForImageClassification
 
 from peft_ravan.examples import federated_digits
 from peft_ravan.examples.flower_digits import compare
 from peft_ravan.examples.flower_digits.app import federation
 
+from ...digits import save_base_model
 from .grid import InProcessGrid
-
-
-def save_base_model(public, output_dir, seed):
-    torch.manual_seed(seed)
-    config = ViTConfig(
-        image_size=8, patch_size=4, num_channels=1, hidden_size=64, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=32, num_labels=10,
-    )  # fmt: skip
-    ViTForImageClassification(config).save_pretrained(output_dir / "base_model")
-    return output_dir / "base_model"
 
 
 @pytest.fixture
