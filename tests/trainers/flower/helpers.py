@@ -11,11 +11,11 @@ import torch
 from peft import get_peft_model
 from safetensors.torch import load_file
 
-from peft_ravan.trainers import FederatedArguments, make_clients, read_history
+from peft_ravan.trainers import FederatedArguments, FederatedTrainer, make_clients, read_history
 from peft_ravan.trainers.flower import make_client_app, make_server_app
 
 from ...conftest import classification_dataset, tiny_bert
-from ..helpers import arguments, ravan
+from ..helpers import arguments, assert_same, comparable, make_trainer, ravan
 from .grid import InProcessGrid
 
 
@@ -73,3 +73,20 @@ class Federation:
     def records(self) -> list[dict[str, Any]]:
         """The records of its rounds."""
         return read_history(self.folder)
+
+
+def trained(folder: Path, make_adapter=ravan, **options) -> FederatedTrainer:
+    """The federation that a [`Federation`] with these options is compared with, in the folder `trainer`."""
+    options = {"num_clients": NUM_CLIENTS, "max_steps": 2, **options}
+    trainer = make_trainer(folder / "trainer", make_adapter(), **options)
+    trainer.train()
+    trainer.save_model()
+    return trainer
+
+
+def assert_same_as_trainer(folder: Path, make_adapter=ravan, **options) -> None:
+    """Run a federation over Flower, and compare it bit for bit with the one that was [`trained`]."""
+    federation = Federation(small(folder / "flower", **options), make_adapter)
+    federation.run()
+    assert_same(federation.adapter(), load_file(folder / "trainer" / "adapter_model.safetensors"))
+    assert comparable(federation.records) == comparable(read_history(folder / "trainer"))
