@@ -20,11 +20,18 @@ from ..client.trainer_hooks import local_arguments
 from ..client_setup import client_settings
 from ..data.client_data import ClientData
 from ..data.partition import client_of_part
-from ..exchange import ClientTask
-from ..round_zero import bases_of
+from ..exchange import ClientReply, ClientTask
 from .client_state import client_store, keep_bases, kept_bases
 from .codec import from_record, to_record
-from .introduction import BASES_ACTION, Bases, Introduction, frozen_fingerprints
+from .introduction import (
+    BASES_ACTION,
+    LOST_BASES,
+    ON_SENT_BASES_ACTION,
+    Bases,
+    Introduction,
+    frozen_fingerprints,
+    frozen_parts,
+)
 
 
 Arguments = TrainingArguments | Callable[[Mapping[str, Any]], TrainingArguments]
@@ -107,15 +114,16 @@ def make_client_app(
         run_args = arguments_of(args, context.run_config)
         set_seed(run_args.seed)
         model, dataset = load_model(), load_data(context)
-        if bases is not None:
-            bases.load(bases_of(model, model.active_adapter))
         local_args = local_arguments(run_args, run_args.seed)
         local_args.output_dir = tempfile.gettempdir()  # Trainer creates this folder, and a node writes nothing into it
         trainer = make_trainer(model=model, args=local_args, train_dataset=dataset)
         # a trainer may prepare its data, and examples are counted before
         given = ClientData.of_one(dataset, run_args)
         data = ClientData(lambda client: trainer.train_dataset, given.num_examples)
-        return LocalClient(trainer, store, settings=client_settings(run_args, model.active_peft_config), data=data)
+        client = LocalClient(trainer, store, settings=client_settings(run_args, model.active_peft_config), data=data)
+        if bases is not None:
+            bases.load(frozen_parts(trainer.model))  # the client has frozen what it does not train
+        return client
 
     def introduction(client: LocalClient, context: Context) -> RecordDict:
         name = client_name(context.node_config)
@@ -133,19 +141,23 @@ def make_client_app(
         keep_bases(context, bases)
         return Message(content, reply_to=message)
 
-    @app.train()
-    def train(message: Message, context: Context) -> Message:
+    def reply(message: Message, context: Context, bases: Bases | None = None, has_lost_them: bool = False) -> Message:
         task, name = from_record(message.content, ClientTask), client_name(context.node_config)
         if task.client != name:
             raise ValueError(f"The task is for the client {task.client!r}, and this node is {name!r}.")
+        if has_lost_them:
+            return Message(to_record(ClientReply.to(task, failure=LOST_BASES)), reply_to=message)
         with client_store(context) as store:
-            client = make_client(context, store, kept_bases(context))
-            if task.purpose == "train" and client.adapter.awaits_gradient:
-                raise ValueError(
-                    "The node has lost the bases that were made in round 0: it was started again under the same id. What it "
-                    "would train could not be averaged, so it is left out until the run is resumed."
-                )
-            reply = client.train(task)
-        return Message(to_record(reply), reply_to=message)
+            given = make_client(context, store, bases).train(task)
+        return Message(to_record(given), reply_to=message)
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        return reply(message, context)
+
+    @app.train(ON_SENT_BASES_ACTION)
+    def train_on_sent_bases(message: Message, context: Context) -> Message:
+        bases = kept_bases(context)
+        return reply(message, context, bases, has_lost_them=bases is None)
 
     return app

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from flwr.app import Message, MessageType, Metadata
+from flwr.app import Message, Metadata
 from transformers.utils import logging
 
 from ..exchange import ClientReply, ClientTask
 from ..messages import MAX_TEXT_LENGTH, MessageError
 from ..runners.one_by_one import Runner, Work
 from .codec import from_record, to_records
+from .introduction import LOST_BASES
 from .nodes import Nodes
 
 
@@ -44,8 +45,8 @@ class Courier:
         reached = [task for task in tasks if task.client in connected]
         number = str(tasks[0].round_number) if tasks else ""
         messages = [
-            Message(content, connected[task.client], MessageType.TRAIN, ttl=self.timeout, group_id=number)
-            for task, content in zip(reached, to_records(reached), strict=True)
+            Message(content, connected[client], self.nodes.message_type(client), ttl=self.timeout, group_id=number)
+            for client, content in zip((task.client for task in reached), to_records(reached), strict=True)
         ]
         self._tasks = tasks
         # Flower gives a message its id when it is sent
@@ -104,6 +105,8 @@ class Courier:
                 failure=f"It has replied to another task: of client {reply.client!r:.100}, round {reply.round_number}, attempt "
                 f"{reply.attempt} and run {reply.run!r:.100}.",
             )
+        if reply.failure == LOST_BASES:
+            self.nodes.send_bases_again(task.client)
         return reply
 
 

@@ -15,17 +15,18 @@ from transformers import TrainingArguments, set_seed
 from transformers.utils import logging
 
 from peft_ravan.sharing.reading import different_bases
+from peft_ravan.tuner.gradient_bases import awaits_gradient
 
 from ..client.live_adapter import freeze
 from ..client.store import ClientStore
 from ..exchange import ClientTask
 from ..federated_trainer import FederatedTrainer
-from ..round_zero import bases_of
 from ..run import Run
 from ..server.budgets import resolve_client_budgets
 from .client_app import Arguments, arguments_of
 from .courier import Courier, GridRunner
-from .introduction import frozen_fingerprints
+from .frozen_parts import FrozenParts
+from .introduction import frozen_fingerprints, frozen_parts
 from .nodes import Nodes
 from .strategy import FederatedStrategy
 
@@ -89,7 +90,7 @@ class ServerTrainer(FederatedTrainer):
             self._open_run(run, trial)
         frozen = frozen_fingerprints(self.model)
         if different_bases(self._frozen, frozen):  # they were made in round 0, or come from a checkpoint
-            self._courier.nodes.share(bases_of(self.model, self.model.active_adapter), frozen)
+            self._courier.nodes.share(frozen_parts(self.model), frozen)
         started = time.perf_counter()
 
         def on_open(tasks: list[ClientTask]) -> None:
@@ -124,6 +125,7 @@ def make_server_app(
     min_nodes: int | None = None,
     node_timeout: float = 600.0,
     round_timeout: float = 3600.0,
+    send_bases: bool = False,
     load_eval_data: Callable[[], Dataset] | None = None,
     compute_metrics: Callable | None = None,
 ) -> ServerApp:
@@ -146,6 +148,10 @@ def make_server_app(
         round_timeout (`float`, *optional*, defaults to 3600):
             How many seconds the clients have for a round. Later replies are lost. In the configuration of the run,
             `round-timeout`.
+        send_bases (`bool`, *optional*, defaults to `False`):
+            Whether a node whose torch makes other bases from the same seed is sent those of the server, once. By default
+            it is left out, since other random numbers can also mean that it runs other code. Anything else that is frozen
+            in the adapter is sent, too, such as LoRA's A for FFA-LoRA. In the configuration of the run, `send-bases`.
         load_eval_data (`Callable[[], Dataset]`, *optional*):
             Returns the data that the server evaluates the adapter on, according to `eval_strategy`.
         compute_metrics (`Callable`, *optional*):
@@ -155,8 +161,9 @@ def make_server_app(
         `flwr.serverapp.ServerApp`: The app.
 
     Raises:
-        TooFewNodesError: when it runs, if there are too few nodes in time.
-        ValueError: when it runs, if a node has the name or another adapter of another one, or if the arguments do not fit.
+        TooFewNodesError: when it runs, if there are too few nodes in time. Nodes that do not fit are not counted, and the
+            error says why.
+        ValueError: when it runs, if the arguments do not fit.
 
     Example:
 
@@ -176,7 +183,9 @@ def make_server_app(
         needed = config.get("min-nodes", min_nodes)
         if needed is None:
             needed = run_args.num_clients or run_args.clients_per_round or run_args.min_clients
-        nodes = connected_nodes(grid, model, run_args, int(needed), float(config.get("node-timeout", node_timeout)))
+        frozen = frozen_in(model, run_args, bool(config.get("send-bases", send_bases)))
+        nodes = Nodes(grid, frozen, float(config.get("node-timeout", node_timeout)))
+        nodes.wait(int(needed))
         # set after the nodes are known: the federation has as many clients as have come
         run_args.num_clients = len(nodes.clients)
         run_args.client_budgets = told_budgets(nodes, run_args, model.active_peft_config)
@@ -193,24 +202,20 @@ def make_server_app(
     return app
 
 
-def connected_nodes(grid: Grid, model: PeftModel, args: TrainingArguments, least: int, timeout: float) -> Nodes:
+def frozen_in(model: PeftModel, args: TrainingArguments, send: bool) -> FrozenParts:
     """
-    Wait for the nodes of a federation.
-
     Args:
-        grid (`flwr.serverapp.Grid`): The grid.
         model ([`~peft.PeftModel`]): The model of the server. What no client trains is frozen.
         args ([`FederatedArguments`]): The arguments.
-        least (`int`): How many nodes must be there.
-        timeout (`float`): How many seconds to wait for them.
+        send (`bool`): Whether nodes that make other frozen parts are sent those of the server.
 
     Returns:
-        [`Nodes`]: The nodes, which have the same adapter.
+        [`FrozenParts`]: What is frozen in its adapter.
     """
     freeze(model, args.merging.of(model.active_peft_config).merge_method.frozen_parts)
-    nodes = Nodes(grid, frozen_fingerprints(model), timeout)
-    nodes.wait(least)
-    return nodes
+    # sketches of gradients could not be averaged either if they were made with other random numbers
+    parts = None if awaits_gradient(model, model.active_adapter) else frozen_parts(model)
+    return FrozenParts(frozen_fingerprints(model), parts, send)
 
 
 def told_budgets(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -54,13 +55,19 @@ class Federation:
         def load(config=make_adapter):
             return load_model(config())
 
-        client_app = make_client_app(load, lambda context: parts[str(context.node_config["data"])], args)
+        self._load_data = lambda context: parts[str(context.node_config["data"])]
+        client_app = make_client_app(load, self._load_data, args)
         nodes: dict[int, Mapping[str, Any]] = {
             100 + 7 * index: {"client-name": name, "data": name, **(node_configs or {}).get(name, {})}
             for index, name in enumerate(sorted(parts, reverse=True))
         }
         self.grid = grid_class(client_app, nodes)
         self.app = make_server_app(load, args, **{"node_timeout": 0.0, **server_options})
+
+    def make_other_adapter_at(self, node_id: int, make_adapter) -> None:
+        """Let one node make another adapter than the server, as with another torch, whose random numbers differ."""
+        load = functools.partial(load_model, make_adapter())
+        self.grid.other_apps[node_id] = make_client_app(load, self._load_data, self.args)
 
     def run(self) -> None:
         self.app(self.grid, self.grid.server_context())
@@ -84,9 +91,9 @@ def trained(folder: Path, make_adapter=ravan, **options) -> FederatedTrainer:
     return trainer
 
 
-def assert_same_as_trainer(folder: Path, make_adapter=ravan, **options) -> None:
-    """Run a federation over Flower, and compare it bit for bit with the one that was [`trained`]."""
-    federation = Federation(small(folder / "flower", **options), make_adapter)
+def assert_same_as_trainer(federation: Federation) -> None:
+    """Run a federation in the folder `flower`, and compare it bit for bit with the one [`trained`] beside it."""
     federation.run()
-    assert_same(federation.adapter(), load_file(folder / "trainer" / "adapter_model.safetensors"))
-    assert comparable(federation.records) == comparable(read_history(folder / "trainer"))
+    folder = federation.folder.parent / "trainer"
+    assert_same(federation.adapter(), load_file(folder / "adapter_model.safetensors"))
+    assert comparable(federation.records) == comparable(read_history(folder))

@@ -29,6 +29,9 @@ class AllButWest:
     def connected(self):
         return {client: 10 + index for index, client in enumerate(CLIENTS[:-1])}
 
+    def message_type(self, client):
+        return "train"
+
 
 def tasks() -> list[ClientTask]:
     return [ClientTask(3, client, {"x": torch.ones(2)}, seed=1, run="run") for client in CLIENTS]

@@ -38,7 +38,7 @@ RUNS = {
 @pytest.mark.parametrize("make_adapter, options", RUNS.values(), ids=RUNS)
 def test_it_is_the_federation_of_a_federated_trainer(tmp_path, make_adapter, options):
     trained(tmp_path, make_adapter, **options)
-    assert_same_as_trainer(tmp_path, make_adapter, **options)
+    assert_same_as_trainer(Federation(small(tmp_path / "flower", **options), make_adapter))
 
 
 def test_the_server_evaluates_the_adapter_as_a_federated_trainer_does(tmp_path):

@@ -9,7 +9,7 @@ from peft_ravan import RavanConfig
 from peft_ravan.merging import MERGE_METHODS, SERVER_OPTIMIZERS
 
 from ..helpers import lora
-from .helpers import assert_same_as_trainer, trained
+from .helpers import Federation, assert_same_as_trainer, small, trained
 
 
 def heads() -> RavanConfig:
@@ -50,11 +50,12 @@ def test_every_merge_method(tmp_path, merge_method):
     adapters = taken(tmp_path, merge_method, ADAPTERS) or taken(tmp_path, merge_method, [one_head])
     assert adapters
     for make_adapter in adapters:
-        assert_same_as_trainer(tmp_path / make_adapter.__name__, make_adapter, **options_for(merge_method))
+        folder = tmp_path / make_adapter.__name__ / "flower"
+        assert_same_as_trainer(Federation(small(folder, **options_for(merge_method)), make_adapter))
 
 
 @pytest.mark.parametrize("server_optimizer", SERVER_OPTIMIZERS)
 def test_every_server_optimizer(tmp_path, server_optimizer):
     options = {"server_optimizer": server_optimizer, "num_rounds": 2, "max_steps": 1}
     trained(tmp_path, heads, **options)
-    assert_same_as_trainer(tmp_path, heads, **options)
+    assert_same_as_trainer(Federation(small(tmp_path / "flower", **options), heads))
