@@ -115,7 +115,8 @@ def evaluate_one(
         with contextlib.suppress(NothingTrainedError):
             local_client.fit(task)
     metrics = evaluate(dataset)
-    computed = {name: value for name, value in metrics.items() if not name.endswith(TIMED)}
+    # a Trainer that has not trained yet adds its epoch
+    computed = {name: value for name, value in metrics.items() if not name.endswith(TIMED) and name != "epoch"}
     examples = {"examples": len(dataset)} if has_length(dataset) else {}
     return {**examples, **{name.removeprefix("eval_"): value for name, value in computed.items()}}
 

@@ -17,12 +17,15 @@ from peft_ravan.sharing.federation_record import current_versions
 from ..client.local_client import LocalClient
 from ..client.store import ClientStore
 from ..client.trainer_hooks import local_arguments
+from ..client_evaluation import aside, evaluate_one
 from ..client_setup import client_settings
 from ..data.client_data import ClientData
 from ..data.partition import client_of_part
 from ..exchange import ClientReply, ClientTask
+from ..runners import Runner
 from .client_state import client_store, keep_bases, kept_bases
 from .codec import from_record, to_record
+from .evaluation_reply import EvaluationReply
 from .introduction import (
     BASES_ACTION,
     LOST_BASES,
@@ -77,6 +80,8 @@ def make_client_app(
     args: Arguments,
     *,
     make_trainer: Callable[..., Trainer] = Trainer,
+    load_eval_data: Callable[[Context], Dataset] | None = None,
+    compute_metrics: Callable | None = None,
 ) -> ClientApp:
     """
     Make the app that the nodes of a federation run. A client trains as with a [`FederatedTrainer`]: with the same seeds
@@ -97,7 +102,13 @@ def make_client_app(
             need the same.
         make_trainer (`Callable[..., Trainer]`, *optional*, defaults to [`~transformers.Trainer`]):
             Makes the trainer of the client from `model`, `args` and `train_dataset`, such as
-            `functools.partial(SFTTrainer, processing_class=tokenizer)` of TRL.
+            `functools.partial(SFTTrainer, processing_class=tokenizer)` of TRL. To evaluate the client, it also gets
+            `eval_dataset` and `compute_metrics`.
+        load_eval_data (`Callable[[flwr.app.Context], Dataset]`, *optional*):
+            Returns the data that the client is evaluated on, from the context of its node. It is needed for `eval_clients`
+            of `args`.
+        compute_metrics (`Callable`, *optional*):
+            As for [`~transformers.Trainer`].
 
     Returns:
         `flwr.clientapp.ClientApp`: The app.
@@ -110,13 +121,15 @@ def make_client_app(
     """
     app = ClientApp()
 
-    def make_client(context: Context, store: ClientStore | None = None, bases: Bases | None = None) -> LocalClient:
+    def make_client(
+        context: Context, store: ClientStore | None = None, bases: Bases | None = None, **evaluation: Any
+    ) -> LocalClient:
         run_args = arguments_of(args, context.run_config)
         set_seed(run_args.seed)
         model, dataset = load_model(), load_data(context)
         local_args = local_arguments(run_args, run_args.seed)
         local_args.output_dir = tempfile.gettempdir()  # Trainer creates this folder, and a node writes nothing into it
-        trainer = make_trainer(model=model, args=local_args, train_dataset=dataset)
+        trainer = make_trainer(model=model, args=local_args, train_dataset=dataset, **evaluation)
         # a trainer may prepare its data, and examples are counted before
         given = ClientData.of_one(dataset, run_args)
         data = ClientData(lambda client: trainer.train_dataset, given.num_examples)
@@ -141,23 +154,50 @@ def make_client_app(
         keep_bases(context, bases)
         return Message(content, reply_to=message)
 
-    def reply(message: Message, context: Context, bases: Bases | None = None, has_lost_them: bool = False) -> Message:
+    def task_in(message: Message, context: Context) -> ClientTask:
         task, name = from_record(message.content, ClientTask), client_name(context.node_config)
         if task.client != name:
             raise ValueError(f"The task is for the client {task.client!r}, and this node is {name!r}.")
-        if has_lost_them:
-            return Message(to_record(ClientReply.to(task, failure=LOST_BASES)), reply_to=message)
-        with client_store(context) as store:
-            given = make_client(context, store, bases).train(task)
-        return Message(to_record(given), reply_to=message)
+        return task
 
     @app.train()
-    def train(message: Message, context: Context) -> Message:
-        return reply(message, context)
+    def train(message: Message, context: Context, bases: Bases | None = None) -> Message:
+        task = task_in(message, context)
+        with client_store(context) as store:
+            reply = make_client(context, store, bases).train(task)
+        return Message(to_record(reply), reply_to=message)
 
     @app.train(ON_SENT_BASES_ACTION)
     def train_on_sent_bases(message: Message, context: Context) -> Message:
         bases = kept_bases(context)
-        return reply(message, context, bases, has_lost_them=bases is None)
+        if bases is None:
+            task = task_in(message, context)
+            return Message(to_record(ClientReply.to(task, failure=LOST_BASES)), reply_to=message)
+        return train(message, context, bases)
+
+    @app.evaluate()
+    def evaluate(message: Message, context: Context, bases: Bases | None = None) -> Message:
+        task = task_in(message, context)
+        if load_eval_data is None:
+            raise ValueError(
+                "There is nothing to evaluate the client on. Give `make_client_app` a function `load_eval_data`, or leave out "
+                "`eval_clients`."
+            )
+        with client_store(context) as store:
+            data = load_eval_data(context)
+            client = make_client(context, store, bases, eval_dataset=data, compute_metrics=compute_metrics)
+            trainer = client.trainer
+            with aside(trainer, client, Runner()):
+                metrics = evaluate_one(client, task, trainer.eval_dataset, lambda dataset: trainer.evaluate(dataset))
+        return Message(to_record(EvaluationReply.to(task, metrics)), reply_to=message)
+
+    @app.evaluate(ON_SENT_BASES_ACTION)
+    def evaluate_on_sent_bases(message: Message, context: Context) -> Message:
+        bases = kept_bases(context)
+        if bases is None:
+            task = task_in(message, context)
+            lost = EvaluationReply(task.round_number, task.client, failure=LOST_BASES)
+            return Message(to_record(lost), reply_to=message)
+        return evaluate(message, context, bases)
 
     return app

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
 from flwr.app import ArrayRecord, Context
@@ -25,6 +25,7 @@ from ..run import Run
 from ..server.budgets import resolve_client_budgets
 from .client_app import Arguments, arguments_of
 from .courier import Courier, GridRunner
+from .evaluation import evaluated_at_nodes
 from .frozen_parts import FrozenParts
 from .introduction import frozen_fingerprints, frozen_parts
 from .nodes import Nodes
@@ -84,6 +85,20 @@ class ServerTrainer(FederatedTrainer):
     @property
     def _store(self) -> ClientStore:
         return StoresElsewhere(self.args.output_dir)
+
+    @property
+    def _has_own_evaluation(self) -> bool:
+        return not isinstance(self.eval_dataset, DataElsewhere)
+
+    def _datasets_to_evaluate(self, given: Any = None) -> Mapping[str, Dataset]:
+        return self.clients  # their nodes have the data
+
+    def _evaluated(
+        self, datasets: Mapping[str, Dataset], steps: int, ignore_keys: list[str] | None
+    ) -> Generator[tuple[str, dict[str, float]], None, None]:
+        model, shared = self._model_in_rounds(), self._local_client().take_start()
+        tasks = [model.task(client, shared, steps) for client in datasets]
+        yield from evaluated_at_nodes(self._courier.nodes, tasks, self._courier.timeout)
 
     def _run_rounds(self, run: Run, ignore_keys_for_eval: list[str] | None, trial: Any) -> None:
         if run.round == 0:
@@ -153,7 +168,8 @@ def make_server_app(
             it is left out, since other random numbers can also mean that it runs other code. Anything else that is frozen
             in the adapter is sent, too, such as LoRA's A for FFA-LoRA. In the configuration of the run, `send-bases`.
         load_eval_data (`Callable[[], Dataset]`, *optional*):
-            Returns the data that the server evaluates the adapter on, according to `eval_strategy`.
+            Returns the data that the server evaluates the adapter on, according to `eval_strategy`. With `eval_clients`, the
+            clients are evaluated on their own data, and the server needs none.
         compute_metrics (`Callable`, *optional*):
             As for [`~transformers.Trainer`].
 
@@ -177,7 +193,6 @@ def make_server_app(
     def main(grid: Grid, context: Context) -> None:
         config = context.run_config
         run_args = copy.copy(arguments_of(args, config))
-        _check_arguments(run_args)
         set_seed(run_args.seed)
         model = load_model()
         needed = config.get("min-nodes", min_nodes)
@@ -193,7 +208,7 @@ def make_server_app(
             model,
             run_args,
             Courier(nodes, float(config.get("round-timeout", round_timeout))),
-            eval_dataset=None if load_eval_data is None else load_eval_data(),
+            eval_dataset=own_eval_data(load_eval_data, run_args),
             compute_metrics=compute_metrics,
         )
         trainer.train(resume_from_checkpoint=run_args.resume_from_checkpoint)
@@ -218,6 +233,21 @@ def frozen_in(model: PeftModel, args: TrainingArguments, send: bool) -> FrozenPa
     return FrozenParts(frozen_fingerprints(model), parts, send)
 
 
+def own_eval_data(load_eval_data: Callable[[], Dataset] | None, args: TrainingArguments) -> Dataset | None:
+    """
+    Args:
+        load_eval_data (`Callable[[], Dataset]`, *optional*): Returns the data of the server.
+        args ([`FederatedArguments`]): The arguments.
+
+    Returns:
+        `Dataset`: What the server evaluates the adapter on. If it has no data and only its clients are evaluated, data
+        of which it knows nothing.
+    """
+    if load_eval_data is not None:
+        return load_eval_data()
+    return DataElsewhere(0) if args.eval_clients else None
+
+
 def told_budgets(
     nodes: Nodes, args: TrainingArguments, config: PeftConfig
 ) -> Mapping[str, float] | float | str | None:
@@ -236,11 +266,3 @@ def told_budgets(
     method = args.merging.of(config).method
     given = resolve_client_budgets(args.client_budgets, list(nodes.clients), args.federated_seed, config, method) or {}
     return {client: told.get(client, given.get(client, 1.0)) for client in nodes.clients}
-
-
-def _check_arguments(args: TrainingArguments) -> None:
-    if args.eval_clients:
-        raise ValueError(
-            "`eval_clients` evaluates clients on their own data, which stay at their nodes. Leave it out, and give the "
-            "server data with `load_eval_data`."
-        )

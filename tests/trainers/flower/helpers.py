@@ -45,10 +45,19 @@ class Federation:
         make_adapter (`Callable`, *optional*): Makes the configuration of the adapter.
         node_configs (`dict`, *optional*): What is added to the configuration of a client's node, by its name.
         grid_class (`type`, *optional*): The grid.
+        client_options (`dict`, *optional*): Options of the client apps.
         **server_options: Options of the server app.
     """
 
-    def __init__(self, args, make_adapter=ravan, node_configs=None, grid_class=InProcessGrid, **server_options):
+    def __init__(
+        self,
+        args,
+        make_adapter=ravan,
+        node_configs=None,
+        grid_class=InProcessGrid,
+        client_options=None,
+        **server_options,
+    ):
         self.args, self.folder = args, Path(args.output_dir)
         parts = make_clients(classification_dataset(), args)
 
@@ -56,7 +65,7 @@ class Federation:
             return load_model(config())
 
         self._load_data = lambda context: parts[str(context.node_config["data"])]
-        client_app = make_client_app(load, self._load_data, args)
+        client_app = make_client_app(load, self._load_data, args, **(client_options or {}))
         nodes: dict[int, Mapping[str, Any]] = {
             100 + 7 * index: {"client-name": name, "data": name, **(node_configs or {}).get(name, {})}
             for index, name in enumerate(sorted(parts, reverse=True))
