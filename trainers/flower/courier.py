@@ -57,16 +57,17 @@ class Courier:
         """
         Args:
             answers (`Iterable[flwr.app.Message]`): The answers to these messages, in any order. They may come from
-                untrusted sources.
+                untrusted sources. A list is emptied, so that each answer is released once it was read: Flower would keep
+                it until it has those of the next round.
 
         Yields:
             [`ClientReply`]: A reply to each task, in the order of the tasks, so that sums over clients are the same bit for
             bit in every run.
         """
         # the answers of lost nodes have the id of the SuperLink, so answers are known by what they answer
-        by_message: dict[str, Message] = {}
-        for answer in answers:
-            by_message.setdefault(answer.metadata.reply_to_message_id, answer)
+        by_message = {answer.metadata.reply_to_message_id: answer for answer in reversed(list(answers))}
+        if isinstance(answers, list):
+            answers.clear()
         tasks, sent = self._tasks, self._sent
         self._tasks, self._sent = (), {}
         for task in tasks:

@@ -161,8 +161,8 @@ def make_server_app(
         node_timeout (`float`, *optional*, defaults to 600):
             How many seconds to wait for them. In the configuration of the run, `node-timeout`.
         round_timeout (`float`, *optional*, defaults to 3600):
-            How many seconds the clients have for a round. Later replies are lost. In the configuration of the run,
-            `round-timeout`.
+            How many seconds the clients have for a round or an evaluation. Later replies are lost. In the configuration of
+            the run, `round-timeout`.
         send_bases (`bool`, *optional*, defaults to `False`):
             Whether a node whose torch makes other bases from the same seed is sent those of the server, once. By default
             it is left out, since other random numbers can also mean that it runs other code. Anything else that is frozen

@@ -11,10 +11,12 @@ pytest.importorskip("flwr")
 
 from flwr.app import Message, RecordDict
 
+from peft_ravan import RavanConfig
 from peft_ravan.trainers import make_clients, read_history
 from peft_ravan.trainers.data.client_eval_data import make_client_eval_datasets
 from peft_ravan.trainers.flower.codec import from_record, to_record
 from peft_ravan.trainers.flower.evaluation_reply import EvaluationReply
+from peft_ravan.trainers.messages import MessageError
 
 from ...conftest import classification_dataset
 from ..helpers import assert_same, comparable, logged, make_trainer, ravan
@@ -137,3 +139,42 @@ def test_a_bad_client_is_not_in_the_statistics(tmp_path, monkeypatch, change, re
     assert len(record["clients"]) == 3 and math.isfinite(record["eval_clients_mean_loss"])
     [warning] = warnings
     assert warning.startswith("Client 'client_1' was not evaluated") and re.search(reason, warning), warning
+
+
+def test_a_node_without_data_to_evaluate_on_says_so(tmp_path, monkeypatch):
+    warnings = logged(monkeypatch, "flower.evaluation")
+    federation = Federation(small(tmp_path, num_rounds=1, eval_strategy="epoch", eval_clients=True))
+    federation.run()
+    [record] = federation.records
+    assert len(record["clients"]) == 3 and not of_clients(record)
+    assert len(warnings) == 3 and all("`load_eval_data`" in warning for warning in warnings)
+
+
+def test_a_node_that_has_lost_its_bases_is_sent_them_before_it_trains(tmp_path, monkeypatch):
+    class Restarted(InProcessGrid):
+        """One node loses what it was sent before the first evaluation."""
+
+        was_restarted = False
+
+        def handle(self, message, context):
+            if message.metadata.message_type.startswith("evaluate") and context.node_id == 107:
+                if not self.was_restarted:
+                    context.state.clear()
+                self.was_restarted = True
+            return super().handle(message, context)
+
+    def adapter():
+        return RavanConfig(r=2, num_heads=2, init_bases="gradient_svd", task_type="SEQ_CLS")
+
+    warnings = logged(monkeypatch, "flower.evaluation")
+    federation = over_flower(tmp_path, Restarted, adapter, has_server_data=False, eval_on_start=False)
+    federation.run()
+    assert len(warnings) == 1 and "has lost the bases" in warnings[0]
+    assert [len(record["clients"]) for record in federation.records[1:]] == [3, 3]
+    assert not federation.records[2]["failed_clients"]
+
+
+@pytest.mark.parametrize("metrics", [{"a\nb": 1.0}, {"": 1.0}, {str(number): 1.0 for number in range(1001)}, [1.0]])
+def test_metrics_with_other_names_or_too_many_are_refused(metrics):
+    with pytest.raises(MessageError, match="The field 'metrics' must be"):
+        from_record(to_record(EvaluationReply(1, "north", metrics)), EvaluationReply)
