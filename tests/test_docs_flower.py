@@ -46,7 +46,7 @@ def test_the_reasons_of_the_table_are_those_in_the_code():
     reasons = [
         reason for cells in rows(section(TEXT, "When something fails")) for reason in re.findall("`(.*?)`", cells[1])
     ]
-    assert len(reasons) == 6
+    assert len(reasons) == 7
     for reason in reasons:
         for part in reason.split(" ... "):
             assert part.removesuffix(" ...") in code, reason

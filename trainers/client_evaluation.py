@@ -43,12 +43,12 @@ class ModelInRounds:
     heads: HeadSettings = HeadSettings()
     client_budgets: Mapping[str, float] | None = None
 
-    def personalization(self, client: str, state: Mapping[str, torch.Tensor], steps: int) -> ClientTask:
+    def task(self, client: str, state: Mapping[str, torch.Tensor], steps: int = 0) -> ClientTask:
         """
         Args:
             client (`str`): The name of a client.
             state (`Mapping[str, torch.Tensor]`): The shared adapter.
-            steps (`int`): For how many steps the client trains on its own data.
+            steps (`int`, *optional*, defaults to 0): For how many steps the client first trains on its own data.
 
         Returns:
             [`ClientTask`]: The task, with random numbers that differ from those of all rounds.
@@ -57,24 +57,18 @@ class ModelInRounds:
         heads = None
         if self.client_budgets is not None:
             heads = self.heads.choice(self.client_budgets[client], derive_seed(self.seed, "heads", *names))
-        seed = derive_seed(self.seed, "client", *names)
-        # not the learning rate of the round, so that it is the same after the last round
-        return ClientTask(self.round, client, state, seed, max_steps=steps or None, heads=heads)
-
-    def kept_in(self, local_client: LocalClient, client: str) -> int | None:
-        """
-        Args:
-            local_client ([`LocalClient`]): The clients.
-            client (`str`): The name of a client.
-
-        Returns:
-            `int`: The last round up to this one in which the client saved its personal parts, or `None` if they still
-            have their initial values.
-        """
         kept = None if self.server is None else self.server.kept.get(client)
-        if kept is None or local_client.store is None or not local_client.personal_start:
-            return None
-        return local_client.store.newest(client, up_to=min(kept.round, self.round))
+        return ClientTask(
+            self.round,
+            client,
+            state,
+            derive_seed(self.seed, "client", *names),
+            "evaluate",
+            # not the learning rate of the round, so that it is the same after the last round
+            max_steps=steps or None,
+            heads=heads,
+            kept_in=None if kept is None else kept.round,
+        )
 
 
 def evaluate_each(
@@ -97,14 +91,43 @@ def evaluate_each(
     """
     shared = local_client.take_start()
     for client, dataset in datasets.items():
-        local_client.load(client, shared, model.kept_in(local_client, client))
-        if steps:
-            with contextlib.suppress(NothingTrainedError):
-                local_client.fit(model.personalization(client, shared, steps))
-        metrics = evaluate(dataset)
-        computed = {name: value for name, value in metrics.items() if not name.endswith(TIMED)}
-        examples = {"examples": len(dataset)} if has_length(dataset) else {}
-        yield client, {**examples, **{name.removeprefix("eval_"): value for name, value in computed.items()}}
+        yield client, evaluate_one(local_client, model.task(client, shared, steps), dataset, evaluate)
+
+
+def evaluate_one(
+    local_client: LocalClient,
+    task: ClientTask,
+    dataset: Dataset,
+    evaluate: Callable[[Dataset], Mapping[str, float]],
+) -> dict[str, float]:
+    """
+    Args:
+        local_client ([`LocalClient`]): The client, whose model is changed.
+        task ([`ClientTask`]): The adapter to evaluate, as of [`ModelInRounds.task`].
+        dataset (`Dataset`): The data.
+        evaluate (`Callable[[Dataset], Mapping[str, float]]`): Evaluates the model in its current state.
+
+    Returns:
+        `dict[str, float]`: The metrics, and the number of `examples` if the data have a length.
+    """
+    local_client.load(task.client, task.state, _personal_parts(local_client, task))
+    if task.max_steps:
+        with contextlib.suppress(NothingTrainedError):
+            local_client.fit(task)
+    metrics = evaluate(dataset)
+    # a Trainer that has not trained yet adds its epoch
+    computed = {name: value for name, value in metrics.items() if not name.endswith(TIMED) and name != "epoch"}
+    examples = {"examples": len(dataset)} if has_length(dataset) else {}
+    return {**examples, **{name.removeprefix("eval_"): value for name, value in computed.items()}}
+
+
+def _personal_parts(local_client: LocalClient, task: ClientTask) -> int | None:
+    """The last round up to that of the model in which the client saved its personal parts, if it has any."""
+    if task.kept_in is None or local_client.store is None or not local_client.personal_start:
+        return None
+    if task.kept_in <= task.round_number:
+        return task.kept_in
+    return local_client.store.newest(task.client, up_to=task.round_number)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from .messages import Check, Message, State, integer, number, one_of, optional, 
 from .quantization import SENT_DTYPES
 
 
-PURPOSES = ("train", "warm_up", "sketch")
+PURPOSES = ("train", "warm_up", "sketch", "evaluate")
 HEAD_SELECTIONS = ("random", "weight", "gradient")
 HEAD_ALLOCATIONS = ("layer", "global")
 
@@ -67,7 +67,8 @@ class ClientTask(Message):
             checkpoint names. Tensors may be quantized, see [`ExchangeSettings`].
         seed (`int`): The seed of the local training.
         purpose (`str`, *optional*, defaults to `"train"`):
-            `"train"`; or in round 0 `"warm_up"` to train only the task head, and `"sketch"` to sketch the gradient.
+            `"train"`; or in round 0 `"warm_up"` to train only the task head, and `"sketch"` to sketch the gradient; or
+            `"evaluate"` to evaluate the client, after `max_steps` of training if they are given.
         run (`str`, *optional*): The name of the run, which the reply carries, too.
         attempt (`int`, *optional*, defaults to 1): How often the round was tried, including this attempt.
         learning_rate_factor (`float`, *optional*, defaults to 1.0): The factor of the learning rate in this round.

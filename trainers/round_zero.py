@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from peft import get_peft_model_state_dict
 from torch import nn
 
 from peft_ravan.tuner.gradient_bases import (
@@ -17,7 +16,8 @@ from peft_ravan.tuner.gradient_bases import (
     sketch_state,
     sketches_from_state,
 )
-from peft_ravan.tuner.state import is_basis, is_core
+from peft_ravan.tuner.saved_bases import PEFT_PREFIX, adapter_layers
+from peft_ravan.tuner.state import BASES_NAMES, is_core
 
 from .exchange import ClientReply
 from .run import Run
@@ -78,8 +78,11 @@ def bases_of(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
         adapter_name (`str`): The name of the adapter.
 
     Returns:
-        `dict[str, torch.Tensor]`: The bases in its checkpoint, which share the memory of the model. Empty if they are
-        made from a seed.
+        `dict[str, torch.Tensor]`: The bases of its Ravan layers, by their checkpoint names. They share the memory of the
+        model. Empty for other adapters.
     """
-    checkpoint = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-    return {name: tensor for name, tensor in checkpoint.items() if is_basis(name)}
+    return {
+        f"{PEFT_PREFIX}{name}.{basis}": getattr(layer, basis)[adapter_name]
+        for name, layer in adapter_layers(model, adapter_name).items()
+        for basis in BASES_NAMES
+    }

@@ -17,14 +17,24 @@ from peft_ravan.sharing.federation_record import current_versions
 from ..client.local_client import LocalClient
 from ..client.store import ClientStore
 from ..client.trainer_hooks import local_arguments
+from ..client_evaluation import aside, evaluate_one
 from ..client_setup import client_settings
 from ..data.client_data import ClientData
 from ..data.partition import client_of_part
-from ..exchange import ClientTask
-from ..round_zero import bases_of
+from ..exchange import ClientReply, ClientTask
+from ..runners import Runner
 from .client_state import client_store, keep_bases, kept_bases
 from .codec import from_record, to_record
-from .introduction import BASES_ACTION, Bases, Introduction, frozen_fingerprints
+from .evaluation_reply import EvaluationReply
+from .introduction import (
+    BASES_ACTION,
+    LOST_BASES,
+    ON_SENT_BASES_ACTION,
+    Bases,
+    Introduction,
+    frozen_fingerprints,
+    frozen_parts,
+)
 
 
 Arguments = TrainingArguments | Callable[[Mapping[str, Any]], TrainingArguments]
@@ -70,6 +80,8 @@ def make_client_app(
     args: Arguments,
     *,
     make_trainer: Callable[..., Trainer] = Trainer,
+    load_eval_data: Callable[[Context], Dataset] | None = None,
+    compute_metrics: Callable | None = None,
 ) -> ClientApp:
     """
     Make the app that the nodes of a federation run. A client trains as with a [`FederatedTrainer`]: with the same seeds
@@ -90,7 +102,13 @@ def make_client_app(
             need the same.
         make_trainer (`Callable[..., Trainer]`, *optional*, defaults to [`~transformers.Trainer`]):
             Makes the trainer of the client from `model`, `args` and `train_dataset`, such as
-            `functools.partial(SFTTrainer, processing_class=tokenizer)` of TRL.
+            `functools.partial(SFTTrainer, processing_class=tokenizer)` of TRL. To evaluate the client, it also gets
+            `eval_dataset` and `compute_metrics`.
+        load_eval_data (`Callable[[flwr.app.Context], Dataset]`, *optional*):
+            Returns the data that the client is evaluated on, from the context of its node. It is needed for `eval_clients`
+            of `args`.
+        compute_metrics (`Callable`, *optional*):
+            As for [`~transformers.Trainer`].
 
     Returns:
         `flwr.clientapp.ClientApp`: The app.
@@ -103,19 +121,22 @@ def make_client_app(
     """
     app = ClientApp()
 
-    def make_client(context: Context, store: ClientStore | None = None, bases: Bases | None = None) -> LocalClient:
+    def make_client(
+        context: Context, store: ClientStore | None = None, bases: Bases | None = None, **evaluation: Any
+    ) -> LocalClient:
         run_args = arguments_of(args, context.run_config)
         set_seed(run_args.seed)
         model, dataset = load_model(), load_data(context)
-        if bases is not None:
-            bases.load(bases_of(model, model.active_adapter))
         local_args = local_arguments(run_args, run_args.seed)
         local_args.output_dir = tempfile.gettempdir()  # Trainer creates this folder, and a node writes nothing into it
-        trainer = make_trainer(model=model, args=local_args, train_dataset=dataset)
+        trainer = make_trainer(model=model, args=local_args, train_dataset=dataset, **evaluation)
         # a trainer may prepare its data, and examples are counted before
         given = ClientData.of_one(dataset, run_args)
         data = ClientData(lambda client: trainer.train_dataset, given.num_examples)
-        return LocalClient(trainer, store, settings=client_settings(run_args, model.active_peft_config), data=data)
+        client = LocalClient(trainer, store, settings=client_settings(run_args, model.active_peft_config), data=data)
+        if bases is not None:
+            bases.load(frozen_parts(trainer.model))  # the client has frozen what it does not train
+        return client
 
     def introduction(client: LocalClient, context: Context) -> RecordDict:
         name = client_name(context.node_config)
@@ -133,19 +154,50 @@ def make_client_app(
         keep_bases(context, bases)
         return Message(content, reply_to=message)
 
-    @app.train()
-    def train(message: Message, context: Context) -> Message:
+    def task_in(message: Message, context: Context) -> ClientTask:
         task, name = from_record(message.content, ClientTask), client_name(context.node_config)
         if task.client != name:
             raise ValueError(f"The task is for the client {task.client!r}, and this node is {name!r}.")
+        return task
+
+    @app.train()
+    def train(message: Message, context: Context, bases: Bases | None = None) -> Message:
+        task = task_in(message, context)
         with client_store(context) as store:
-            client = make_client(context, store, kept_bases(context))
-            if task.purpose == "train" and client.adapter.awaits_gradient:
-                raise ValueError(
-                    "The node has lost the bases that were made in round 0: it was started again under the same id. What it "
-                    "would train could not be averaged, so it is left out until the run is resumed."
-                )
-            reply = client.train(task)
+            reply = make_client(context, store, bases).train(task)
         return Message(to_record(reply), reply_to=message)
+
+    @app.train(ON_SENT_BASES_ACTION)
+    def train_on_sent_bases(message: Message, context: Context) -> Message:
+        bases = kept_bases(context)
+        if bases is None:
+            task = task_in(message, context)
+            return Message(to_record(ClientReply.to(task, failure=LOST_BASES)), reply_to=message)
+        return train(message, context, bases)
+
+    @app.evaluate()
+    def evaluate(message: Message, context: Context, bases: Bases | None = None) -> Message:
+        task = task_in(message, context)
+        if load_eval_data is None:
+            raise ValueError(
+                "There is nothing to evaluate the client on. Give `make_client_app` a function `load_eval_data`, or leave out "
+                "`eval_clients`."
+            )
+        with client_store(context) as store:
+            data = load_eval_data(context)
+            client = make_client(context, store, bases, eval_dataset=data, compute_metrics=compute_metrics)
+            trainer = client.trainer
+            with aside(trainer, client, Runner()):
+                metrics = evaluate_one(client, task, trainer.eval_dataset, lambda dataset: trainer.evaluate(dataset))
+        return Message(to_record(EvaluationReply.to(task, metrics)), reply_to=message)
+
+    @app.evaluate(ON_SENT_BASES_ACTION)
+    def evaluate_on_sent_bases(message: Message, context: Context) -> Message:
+        bases = kept_bases(context)
+        if bases is None:
+            task = task_in(message, context)
+            lost = EvaluationReply(task.round_number, task.client, failure=LOST_BASES)
+            return Message(to_record(lost), reply_to=message)
+        return evaluate(message, context, bases)
 
     return app

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from flwr.app import Message, MessageType, Metadata
+from flwr.app import Message, Metadata
 from transformers.utils import logging
 
 from ..exchange import ClientReply, ClientTask
 from ..messages import MAX_TEXT_LENGTH, MessageError
 from ..runners.one_by_one import Runner, Work
 from .codec import from_record, to_records
+from .introduction import LOST_BASES
 from .nodes import Nodes
 
 
@@ -44,8 +45,8 @@ class Courier:
         reached = [task for task in tasks if task.client in connected]
         number = str(tasks[0].round_number) if tasks else ""
         messages = [
-            Message(content, connected[task.client], MessageType.TRAIN, ttl=self.timeout, group_id=number)
-            for task, content in zip(reached, to_records(reached), strict=True)
+            Message(content, connected[client], self.nodes.message_type(client), ttl=self.timeout, group_id=number)
+            for client, content in zip((task.client for task in reached), to_records(reached), strict=True)
         ]
         self._tasks = tasks
         # Flower gives a message its id when it is sent
@@ -56,16 +57,17 @@ class Courier:
         """
         Args:
             answers (`Iterable[flwr.app.Message]`): The answers to these messages, in any order. They may come from
-                untrusted sources.
+                untrusted sources. A list is emptied, so that each answer is released once it was read: Flower would keep
+                it until it has those of the next round.
 
         Yields:
             [`ClientReply`]: A reply to each task, in the order of the tasks, so that sums over clients are the same bit for
             bit in every run.
         """
         # the answers of lost nodes have the id of the SuperLink, so answers are known by what they answer
-        by_message: dict[str, Message] = {}
-        for answer in answers:
-            by_message.setdefault(answer.metadata.reply_to_message_id, answer)
+        by_message = {answer.metadata.reply_to_message_id: answer for answer in reversed(list(answers))}
+        if isinstance(answers, list):
+            answers.clear()
         tasks, sent = self._tasks, self._sent
         self._tasks, self._sent = (), {}
         for task in tasks:
@@ -104,6 +106,8 @@ class Courier:
                 failure=f"It has replied to another task: of client {reply.client!r:.100}, round {reply.round_number}, attempt "
                 f"{reply.attempt} and run {reply.run!r:.100}.",
             )
+        if reply.failure == LOST_BASES:
+            self.nodes.send_bases_again(task.client)
         return reply
 
 

@@ -11,12 +11,20 @@ from peft import PeftModel, get_peft_model_state_dict
 
 from peft_ravan.sharing.reading import bases_fingerprint, different_bases
 from peft_ravan.tuner.fingerprint import make_fingerprint
+from peft_ravan.tuner.state import is_basis
 
 from ..messages import Check, Message, State, integer, number, optional, text
+from ..quantization import QuantizedTensor
+from ..round_zero import bases_of
 
 
-# what a node does with a message of bases, as Flower names it
+# what a node does with a message, as Flower names it: it takes bases, and uses those for a task
 BASES_ACTION = "bases"
+ON_SENT_BASES_ACTION = "on_sent_bases"
+# what a node replies that needs bases which it no longer has
+LOST_BASES = (
+    "The node has lost the bases that it was sent: it was started again. They are sent again before the next round."
+)
 MAX_NAME_LENGTH = 200
 MAX_VERSIONS = 100
 
@@ -73,10 +81,11 @@ class Introduction(Message):
 @dataclass(frozen=True)
 class Bases(Message):
     """
-    Bases that a node cannot make for itself, because they come from the clients' gradients in round 0.
+    Bases that a node cannot make for itself: they come from the clients' gradients in round 0, or its torch makes others.
 
     Args:
-        tensors (`Mapping[str, torch.Tensor]`): The bases, by their checkpoint names.
+        tensors (`Mapping[str, torch.Tensor]`): The bases, by their checkpoint names. They include whatever else is frozen
+            in the adapter, such as LoRA's A for FFA-LoRA.
     """
 
     TENSOR_FIELDS: ClassVar[tuple[str, ...]] = ("tensors",)
@@ -102,45 +111,76 @@ class Bases(Message):
                 tensor.copy_(self.tensors[key])
 
 
-def frozen_fingerprints(model: PeftModel) -> dict[str, torch.Tensor]:
+def frozen_parts(model: PeftModel) -> dict[str, torch.Tensor]:
     """
     Args:
         model ([`~peft.PeftModel`]): A model with one active adapter, in which everything that no client trains is frozen.
 
     Returns:
-        `dict[str, torch.Tensor]`: The fingerprints, `[h, 8]`, of what every node makes for itself: the bases of a Ravan
-        adapter, and frozen matrices such as LoRA's A for FFA-LoRA.
+        `dict[str, torch.Tensor]`: What every node makes for itself, by its checkpoint names: the bases of a Ravan adapter,
+        and frozen matrices such as LoRA's A for FFA-LoRA. They share the memory of the model.
     """
     frozen = {parameter.data_ptr() for parameter in model.parameters() if not parameter.requires_grad}
     state = get_peft_model_state_dict(model, adapter_name=model.active_adapter, save_embedding_layers=False)
     matrices = {key: tensor for key, tensor in state.items() if tensor.data_ptr() in frozen and tensor.dim() > 1}
+    return {**matrices, **bases_of(model, model.active_adapter)}
+
+
+def frozen_fingerprints(model: PeftModel) -> dict[str, torch.Tensor]:
+    """
+    Args:
+        model ([`~peft.PeftModel`]): As for [`frozen_parts`].
+
+    Returns:
+        `dict[str, torch.Tensor]`: The fingerprints, `[h, 8]`, of its frozen parts.
+    """
     fingerprints = {
-        key: make_fingerprint(tensor.flatten(1), tensor.flatten(1).T, 1) for key, tensor in matrices.items()
+        key: make_fingerprint(tensor.flatten(1), tensor.flatten(1).T, 1)
+        for key, tensor in frozen_parts(model).items()
+        if not is_basis(key)
     }
     return {**fingerprints, **bases_fingerprint(model, model.active_adapter)}
 
 
-def check_same_adapter(own: Mapping[str, torch.Tensor], introduction: Introduction) -> None:
+def differ_in_values_only(own: State, theirs: State) -> bool:
+    """
+    Args:
+        own (`Mapping[str, torch.Tensor]`): The fingerprints of the server's adapter.
+        theirs (`Mapping[str, torch.Tensor]`): Those of a node. They may come from an untrusted source.
+
+    Returns:
+        `bool`: Whether they are of the same parts with other values.
+    """
+    return (
+        theirs.keys() == own.keys()
+        and all(_is_fingerprint(tensor) and tensor.shape == own[key].shape for key, tensor in theirs.items())
+        and bool(different_bases(own, theirs))
+    )
+
+
+def check_same_adapter(own: State, introduction: Introduction, could_be_sent: bool = False) -> None:
     """
     Args:
         own (`Mapping[str, torch.Tensor]`): The fingerprints of the server's adapter.
         introduction ([`Introduction`]): What a node says of itself. It may come from an untrusted source.
+        could_be_sent (`bool`, *optional*, defaults to `False`): Whether `send_bases` would help.
 
     Raises:
         ValueError: if the frozen parts of its adapter are not those of the server, so updates could not be averaged.
     """
     theirs = introduction.frozen
-    suitable = {
-        key: tensor
-        for key, tensor in theirs.items()
-        if key in own and isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
-    }
+    suitable = {key: tensor for key, tensor in theirs.items() if key in own and _is_fingerprint(tensor)}
     different = different_bases(own, suitable) + [key for key in theirs if key not in suitable]
     if different:
         installed = introduction.versions.get("torch", "of an unknown version")
+        sending = ", or let the server send what differs with `send_bases=True` (`send-bases=true` in the configuration of the run)"
         raise ValueError(
             f"The node of {introduction.client!r}, with torch {installed:.40}, has another adapter than the server, with torch "
             f"{torch.__version__}: what is frozen in {different[0]!r:.200} differs, so updates could not be averaged. Give all "
             "the same `load_model` and the same version of torch, or load the adapter from a folder that was saved with "
-            "`save_projection=True`."
+            f"`save_projection=True`{sending if could_be_sent else ''}."
         )
+
+
+def _is_fingerprint(tensor: torch.Tensor | QuantizedTensor) -> bool:
+    return isinstance(tensor, torch.Tensor) and tensor.is_floating_point()

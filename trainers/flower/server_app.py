@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
 from flwr.app import ArrayRecord, Context
@@ -15,17 +15,19 @@ from transformers import TrainingArguments, set_seed
 from transformers.utils import logging
 
 from peft_ravan.sharing.reading import different_bases
+from peft_ravan.tuner.gradient_bases import awaits_gradient
 
 from ..client.live_adapter import freeze
 from ..client.store import ClientStore
 from ..exchange import ClientTask
 from ..federated_trainer import FederatedTrainer
-from ..round_zero import bases_of
 from ..run import Run
 from ..server.budgets import resolve_client_budgets
 from .client_app import Arguments, arguments_of
 from .courier import Courier, GridRunner
-from .introduction import frozen_fingerprints
+from .evaluation import evaluated_at_nodes
+from .frozen_parts import FrozenParts
+from .introduction import frozen_fingerprints, frozen_parts
 from .nodes import Nodes
 from .strategy import FederatedStrategy
 
@@ -84,12 +86,26 @@ class ServerTrainer(FederatedTrainer):
     def _store(self) -> ClientStore:
         return StoresElsewhere(self.args.output_dir)
 
+    @property
+    def _has_own_evaluation(self) -> bool:
+        return not isinstance(self.eval_dataset, DataElsewhere)
+
+    def _datasets_to_evaluate(self, given: Any = None) -> Mapping[str, Dataset]:
+        return self.clients  # their nodes have the data
+
+    def _evaluated(
+        self, datasets: Mapping[str, Dataset], steps: int, ignore_keys: list[str] | None
+    ) -> Generator[tuple[str, dict[str, float]], None, None]:
+        model, shared = self._model_in_rounds(), self._local_client().take_start()
+        tasks = [model.task(client, shared, steps) for client in datasets]
+        yield from evaluated_at_nodes(self._courier.nodes, tasks, self._courier.timeout)
+
     def _run_rounds(self, run: Run, ignore_keys_for_eval: list[str] | None, trial: Any) -> None:
         if run.round == 0:
             self._open_run(run, trial)
         frozen = frozen_fingerprints(self.model)
         if different_bases(self._frozen, frozen):  # they were made in round 0, or come from a checkpoint
-            self._courier.nodes.share(bases_of(self.model, self.model.active_adapter), frozen)
+            self._courier.nodes.share(frozen_parts(self.model), frozen)
         started = time.perf_counter()
 
         def on_open(tasks: list[ClientTask]) -> None:
@@ -124,6 +140,7 @@ def make_server_app(
     min_nodes: int | None = None,
     node_timeout: float = 600.0,
     round_timeout: float = 3600.0,
+    send_bases: bool = False,
     load_eval_data: Callable[[], Dataset] | None = None,
     compute_metrics: Callable | None = None,
 ) -> ServerApp:
@@ -144,10 +161,15 @@ def make_server_app(
         node_timeout (`float`, *optional*, defaults to 600):
             How many seconds to wait for them. In the configuration of the run, `node-timeout`.
         round_timeout (`float`, *optional*, defaults to 3600):
-            How many seconds the clients have for a round. Later replies are lost. In the configuration of the run,
-            `round-timeout`.
+            How many seconds the clients have for a round or an evaluation. Later replies are lost. In the configuration of
+            the run, `round-timeout`.
+        send_bases (`bool`, *optional*, defaults to `False`):
+            Whether a node whose torch makes other bases from the same seed is sent those of the server, once. By default
+            it is left out, since other random numbers can also mean that it runs other code. Anything else that is frozen
+            in the adapter is sent, too, such as LoRA's A for FFA-LoRA. In the configuration of the run, `send-bases`.
         load_eval_data (`Callable[[], Dataset]`, *optional*):
-            Returns the data that the server evaluates the adapter on, according to `eval_strategy`.
+            Returns the data that the server evaluates the adapter on, according to `eval_strategy`. With `eval_clients`, the
+            clients are evaluated on their own data, and the server needs none.
         compute_metrics (`Callable`, *optional*):
             As for [`~transformers.Trainer`].
 
@@ -155,8 +177,9 @@ def make_server_app(
         `flwr.serverapp.ServerApp`: The app.
 
     Raises:
-        TooFewNodesError: when it runs, if there are too few nodes in time.
-        ValueError: when it runs, if a node has the name or another adapter of another one, or if the arguments do not fit.
+        TooFewNodesError: when it runs, if there are too few nodes in time. Nodes that do not fit are not counted, and the
+            error says why.
+        ValueError: when it runs, if the arguments do not fit.
 
     Example:
 
@@ -170,13 +193,14 @@ def make_server_app(
     def main(grid: Grid, context: Context) -> None:
         config = context.run_config
         run_args = copy.copy(arguments_of(args, config))
-        _check_arguments(run_args)
         set_seed(run_args.seed)
         model = load_model()
         needed = config.get("min-nodes", min_nodes)
         if needed is None:
             needed = run_args.num_clients or run_args.clients_per_round or run_args.min_clients
-        nodes = connected_nodes(grid, model, run_args, int(needed), float(config.get("node-timeout", node_timeout)))
+        frozen = frozen_in(model, run_args, bool(config.get("send-bases", send_bases)))
+        nodes = Nodes(grid, frozen, float(config.get("node-timeout", node_timeout)))
+        nodes.wait(int(needed))
         # set after the nodes are known: the federation has as many clients as have come
         run_args.num_clients = len(nodes.clients)
         run_args.client_budgets = told_budgets(nodes, run_args, model.active_peft_config)
@@ -184,7 +208,7 @@ def make_server_app(
             model,
             run_args,
             Courier(nodes, float(config.get("round-timeout", round_timeout))),
-            eval_dataset=None if load_eval_data is None else load_eval_data(),
+            eval_dataset=own_eval_data(load_eval_data, run_args),
             compute_metrics=compute_metrics,
         )
         trainer.train(resume_from_checkpoint=run_args.resume_from_checkpoint)
@@ -193,24 +217,35 @@ def make_server_app(
     return app
 
 
-def connected_nodes(grid: Grid, model: PeftModel, args: TrainingArguments, least: int, timeout: float) -> Nodes:
+def frozen_in(model: PeftModel, args: TrainingArguments, send: bool) -> FrozenParts:
     """
-    Wait for the nodes of a federation.
-
     Args:
-        grid (`flwr.serverapp.Grid`): The grid.
         model ([`~peft.PeftModel`]): The model of the server. What no client trains is frozen.
         args ([`FederatedArguments`]): The arguments.
-        least (`int`): How many nodes must be there.
-        timeout (`float`): How many seconds to wait for them.
+        send (`bool`): Whether nodes that make other frozen parts are sent those of the server.
 
     Returns:
-        [`Nodes`]: The nodes, which have the same adapter.
+        [`FrozenParts`]: What is frozen in its adapter.
     """
     freeze(model, args.merging.of(model.active_peft_config).merge_method.frozen_parts)
-    nodes = Nodes(grid, frozen_fingerprints(model), timeout)
-    nodes.wait(least)
-    return nodes
+    # sketches of gradients could not be averaged either if they were made with other random numbers
+    parts = None if awaits_gradient(model, model.active_adapter) else frozen_parts(model)
+    return FrozenParts(frozen_fingerprints(model), parts, send)
+
+
+def own_eval_data(load_eval_data: Callable[[], Dataset] | None, args: TrainingArguments) -> Dataset | None:
+    """
+    Args:
+        load_eval_data (`Callable[[], Dataset]`, *optional*): Returns the data of the server.
+        args ([`FederatedArguments`]): The arguments.
+
+    Returns:
+        `Dataset`: What the server evaluates the adapter on. If it has no data and only its clients are evaluated, data
+        of which it knows nothing.
+    """
+    if load_eval_data is not None:
+        return load_eval_data()
+    return DataElsewhere(0) if args.eval_clients else None
 
 
 def told_budgets(
@@ -231,11 +266,3 @@ def told_budgets(
     method = args.merging.of(config).method
     given = resolve_client_budgets(args.client_budgets, list(nodes.clients), args.federated_seed, config, method) or {}
     return {client: told.get(client, given.get(client, 1.0)) for client in nodes.clients}
-
-
-def _check_arguments(args: TrainingArguments) -> None:
-    if args.eval_clients:
-        raise ValueError(
-            "`eval_clients` evaluates clients on their own data, which stay at their nodes. Leave it out, and give the "
-            "server data with `load_eval_data`."
-        )

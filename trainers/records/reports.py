@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ class ReportsMixin:
     last_client_metrics: pd.DataFrame | None = None
     _client_eval_datasets: Mapping[str, Dataset] | None = None
 
+    _has_own_evaluation = True  # whether the server has data, so that evaluations are more than those of the clients
     _log_sink: dict[str, Any] | None = None  # set while logs belong to a round's record
 
     def _evaluate_quietly(self, ignore_keys: list[str] | None, prefix: str = "eval") -> dict[str, float]:
@@ -41,7 +43,8 @@ class ReportsMixin:
         # if processes train on their own, each evaluates everything, so metrics and callbacks match a single process
         try:
             with self._runner.alone():
-                self.evaluate(ignore_keys=ignore_keys, metric_key_prefix=prefix)
+                if self._has_own_evaluation:
+                    self.evaluate(ignore_keys=ignore_keys, metric_key_prefix=prefix)
                 if self.args.eval_clients and prefix == "eval":
                     self._log_sink.update(summarize_clients(self.evaluate_clients(ignore_keys=ignore_keys)))
             return self._runner.agree(self._log_sink)
@@ -121,23 +124,10 @@ class ReportsMixin:
         """
         datasets = self._datasets_to_evaluate(client_eval_dataset)
         steps = self.args.personalization_steps if personalization_steps is None else personalization_steps
-        local_client, rows, callbacks = self._local_client(), {}, self.callback_handler
-        model = ModelInRounds(
-            self._round_of_the_model(),
-            self.last_server_state,
-            self.args.federated_seed,
-            self.args.heads,
-            self.client_budgets,
-        )
-
-        def evaluate(dataset: Dataset) -> dict[str, float]:
-            self._log_sink = {}
-            return self.evaluate(dataset, ignore_keys=ignore_keys)
-
-        sink = self._log_sink
+        rows, callbacks, sink = {}, self.callback_handler, self._log_sink
         try:
-            with aside(self, local_client, self._runner):
-                for client, metrics in evaluate_each(local_client, datasets, evaluate, model, steps):
+            with contextlib.closing(self._evaluated(datasets, steps, ignore_keys)) as evaluated:
+                for client, metrics in evaluated:
                     rows[client] = metrics
                     told = {"client": client, "metrics": metrics, "num_clients": len(datasets)}
                     call_federated_event(callbacks, "on_client_evaluate", self.args, self.state, self.control, **told)
@@ -145,6 +135,28 @@ class ReportsMixin:
             self._log_sink = sink
         self.last_client_metrics = pd.DataFrame.from_dict(rows, orient="index").rename_axis("client")
         return self.last_client_metrics
+
+    def _evaluated(
+        self, datasets: Mapping[str, Dataset], steps: int, ignore_keys: list[str] | None
+    ) -> Generator[tuple[str, dict[str, float]], None, None]:
+        """Evaluate each client after some steps on its own data. Gives its name and its metrics."""
+        local_client, model = self._local_client(), self._model_in_rounds()
+
+        def evaluate(dataset: Dataset) -> dict[str, float]:
+            self._log_sink = {}
+            return self.evaluate(dataset, ignore_keys=ignore_keys)
+
+        with aside(self, local_client, self._runner):
+            yield from evaluate_each(local_client, datasets, evaluate, model, steps)
+
+    def _model_in_rounds(self) -> ModelInRounds:
+        return ModelInRounds(
+            self._round_of_the_model(),
+            self.last_server_state,
+            self.args.federated_seed,
+            self.args.heads,
+            self.client_budgets,
+        )
 
     def _datasets_to_evaluate(self, given: Dataset | Mapping[str, Dataset] | None = None) -> Mapping[str, Dataset]:
         if given is not None:

@@ -37,6 +37,7 @@ class InProcessGrid(Grid):
 
     def __init__(self, app: ClientApp, nodes: Mapping[int, Mapping], run_config: Mapping | None = None):
         self.app, self.run_config = app, dict(run_config or {})
+        self.other_apps: dict[int, ClientApp] = {}  # of nodes that run another one
         self.contexts: dict[int, Context] = {}
         for node_id, node_config in nodes.items():
             self.connect(node_id, node_config)
@@ -49,7 +50,7 @@ class InProcessGrid(Grid):
 
     def handle(self, message: Message, context: Context) -> Message:
         """What a node does with a message. A test of faults can replace it."""
-        return self.app(message, context)
+        return self.other_apps.get(context.node_id, self.app)(message, context)
 
     def reply(self, message: Message) -> Message | None:
         context = self.contexts.get(message.metadata.dst_node_id)

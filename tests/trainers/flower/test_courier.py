@@ -1,5 +1,7 @@
 """Whatever nodes answer, each task gets one reply, in the order of the tasks."""
 
+import weakref
+
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -28,6 +30,9 @@ class AllButWest:
 
     def connected(self):
         return {client: 10 + index for index, client in enumerate(CLIENTS[:-1])}
+
+    def message_type(self, client):
+        return "train"
 
 
 def tasks() -> list[ClientTask]:
@@ -77,3 +82,11 @@ def test_the_messages_of_a_round_expire_with_it():
 def test_a_round_without_clients_sends_nothing():
     courier = Courier(AllButWest(), timeout=9.0)
     assert courier.messages([]) == [] and list(courier.replies([])) == []
+
+
+def test_an_answer_is_released_once_it_was_read():
+    courier = Courier(AllButWest(), timeout=9.0)
+    answers = [good(over_the_wire(message)) for message in courier.messages(tasks())]
+    held = [weakref.ref(answer) for answer in answers]  # Flower holds the list as well
+    left = [sum(answer() is not None for answer in held) for _ in courier.replies(answers)]
+    assert left == [2, 1, 0, 0]

@@ -5,12 +5,10 @@ import pytest
 
 pytest.importorskip("flwr")
 
-from safetensors.torch import load_file
-
 from peft_ravan.trainers import read_history
 
-from ..helpers import assert_same, comparable, lora, make_trainer, ravan
-from .helpers import NUM_CLIENTS, Federation, small
+from ..helpers import comparable, lora, make_trainer, ravan
+from .helpers import NUM_CLIENTS, Federation, assert_same_as_trainer, small, trained
 
 
 RUNS = {
@@ -39,16 +37,8 @@ RUNS = {
 
 @pytest.mark.parametrize("make_adapter, options", RUNS.values(), ids=RUNS)
 def test_it_is_the_federation_of_a_federated_trainer(tmp_path, make_adapter, options):
-    trainer = make_trainer(
-        tmp_path / "trainer", make_adapter(), **{"num_clients": NUM_CLIENTS, "max_steps": 2, **options}
-    )
-    trainer.train()
-    trainer.save_model()
-    federation = Federation(small(tmp_path / "flower", **options), make_adapter)
-    federation.run()
-    expected = load_file(tmp_path / "trainer" / "adapter_model.safetensors")
-    assert_same(federation.adapter(), expected)
-    assert comparable(read_history(federation.folder)) == comparable(read_history(tmp_path / "trainer"))
+    trained(tmp_path, make_adapter, **options)
+    assert_same_as_trainer(Federation(small(tmp_path / "flower", **options), make_adapter))
 
 
 def test_the_server_evaluates_the_adapter_as_a_federated_trainer_does(tmp_path):

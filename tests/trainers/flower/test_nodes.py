@@ -106,10 +106,54 @@ def test_a_node_that_cannot_introduce_itself_is_left_out_if_others_suffice(tmp_p
     assert federation.records[0]["clients"] == ["client_0", "client_2"] and not federation.records[0]["failed_clients"]
 
 
-def test_two_nodes_cannot_have_one_name(tmp_path):
-    federation = Federation(small(tmp_path), node_configs={"client_1": {"client-name": "client_0"}})
-    with pytest.raises(ValueError, match="Two nodes have the name 'client_0'"):
-        federation.run()
+TWICE = {"client_1": {"client-name": "client_0"}}  # node 107 has the name of node 114
+
+
+def test_of_two_nodes_with_one_name_that_come_together_none_takes_part(tmp_path, monkeypatch):
+    warnings = logged(monkeypatch, "flower.nodes")
+    federation = Federation(small(tmp_path, num_rounds=1), node_configs=TWICE, min_nodes=1)
+    federation.run()
+    assert federation.records[0]["clients"] == ["client_2"]
+    assert len(warnings) == 2
+    assert warnings[0].startswith("Node 107 has the name 'client_0', which node 114 has as well.")
+    assert warnings[1].startswith("Node 114 has the name 'client_0', which node 107 has as well.")
+    assert all("--node-config 'client-name=\"north\"'" in warning for warning in warnings)
+
+
+def connected_during(**polls):
+    """A grid on which some nodes are connected only from one poll to another. The third client comes after poll 12."""
+
+    class Coming(InProcessGrid):
+        poll = 0
+
+        def get_node_ids(self):
+            self.poll += 1
+            times = {"_100": (12, 10**6), **polls}
+            return [node for node in self.contexts if (t := times.get(f"_{node}")) is None or t[0] < self.poll <= t[1]]
+
+    return Coming
+
+
+def clients_of(folder, grid_class) -> list[str]:
+    """The clients of a federation whose nodes 107 and 114 have the same name."""
+    options = {"node_configs": TWICE, "grid_class": grid_class, "min_nodes": 2, "node_timeout": 60.0}
+    federation = Federation(small(folder, num_rounds=1), **options)
+    federation.run()
+    assert not federation.records[0]["failed_clients"]
+    return federation.records[0]["clients"]
+
+
+def test_a_name_belongs_to_the_node_that_gave_it_first(tmp_path, monkeypatch):
+    warnings = logged(monkeypatch, "flower.nodes")
+    assert clients_of(tmp_path, connected_during(_107=(6, 10**6))) == ["client_0", "client_2"]
+    assert len(warnings) == 1 and "Node 107 has the name 'client_0', which node 114 has as well." in warnings[0]
+
+
+@pytest.mark.parametrize("comes", [0, 4], ids=["together", "later"])
+def test_a_node_gets_its_name_when_the_other_one_is_gone(tmp_path, comes):
+    """As when a node is killed and started again, and Flower has not yet noticed that it was killed."""
+    grid_class = connected_during(_107=(comes, 10**6), _114=(0, 8))
+    assert clients_of(tmp_path, grid_class) == ["client_0", "client_2"]
 
 
 class ElsewhereMade(InProcessGrid):
@@ -125,13 +169,29 @@ class ElsewhereMade(InProcessGrid):
         return Message(to_record(changed), reply_to=message)
 
 
-def test_a_node_that_makes_other_bases_is_refused_with_its_version_of_torch(tmp_path):
+def test_a_node_that_makes_other_bases_is_left_out_with_its_version_of_torch(tmp_path, monkeypatch):
+    warnings = logged(monkeypatch, "flower.nodes")
+    federation = Federation(small(tmp_path, num_rounds=1), grid_class=ElsewhereMade, min_nodes=2)
+    federation.run()
+    assert federation.records[0]["clients"] == ["client_0", "client_2"]
+    [warning] = warnings
+    assert "Node 107 is left out. The node of 'client_1', with torch 2.0.1, has another adapter" in warning
+    assert f"with torch {torch.__version__}" in warning and "save_projection=True" in warning
+    assert "`send_bases=True` (`send-bases=true` in the configuration of the run)" in warning
+
+
+def test_too_few_nodes_are_an_error_with_all_reasons_why_others_are_left_out(tmp_path):
     federation = Federation(small(tmp_path / "out"), grid_class=ElsewhereMade)
-    with pytest.raises(ValueError) as raised:
+    federation.grid.connect(121, {"client-name": "client_0", "data": "client_0"})
+    federation.grid.connect(128, {"data": "client_0"})
+    with pytest.raises(TooFewNodesError) as raised:
         federation.run()
     message = str(raised.value)
+    assert "needs 3 nodes (`min_nodes`), and 1 were there within 0 seconds" in message
     assert "The node of 'client_1', with torch 2.0.1, has another adapter" in message
-    assert f"with torch {torch.__version__}" in message and "save_projection=True" in message
+    assert "Node 114 has the name 'client_0', which node 121 has" in message
+    assert "Node 121 has the name 'client_0', which node 114 has" in message
+    assert "Node 128 has not introduced itself:" in message and "The node has no name" in message
     assert not (tmp_path / "out").exists()
 
 

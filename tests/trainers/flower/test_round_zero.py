@@ -92,20 +92,6 @@ def test_a_node_that_is_started_again_is_sent_them_again(tmp_path):
     assert ("train.bases", 900) in federation.grid.handled
 
 
-def test_a_node_that_has_lost_them_under_the_same_id_does_not_train_on_others(tmp_path):
-    class Forgetful(InProcessGrid):
-        def handle(self, message, context):
-            if context.node_id == 107 and message.metadata.group_id == "2":
-                context.state.clear()
-            return super().handle(message, context)
-
-    federation = Federation(small(tmp_path, num_rounds=2), gradient_svd, grid_class=Forgetful)
-    federation.run()
-    _, first, second = federation.records
-    assert len(first["clients"]) == 3 and second["clients"] == ["client_0", "client_2"]
-    assert "The node has lost the bases" in second["failed_clients"][0]["reason"]
-
-
 def test_a_node_that_does_not_take_them_is_left_out(tmp_path, monkeypatch):
     class Refuses(InProcessGrid):
         def handle(self, message, context):
