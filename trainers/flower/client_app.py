@@ -20,11 +20,13 @@ from ..client.trainer_hooks import local_arguments
 from ..client_setup import client_settings
 from ..data.client_data import ClientData
 from ..data.partition import client_of_part
-from ..exchange import ClientTask
+from ..exchange import ClientReply, ClientTask
 from ..round_zero import bases_of
+from ..secure_aggregation import SecureAggregation
 from .client_state import client_store, keep_bases, kept_bases
 from .codec import from_record, to_record
 from .introduction import BASES_ACTION, Bases, Introduction, frozen_fingerprints
+from .secure_client import MaskingClient
 
 
 Arguments = TrainingArguments | Callable[[Mapping[str, Any]], TrainingArguments]
@@ -133,9 +135,8 @@ def make_client_app(
         keep_bases(context, bases)
         return Message(content, reply_to=message)
 
-    @app.train()
-    def train(message: Message, context: Context) -> Message:
-        task, name = from_record(message.content, ClientTask), client_name(context.node_config)
+    def trained(task: ClientTask, context: Context) -> ClientReply:
+        name = client_name(context.node_config)
         if task.client != name:
             raise ValueError(f"The task is for the client {task.client!r}, and this node is {name!r}.")
         with client_store(context) as store:
@@ -145,7 +146,15 @@ def make_client_app(
                     "The node has lost the bases that were made in round 0: it was started again under the same id. What it "
                     "would train could not be averaged, so it is left out until the run is resumed."
                 )
-            reply = client.train(task)
-        return Message(to_record(reply), reply_to=message)
+            return client.train(task)
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        run_args = arguments_of(args, context.run_config)
+        secure = SecureAggregation.parse(run_args.secure_aggregation)
+        if secure is None:
+            return Message(to_record(trained(from_record(message.content, ClientTask), context)), reply_to=message)
+        counted = run_args.merging.limits.counted
+        return MaskingClient(secure, counted, lambda task: trained(task, context)).answer(message, context)
 
     return app

@@ -22,11 +22,14 @@ from ..exchange import ClientTask
 from ..federated_trainer import FederatedTrainer
 from ..round_zero import bases_of
 from ..run import Run
+from ..secure_aggregation import MIN_CLIENTS
 from ..server.budgets import resolve_client_budgets
 from .client_app import Arguments, arguments_of
 from .courier import Courier, GridRunner
 from .introduction import frozen_fingerprints
 from .nodes import Nodes
+from .secure_checks import check_model, warn_of_single_heads
+from .secure_courier import SecureCourier
 from .strategy import FederatedStrategy
 
 
@@ -72,6 +75,8 @@ class ServerTrainer(FederatedTrainer):
         courier ([`Courier`]): Carries tasks and replies.
         **kwargs: As for [`FederatedTrainer`].
     """
+
+    can_sum_securely = True
 
     def __init__(self, model: PeftModel, args: TrainingArguments, courier: Courier, **kwargs):
         self._courier = courier
@@ -173,9 +178,12 @@ def make_server_app(
         _check_arguments(run_args)
         set_seed(run_args.seed)
         model = load_model()
+        check_model(model, run_args)
         needed = config.get("min-nodes", min_nodes)
         if needed is None:
             needed = run_args.num_clients or run_args.clients_per_round or run_args.min_clients
+        if run_args.secure_aggregation:
+            needed = max(int(needed), MIN_CLIENTS)
         nodes = connected_nodes(grid, model, run_args, int(needed), float(config.get("node-timeout", node_timeout)))
         # set after the nodes are known: the federation has as many clients as have come
         run_args.num_clients = len(nodes.clients)
@@ -183,10 +191,12 @@ def make_server_app(
         trainer = ServerTrainer(
             model,
             run_args,
-            Courier(nodes, float(config.get("round-timeout", round_timeout))),
+            make_courier(nodes, float(config.get("round-timeout", round_timeout)), run_args),
             eval_dataset=None if load_eval_data is None else load_eval_data(),
             compute_metrics=compute_metrics,
         )
+        if run_args.secure_aggregation:
+            warn_of_single_heads(trainer.client_budgets, run_args.clients_per_round or len(nodes.clients))
         trainer.train(resume_from_checkpoint=run_args.resume_from_checkpoint)
         trainer.save_model()
 
@@ -211,6 +221,19 @@ def connected_nodes(grid: Grid, model: PeftModel, args: TrainingArguments, least
     nodes = Nodes(grid, frozen_fingerprints(model), timeout)
     nodes.wait(least)
     return nodes
+
+
+def make_courier(nodes: Nodes, timeout: float, args: TrainingArguments) -> Courier:
+    """
+    Args:
+        nodes ([`Nodes`]): The nodes.
+        timeout (`float`): How many seconds the clients have for a round.
+        args ([`FederatedArguments`]): The arguments.
+
+    Returns:
+        [`Courier`]: Carries the tasks of the clients and their replies, or sums of them.
+    """
+    return SecureCourier(nodes, timeout, args) if args.secure_aggregation else Courier(nodes, timeout)
 
 
 def told_budgets(
