@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.client.mod import secaggplus_mod
 from flwr.client.mod.secure_aggregation.secaggplus_mod import SecAggPlusState
 from flwr.common import Code, FitRes, Status, ndarrays_to_parameters
@@ -58,6 +58,11 @@ class MaskingClient:
         Raises:
             ValueError: if the server asks for less protection than the arguments, or for something out of turn.
         """
+        if message.metadata.message_type != MessageType.TRAIN:  # Flower's mod would pass on others, and check nothing
+            raise ValueError(
+                f"A message of secure aggregation must be of the type {MessageType.TRAIN!r}, got "
+                f"{message.metadata.message_type!r:.50}."
+            )
         configs = message.content.get(RECORD_KEY_CONFIGS)
         if not isinstance(configs, ConfigRecord):
             raise ValueError(
@@ -98,6 +103,11 @@ class MaskingClient:
     def _masked_reply(self, message: Message, context: Context, configs: ConfigRecord) -> ClientReply:
         content = RecordDict({name: record for name, record in message.content.items() if name != RECORD_KEY_CONFIGS})
         task = from_record(content, ClientTask)
+        if (task.purpose, task.upload_dtype) != ("train", "float32"):
+            raise ValueError(
+                "Only changes of a round in float32 can be masked, and the server asks for "
+                f"{task.upload_dtype or 'whole tensors'} ({task.purpose})."
+            )
         sources = list(configs.get(Key.SOURCE_LIST, ()))
         if len(set(sources)) < len(sources):
             raise ValueError("The server names a client twice, with which this one would share a mask.")
@@ -142,7 +152,7 @@ class _TrainingFailedError(Exception):
 def _check_shares_asked(configs: Mapping[str, Any], own: int) -> None:
     """
     Check that the server does not ask for both secrets of a client: with the seed of its own mask and its private key, it
-    could uncover its update. No client checks this in Flower's mod.
+    could uncover its update. Flower's mod does not check this.
     """
     active, dead = (list(configs.get(name, ())) for name in (Key.ACTIVE_NODE_ID_LIST, Key.DEAD_NODE_ID_LIST))
     asked = [*active, *dead]
