@@ -27,7 +27,7 @@ from .secure_vector import MODULUS, SecureSumError, SumFormat
 # far more than a key or a share needs
 MAX_BYTES = 2**14
 # how long nodes have for a message without training, of which they first start a process
-KEY_SECONDS = 120.0
+KEY_SECONDS = 300.0
 
 
 class SecureSum:

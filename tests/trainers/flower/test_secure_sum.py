@@ -9,13 +9,14 @@ pytest.importorskip("flwr")
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.common.secure_aggregation.crypto.shamir import create_shares
+from flwr.common.secure_aggregation.crypto.shamir import combine_shares, create_shares
 from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFIGS, Key, Stage
 
 from peft_ravan.trainers import SecureAggregation
 from peft_ravan.trainers.exchange import ClientReply, ClientTask
 from peft_ravan.trainers.flower.codec import from_record, to_record
 from peft_ravan.trainers.flower.secure_client import MaskingClient
+from peft_ravan.trainers.flower.secure_masks import mask, pair_mask
 from peft_ravan.trainers.flower.secure_sum import SecureSum
 from peft_ravan.trainers.flower.secure_vector import MASKED, MODULUS, SecureSumError, SumFormat
 
@@ -49,7 +50,7 @@ class Clients(InProcessGrid):
         self.names = {node_id: name for name, node_id in NODES.items()}
         self.task = ClientTask(1, "", {WEIGHT: torch.zeros(size)}, seed=0, upload_dtype="float32")
         self.changes = {name: torch.linspace(-n, n, size) for name, n in SIZES.items()}
-        self.trained = []
+        self.trained, self.public_keys = [], {}
         self.form = SumFormat.of(self.task, len(clients), sum(SIZES[client] for client in clients), 8.0)
         app = ClientApp()
 
@@ -75,6 +76,8 @@ class Clients(InProcessGrid):
             return None
         answer = super().handle(message, context)
         self.answers.append(answer)
+        if key := answer.content.get(RECORD_KEY_CONFIGS, {}).get(Key.PUBLIC_KEY_1):
+            self.public_keys[self.names[context.node_id]] = key
         return answer if fault is None else fault(message, answer)
 
     def secure_sum(self, threshold=None) -> SecureSum:
@@ -184,6 +187,42 @@ def test_the_server_sees_no_update_but_only_their_sum():
     for count in (2, 3, 4):
         assert chi_square(sum(masked[:count])) < 400
     assert (secure.unmasked() == sum(plain.values())).all()
+
+
+def secrets_given(grid: Clients) -> dict[int, bytes]:
+    """What the server can put together of the shares that it was given: one secret of each client."""
+    shares = {}
+    for answer in grid.answers:
+        given = answer.content.get(RECORD_KEY_CONFIGS, {})
+        for node_id, share in zip(given.get(Key.NODE_ID_LIST, ()), given.get(Key.SHARE_LIST, ()), strict=True):
+            shares.setdefault(node_id, []).append(share)
+    return {node_id: combine_shares(some) for node_id, some in shares.items()}
+
+
+def test_what_uncovers_the_sum_does_not_uncover_a_client_in_it():
+    grid = Clients(size=20_000)
+    secure = grid.secure_sum()
+    uploads = grid.collect(secure)
+    for client, reply in uploads.items():
+        secure.add(client, words_of(reply))
+    secure.unmasked()
+    # without its own mask, the masks that it shares with others are left
+    seeds = secrets_given(grid)
+    left = {client: words_of(reply) - mask(seeds[NODES[client]], len(grid.form)) for client, reply in uploads.items()}
+    assert all(chi_square(words) < 400 for words in left.values())
+    assert chi_square(left["east"] + left["north"] + left["south"]) < 400 < chi_square(sum(left.values()))
+
+
+def test_what_uncovers_the_sum_does_not_uncover_a_client_that_is_late():
+    late = []
+    grid = Clients(20_000, {("north", Stage.COLLECT_MASKED_VECTORS): lambda message, answer: late.append(answer)})
+    run(grid)
+    words = words_of(from_record(late[0].content, ClientReply))
+    private = secrets_given(grid)[NODES["north"]]
+    for name in ("east", "south", "west"):
+        shared = pair_mask(private, grid.public_keys[name], len(words))
+        words = words - shared if NODES["north"] > NODES[name] else words + shared
+    assert chi_square(words) < 400  # its own mask is left
 
 
 def test_masks_are_new_in_each_round():
