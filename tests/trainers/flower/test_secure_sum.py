@@ -11,6 +11,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.secure_aggregation.crypto.shamir import combine_shares, create_shares
 from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFIGS, Key, Stage
+from flwr.supercore.primitives.asymmetric import generate_key_pairs, private_key_to_bytes
 
 from peft_ravan.trainers import SecureAggregation
 from peft_ravan.trainers.exchange import ClientReply, ClientTask
@@ -256,6 +257,8 @@ HOSTILE = {
     "no key": (Stage.SETUP, with_values(**{Key.PUBLIC_KEY_1: "pk"}), "must be up to 16,384 bytes, got 'pk'"),
     "a long key": (Stage.SETUP, with_values(**{Key.PUBLIC_KEY_2: bytes(10**6)}), "must be up to 16,384 bytes"),
     "a damaged key": (Stage.SETUP, with_values(**{Key.PUBLIC_KEY_1: b"-----BEGIN PUBLIC KEY-----"}), ""),
+    "one key": (Stage.SETUP, lambda message, answer: with_values(
+        **{Key.PUBLIC_KEY_2: answer.content[RECORD_KEY_CONFIGS][Key.PUBLIC_KEY_1]})(message, answer), "are the same"),
     "too few shares": (Stage.SHARE_KEYS, with_values(**{Key.DESTINATION_LIST: [20], Key.CIPHERTEXT_LIST: [b"x"]}), "for each of 3"),
     "no lists": (Stage.SHARE_KEYS, with_values(**{Key.DESTINATION_LIST: 3}), "for each of 3 clients"),
     "for others": (Stage.SHARE_KEYS, with_values(**{Key.DESTINATION_LIST: [1, 2, 3]}), "for other clients"),
@@ -292,6 +295,21 @@ def test_a_wrong_share_spoils_the_sum_and_the_reason_says_so(share, also_lost):
     grid = Clients(faults={("west", Stage.UNMASK): wrong, (also_lost, Stage.COLLECT_MASKED_VECTORS): LOST})
     with pytest.raises(SecureSumError, match="shares of its key do not fit together|has sent a wrong share of a key"):
         run(grid)
+
+
+def test_shares_of_another_key_than_that_of_the_client_are_found_out():
+    own, _ = generate_key_pairs()
+    forged = iter(create_shares(private_key_to_bytes(own), 3, 4))
+
+    def wrong(message, answer):
+        record = answer.content[RECORD_KEY_CONFIGS]
+        ids, shares = record[Key.NODE_ID_LIST], list(record[Key.SHARE_LIST])
+        shares[ids.index(NODES["east"])] = next(forged)
+        return with_values(**{Key.SHARE_LIST: shares})(message, answer)
+
+    faults = {(client, Stage.UNMASK): wrong for client in ("north", "south", "west")}
+    with pytest.raises(SecureSumError, match="masks of 'east' .* the private key is not that of its public key"):
+        run(Clients(faults={**faults, ("east", Stage.COLLECT_MASKED_VECTORS): LOST}))
 
 
 def test_any_vector_of_the_right_length_is_found_out_by_its_number_of_examples():
@@ -357,6 +375,16 @@ def test_a_client_masks_one_update_with_its_keys():
         assert answer.has_error() == (reason is not None)
         assert reason is None or reason in answer.error.reason
     assert grid.trained == ["north"]
+
+
+def test_a_client_shares_one_mask_with_each_other():
+    grid = Clients()
+    secure = grid.secure_sum()
+    request = [secure.agree(), dict(secure.request("north"))][1]
+    for name in (Key.SOURCE_LIST, Key.CIPHERTEXT_LIST):
+        request[name] = [request[name][0], *request[name]]
+    answer = ask(grid, request, content=to_record(grid.task))
+    assert answer.has_error() and "names a client twice" in answer.error.reason
 
 
 @pytest.mark.parametrize("active, dead", [([0, 1, 2, 3], [1]), ([1, 2, 3], [0]), ([0, 1, 1, 2], [])])
