@@ -132,11 +132,11 @@ def test_what_runs_on_nodes_and_what_runs_on_the_server_of_flower_share_only_wha
     def imported_by(name: str) -> set[str]:
         return {path.parent.name for path in graph[ROOT / "trainers" / "flower" / f"{name}.py"]}
 
-    for name in ("client_app", "client_state"):
+    for name in ("client_app", "client_state", "secure_client"):
         assert "server" not in imported_by(name)
-    for name in ("strategy", "courier", "nodes"):
+    for name in ("strategy", "courier", "nodes", "secure_courier", "secure_sum"):
         assert "client" not in imported_by(name)
-    for name in ("codec", "introduction"):
+    for name in ("codec", "introduction", "secure_masks", "secure_vector"):
         assert not {"client", "server"} & imported_by(name)
 
 

@@ -1,11 +1,14 @@
 """docs/flower.md is correct: its code is that of the example, its tables match the apps, and its commands exist."""
 
+import dataclasses
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from peft_ravan.trainers import FederatedArguments, SecureAggregation
 
 from .markdown import code_blocks, dead_links, rows, section
 
@@ -62,6 +65,27 @@ def test_the_example_has_what_its_run_needs():
     for component in app["components"].values():
         module, _, name = component.partition(":")
         assert f"{module}.py" in app["fab-include"] and re.search(rf"^{name} = make_", code, flags=re.MULTILINE)
+
+
+def test_the_settings_of_secure_aggregation_are_in_the_table_with_their_defaults():
+    text = section(TEXT, "Secure aggregation")
+    table = {cells[0].strip("`"): cells[1] for cells in rows(text) if cells[0] != "Setting"}
+    defaults = SecureAggregation()
+    assert set(table) == {field.name for field in dataclasses.fields(SecureAggregation)}
+    assert defaults.threshold == 2 / 3 and "(2/3)" in table["threshold"]
+    assert f"({defaults.clipping_range})" in table["clipping_range"]
+    assert f"is {10 * defaults.clipping_range / 2**32:.0e} for 10 clients".replace("e-0", "e-") in text
+
+
+def test_the_options_that_do_not_go_with_secure_aggregation_are_refused():
+    text = section(TEXT, "What does not go with it", level=3)
+    [line] = [line for line in text.splitlines() if line.startswith("- `privacy`")]
+    names = re.findall(r"`(\w+)`", line)
+    values = {"privacy": {"clip_norm": 1.0, "noise_multiplier": 1.0}, "max_update_norm": 1.0}
+    assert names == ["privacy", "max_update_norm", "scaffold", "eval_clients"]
+    for name in names:
+        with pytest.raises(ValueError, match=f"`secure_aggregation` does not go with `{name}`"):
+            FederatedArguments("out", secure_aggregation=True, **{name: values.get(name, True)})
 
 
 @pytest.mark.parametrize("command", ["flower-superlink", "flower-supernode"])

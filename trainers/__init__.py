@@ -20,6 +20,7 @@ from .records.client_metrics import client_statistics, summarize_clients
 from .records.history import history_table
 from .records.history_plot import plot_history
 from .run_folder import FolderInUseError
+from .secure_aggregation import SecureAggregation
 from .server.privacy import Privacy
 from .server.rounds import RoundFailedError
 
@@ -35,6 +36,7 @@ __all__ = [
     "FolderInUseError",
     "Privacy",
     "RoundFailedError",
+    "SecureAggregation",
     "client_statistics",
     "federated",
     "federated_arguments",

@@ -7,11 +7,12 @@ import math
 from transformers import SchedulerType, TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
-from peft_ravan.merging import get_merge_method
+from peft_ravan.merging import MERGE_METHODS, get_merge_method
 from peft_ravan.merging.privacy import check_plain_mean
 
 from .client.personal import read_patterns
 from .runners import PARALLEL_MODES
+from .secure_aggregation import MIN_CLIENTS, SecureAggregation
 from .server.privacy import Privacy
 
 
@@ -118,3 +119,41 @@ def check_privacy(args: TrainingArguments) -> None:
         )
     # a plain JSON value, since arguments are written to checkpoints and logs
     args.privacy = privacy.to_dict()
+
+
+def check_secure_aggregation(args: TrainingArguments) -> None:
+    """
+    Check what can be checked without the clients, and parse `secure_aggregation` into a dict.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]): The arguments.
+
+    Raises:
+        ValueError: if `secure_aggregation` has an invalid value, or cannot be combined with other arguments.
+        TypeError: if `secure_aggregation` has the wrong type.
+    """
+    settings = SecureAggregation.parse(args.secure_aggregation)
+    args.secure_aggregation = None if settings is None else settings.to_dict()
+    if settings is None:
+        return
+    if args.merge_method is not None and not get_merge_method(args.merge_method).secure_aggregation:
+        able = ", ".join(name for name, method in MERGE_METHODS.items() if method.secure_aggregation)
+        raise ValueError(
+            f"`secure_aggregation` does not go with merge_method={args.merge_method!r}, which needs the update of each client, "
+            f"and the server has only their sum. Choose one of: {able}."
+        )
+    for name, why in (
+        ("privacy", "the server would have to clip the update of each client"),
+        ("scaffold", "clients upload control variates then, which are not masked"),
+        ("max_update_norm", "the server would have to know the norm of each update"),
+        ("eval_clients", "the metrics of each client would reach the server"),
+    ):
+        if getattr(args, name):
+            raise ValueError(f"`secure_aggregation` does not go with `{name}`: {why}. Leave one of the two out.")
+    for name in ("num_clients", "clients_per_round"):
+        value = getattr(args, name)
+        if value is not None and value < MIN_CLIENTS:
+            raise ValueError(
+                f"`secure_aggregation` needs at least {MIN_CLIENTS} clients in a round, and `{name}` is {value}. Each of two "
+                "clients could find the update of the other one from their sum. Let more clients take part."
+            )

@@ -10,7 +10,13 @@ from transformers.trainer_utils import SaveStrategy
 from peft_ravan.merging import SERVER_OPTIMIZERS, UpdateLimits
 from peft_ravan.merging.limits import LARGE_UPDATES
 
-from .argument_checks import check_counts, check_local_training, check_privacy, check_sharing
+from .argument_checks import (
+    check_counts,
+    check_local_training,
+    check_privacy,
+    check_secure_aggregation,
+    check_sharing,
+)
 from .client.faults import FaultSettings
 from .compression import DEFAULT_DOWNLOAD_DTYPE, DEFAULT_UPLOAD_DTYPE, ExchangeSettings
 from .data.partition import PARTITIONS, PartitionSettings
@@ -18,6 +24,7 @@ from .data.partitioner import PartitionerArgumentMixin
 from .exchange import HEAD_ALLOCATIONS, HEAD_SELECTIONS
 from .quantization import SENT_DTYPES
 from .runners import PARALLEL_MODES
+from .secure_aggregation import MIN_CLIENTS
 from .server.budgets import BUDGET_DISTRIBUTIONS, HeadSettings
 from .server.merging import MergeSettings
 from .server.participation import Participation
@@ -109,6 +116,10 @@ class FederatedArgumentsMixin(PartitionerArgumentMixin):
             Client-level differential privacy, such as `{"clip_norm": 1.0, "target_epsilon": 4.0}`: each client's upload is
             clipped as a whole, and noise is added to the mean, which has uniform weights. See [`Privacy`] for the
             fields. A string is read as JSON. By default none.
+        secure_aggregation ([`SecureAggregation`], `dict[str, Any]`, `bool` or `str`, *optional*):
+            For a federation over Flower: the server sees only sums over the updates of clients. `True`, or settings such as
+            `{"threshold": 0.8}`, see [`SecureAggregation`]. A string is read as JSON. Uploads are masked integers of 32 bits
+            then, and `upload_dtype` does not apply. By default none.
         client_timeout (`float`, *optional*):
             The seconds after which a client's local training is aborted, checked after every step. By default never.
         min_successful_clients (`int`, *optional*, defaults to 1):
@@ -237,6 +248,11 @@ class FederatedArgumentsMixin(PartitionerArgumentMixin):
             "help": "Client-level differential privacy, as JSON: clip_norm and noise_multiplier or target_epsilon."
         },
     )
+    # or a SecureAggregation, or True
+    secure_aggregation: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Over Flower: the server sees only sums of updates. 'true', or settings as JSON."},
+    )
     client_timeout: float | None = field(
         default=None, metadata={"help": "Seconds after which a client's local training is aborted. By default never."}
     )
@@ -306,6 +322,7 @@ class FederatedArgumentsMixin(PartitionerArgumentMixin):
         check_sharing(self)
         check_local_training(self)
         check_privacy(self)
+        check_secure_aggregation(self)
 
     @property
     def merging(self) -> MergeSettings:
@@ -331,7 +348,7 @@ class FederatedArgumentsMixin(PartitionerArgumentMixin):
     @property
     def exchange(self) -> ExchangeSettings:
         """How tensors are sent."""
-        return ExchangeSettings(self.upload_dtype, self.download_dtype)
+        return ExchangeSettings(self.upload_dtype, self.download_dtype, masked=bool(self.secure_aggregation))
 
     @property
     def faults(self) -> FaultSettings:
@@ -353,10 +370,12 @@ class FederatedArgumentsMixin(PartitionerArgumentMixin):
     @property
     def participation(self) -> Participation:
         """Which clients take part in which round."""
+        # in a smaller round, secure aggregation would not hide much
+        least = max(self.min_clients, MIN_CLIENTS) if self.secure_aggregation else self.min_clients
         return Participation(
             self.clients_per_round,
             self.participation_weights,
-            self.min_clients,
+            least,
             self.min_successful_clients,
             self.federated_seed,
         )

@@ -48,6 +48,8 @@ class ExchangeSettings:
         download_dtype (`str`, *optional*, defaults to `"float32"`): What the server rounds to.
         exact (`tuple[str, ...]`, *optional*): The names of tensors that the server sends as they are, such as running
             statistics, which may not become zero or negative.
+        masked (`bool`, *optional*, defaults to `False`): Whether clients mask what they upload, so that only its sum over
+            clients can be read. They mask changes that are not rounded before, whatever `upload_dtype` is.
 
     Raises:
         ValueError: if there is no such dtype.
@@ -56,6 +58,7 @@ class ExchangeSettings:
     upload_dtype: str = "float32"
     download_dtype: str = "float32"
     exact: tuple[str, ...] = ()
+    masked: bool = False
 
     def __post_init__(self):
         for name in ("upload_dtype", "download_dtype"):
@@ -69,6 +72,8 @@ class ExchangeSettings:
         The dtype of the changes that clients upload, or `None` if they upload whole tensors. They also upload changes
         if only downloads are rounded.
         """
+        if self.masked:
+            return "float32"
         return None if self.upload_dtype == self.download_dtype == "float32" else self.upload_dtype
 
     def sparing(self, names: Collection[str]) -> ExchangeSettings:
@@ -101,6 +106,8 @@ class ExchangeSettings:
             f"{dtype} in blocks of {BLOCK_SIZE}" if dtype in LEVELS else dtype
             for dtype in (self.upload_dtype, self.download_dtype)
         ]
+        if self.masked:
+            names[0] = "masked integers of 32 bits, of which the server sees only sums over clients"
         return f"uploads are changes in {names[0]}, downloads are in {names[1]}"
 
 

@@ -199,3 +199,21 @@ class ClientReply(Message):
         """
         names = ("round_number", "client", "purpose", "run", "attempt")
         return all(getattr(self, name) == getattr(task, name) for name in names)
+
+
+@dataclass(frozen=True)
+class SummedReply(ClientReply):
+    """
+    A reply that a server makes for a client whose update it has seen only in a sum: it has the mean over all clients of the
+    round instead, and so have the replies for the others. A merge method that needs only sums merges them to that mean.
+
+    Args:
+        sent_bytes (`int`, *optional*, defaults to 0): How many bytes the client has sent.
+    """
+
+    sent_bytes: int = 0
+
+    @property
+    def num_bytes(self) -> int:
+        """How many bytes the client has sent."""
+        return self.sent_bytes

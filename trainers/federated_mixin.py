@@ -71,6 +71,8 @@ class FederatedMixin(PreparationMixin, CheckpointingMixin, SharingMixin, Reports
     client_attributes: ClassVar[tuple[str, ...]] = ClientSettings().attributes
     arguments_class: ClassVar[type[FederatedArgumentsMixin]] = FederatedArgumentsMixin  # the required type of `args`
 
+    can_sum_securely: ClassVar[bool] = False  # on one machine, there is nobody to hide updates from
+
     privacy: PrivateRounds | None = None
     _last_run: Run | None = None
 
@@ -118,6 +120,11 @@ class FederatedMixin(PreparationMixin, CheckpointingMixin, SharingMixin, Reports
             raise TypeError(
                 f"The {type(self).__name__} needs `{suitable.__name__}`, got {type(args).__name__}. They take everything "
                 "that those of the trainer below take; `federated_arguments` makes them for a trainer of your own."
+            )
+        if args.secure_aggregation and not self.can_sum_securely:
+            raise ValueError(
+                "`secure_aggregation` hides the updates of clients from a server on another machine, and here all are in one "
+                "process. Leave it out, or run the federation over Flower."
             )
         return args
 

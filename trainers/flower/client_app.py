@@ -23,6 +23,7 @@ from ..data.client_data import ClientData
 from ..data.partition import client_of_part
 from ..exchange import ClientReply, ClientTask
 from ..runners import Runner
+from ..secure_aggregation import SecureAggregation
 from .client_state import client_store, keep_bases, kept_bases
 from .codec import from_record, to_record
 from .evaluation_reply import EvaluationReply
@@ -35,6 +36,7 @@ from .introduction import (
     frozen_fingerprints,
     frozen_parts,
 )
+from .secure_client import MaskingClient
 
 
 Arguments = TrainingArguments | Callable[[Mapping[str, Any]], TrainingArguments]
@@ -154,30 +156,37 @@ def make_client_app(
         keep_bases(context, bases)
         return Message(content, reply_to=message)
 
-    def task_in(message: Message, context: Context) -> ClientTask:
-        task, name = from_record(message.content, ClientTask), client_name(context.node_config)
+    def own(task: ClientTask, context: Context) -> ClientTask:
+        name = client_name(context.node_config)
         if task.client != name:
             raise ValueError(f"The task is for the client {task.client!r}, and this node is {name!r}.")
         return task
 
+    def trained(task: ClientTask, context: Context, bases: Bases | None) -> ClientReply:
+        with client_store(context) as store:
+            return make_client(context, store, bases).train(own(task, context))
+
     @app.train()
     def train(message: Message, context: Context, bases: Bases | None = None) -> Message:
-        task = task_in(message, context)
-        with client_store(context) as store:
-            reply = make_client(context, store, bases).train(task)
-        return Message(to_record(reply), reply_to=message)
+        run_args = arguments_of(args, context.run_config)
+        secure = SecureAggregation.parse(run_args.secure_aggregation)
+        if secure is None:
+            reply = trained(from_record(message.content, ClientTask), context, bases)
+            return Message(to_record(reply), reply_to=message)
+        counted = run_args.merging.limits.counted
+        return MaskingClient(secure, counted, lambda task: trained(task, context, bases)).answer(message, context)
 
     @app.train(ON_SENT_BASES_ACTION)
     def train_on_sent_bases(message: Message, context: Context) -> Message:
         bases = kept_bases(context)
         if bases is None:
-            task = task_in(message, context)
+            task = own(from_record(message.content, ClientTask), context)
             return Message(to_record(ClientReply.to(task, failure=LOST_BASES)), reply_to=message)
         return train(message, context, bases)
 
     @app.evaluate()
     def evaluate(message: Message, context: Context, bases: Bases | None = None) -> Message:
-        task = task_in(message, context)
+        task = own(from_record(message.content, ClientTask), context)
         if load_eval_data is None:
             raise ValueError(
                 "There is nothing to evaluate the client on. Give `make_client_app` a function `load_eval_data`, or leave out "
@@ -195,7 +204,7 @@ def make_client_app(
     def evaluate_on_sent_bases(message: Message, context: Context) -> Message:
         bases = kept_bases(context)
         if bases is None:
-            task = task_in(message, context)
+            task = own(from_record(message.content, ClientTask), context)
             lost = EvaluationReply(task.round_number, task.client, failure=LOST_BASES)
             return Message(to_record(lost), reply_to=message)
         return evaluate(message, context, bases)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from flwr.app import Message, Metadata
+from flwr.app import Message, Metadata, RecordDict
 from transformers.utils import logging
 
 from ..exchange import ClientReply, ClientTask
@@ -41,14 +41,14 @@ class Courier:
         Returns:
             `list[flwr.app.Message]`: A message for each client whose node is connected. They expire with the round.
         """
-        connected = self.nodes.connected() if tasks else {}
-        reached = [task for task in tasks if task.client in connected]
+        self._tasks = tasks
+        node_ids = self._reached(tasks) if tasks else {}
+        reached = [task for task in tasks if task.client in node_ids]
         number = str(tasks[0].round_number) if tasks else ""
         messages = [
-            Message(content, connected[client], self.nodes.message_type(client), ttl=self.timeout, group_id=number)
-            for client, content in zip((task.client for task in reached), to_records(reached), strict=True)
+            Message(content, node_ids[client], self.nodes.message_type(client), ttl=self.timeout, group_id=number)
+            for client, content in zip((task.client for task in reached), self._contents(reached), strict=True)
         ]
-        self._tasks = tasks
         # Flower gives a message its id when it is sent
         self._sent = {task.client: message.metadata for task, message in zip(reached, messages, strict=True)}
         return messages
@@ -89,6 +89,14 @@ class Courier:
         """
         messages = self.messages(tasks)
         yield from self.replies(self.nodes.grid.send_and_receive(messages, timeout=self.timeout) if messages else ())
+
+    def _reached(self, tasks: Sequence[ClientTask]) -> dict[str, int]:
+        """The clients that are sent their tasks, and the ids of their nodes."""
+        return self.nodes.connected()
+
+    def _contents(self, tasks: Sequence[ClientTask]) -> Iterator[RecordDict]:
+        """What is sent to them."""
+        return to_records(tasks)
 
     def _reply(self, task: ClientTask, answer: Message | None) -> ClientReply:
         if answer is None:

@@ -22,6 +22,7 @@ from ..client.store import ClientStore
 from ..exchange import ClientTask
 from ..federated_trainer import FederatedTrainer
 from ..run import Run
+from ..secure_aggregation import MIN_CLIENTS
 from ..server.budgets import resolve_client_budgets
 from .client_app import Arguments, arguments_of
 from .courier import Courier, GridRunner
@@ -29,6 +30,8 @@ from .evaluation import evaluated_at_nodes
 from .frozen_parts import FrozenParts
 from .introduction import frozen_fingerprints, frozen_parts
 from .nodes import Nodes
+from .secure_checks import check_model, warn_of_single_heads
+from .secure_courier import SecureCourier
 from .strategy import FederatedStrategy
 
 
@@ -74,6 +77,8 @@ class ServerTrainer(FederatedTrainer):
         courier ([`Courier`]): Carries tasks and replies.
         **kwargs: As for [`FederatedTrainer`].
     """
+
+    can_sum_securely = True
 
     def __init__(self, model: PeftModel, args: TrainingArguments, courier: Courier, **kwargs):
         self._courier = courier
@@ -195,10 +200,14 @@ def make_server_app(
         run_args = copy.copy(arguments_of(args, config))
         set_seed(run_args.seed)
         model = load_model()
+        send = bool(config.get("send-bases", send_bases))
+        check_model(model, run_args, send)
         needed = config.get("min-nodes", min_nodes)
         if needed is None:
             needed = run_args.num_clients or run_args.clients_per_round or run_args.min_clients
-        frozen = frozen_in(model, run_args, bool(config.get("send-bases", send_bases)))
+        if run_args.secure_aggregation:
+            needed = max(int(needed), MIN_CLIENTS)
+        frozen = frozen_in(model, run_args, send)
         nodes = Nodes(grid, frozen, float(config.get("node-timeout", node_timeout)))
         nodes.wait(int(needed))
         # set after the nodes are known: the federation has as many clients as have come
@@ -207,10 +216,12 @@ def make_server_app(
         trainer = ServerTrainer(
             model,
             run_args,
-            Courier(nodes, float(config.get("round-timeout", round_timeout))),
+            make_courier(nodes, float(config.get("round-timeout", round_timeout)), run_args),
             eval_dataset=own_eval_data(load_eval_data, run_args),
             compute_metrics=compute_metrics,
         )
+        if run_args.secure_aggregation:
+            warn_of_single_heads(trainer.client_budgets, run_args.clients_per_round or len(nodes.clients))
         trainer.train(resume_from_checkpoint=run_args.resume_from_checkpoint)
         trainer.save_model()
 
@@ -246,6 +257,19 @@ def own_eval_data(load_eval_data: Callable[[], Dataset] | None, args: TrainingAr
     if load_eval_data is not None:
         return load_eval_data()
     return DataElsewhere(0) if args.eval_clients else None
+
+
+def make_courier(nodes: Nodes, timeout: float, args: TrainingArguments) -> Courier:
+    """
+    Args:
+        nodes ([`Nodes`]): The nodes.
+        timeout (`float`): How many seconds the clients have for a round.
+        args ([`FederatedArguments`]): The arguments.
+
+    Returns:
+        [`Courier`]: Carries the tasks of the clients and their replies, or sums of them.
+    """
+    return SecureCourier(nodes, timeout, args) if args.secure_aggregation else Courier(nodes, timeout)
 
 
 def told_budgets(

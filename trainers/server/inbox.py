@@ -91,7 +91,8 @@ class Inbox:
             self.this_round.learning_rate = reply.learning_rate
         counted = settings.merging.limits.counted(reply.num_examples)
         update = ClientUpdate(reply.update, counted, reply.client, reply.trained_heads)
-        self.this_round.add(update, reply.train_loss, count_heads=settings.client_budgets is not None)
+        count_heads = settings.client_budgets is not None and not settings.exchange.masked
+        self.this_round.add(update, reply.train_loss, count_heads)
         return update
 
     def miss_the_others(self) -> None:

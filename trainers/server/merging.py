@@ -140,3 +140,15 @@ def merge_of(this_round: Round, merge_updates: Callable[[], MergeResult]) -> Mer
         this_round.fail(dropped["client"], dropped["reason"])
     this_round.clipped = [clipped["client"] for clipped in result.diagnostics.get("clipped", ())]
     return result
+
+
+def without_comparisons(result: MergeResult) -> MergeResult:
+    """
+    Args:
+        result ([`~peft_ravan.merging.MergeResult`]): A merge of updates that are all their mean, see [`SummedReply`].
+
+    Returns:
+        [`~peft_ravan.merging.MergeResult`]: The same without the diagnostics that compare or count single updates.
+    """
+    left_out = ("update_cosine", "clients_per_head")
+    return replace(result, diagnostics={name: v for name, v in result.diagnostics.items() if name not in left_out})

@@ -17,7 +17,7 @@ from ..seeds import derive_seed
 from .control_variates import ControlVariates
 from .inbox import Inbox
 from .mean_of_rounds import remembered
-from .merging import merge_of
+from .merging import merge_of, without_comparisons
 from .privacy import NoisyRound
 from .rounds import Round, RoundFailedError, check_for_a_mistake
 from .settings import ServerSettings
@@ -214,6 +214,8 @@ class Server:
         inbox.miss_the_others()
         if result is None:
             return None, state
+        if settings.exchange.masked:
+            result = without_comparisons(result)
         this_round.update_cosine = result.diagnostics.get("update_cosine")
         moved = {} if control is None else {"control": control.moved()}
         return result, replace(
