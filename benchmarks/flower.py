@@ -61,14 +61,14 @@ class LoopbackCell:
 
 def run_loopback(cell: LoopbackCell, folder: Path) -> dict[str, Any]:
     load = os.getloadavg()[0]
-    shutil.rmtree(folder, ignore_errors=True)
-    out, environment = folder / "out", {"PAYLOAD_RANK": str(RANKS[cell.size])}
+    run_folder = new_folder(folder)
+    out, environment = run_folder / "out", {"PAYLOAD_RANK": str(RANKS[cell.size])}
     measured: dict[str, Any] = {"load": load}
     if cell.how == ALONE:
         in_own_process(1, run_payload_alone, environment, str(out), cell.rounds)
     else:
-        with Loopback(folder / "flower", 2, environment) as loopback:
-            loopback.start_run(PAYLOAD, output_dir=str(out.absolute()), num_rounds=cell.rounds).wait(RUN_SECONDS)
+        with Loopback(run_folder / "flower", 2, environment) as loopback:
+            loopback.start_run(PAYLOAD, output_dir=str(out), num_rounds=cell.rounds).wait(RUN_SECONDS)
             measured["traffic"] = traffic(loopback)
             if not (out / "adapter_model.safetensors").exists():
                 raise SystemExit(loopback.logs())
@@ -137,10 +137,9 @@ def run_simulation(cell: SimulationCell, folder: Path) -> dict[str, Any]:
     load = os.getloadavg()[0]
     way = next(way for way in WAYS if way.name == cell.way)
     base = folder.absolute() / f"base {cell.model}"
-    if not base.exists():
+    if not (base / "model.safetensors").exists():
         in_own_process(1, save_base_model, cell.model, str(base))
-    run_folder = folder.absolute() / "run"
-    shutil.rmtree(run_folder, ignore_errors=True)
+    run_folder = new_folder(folder)
     out = run_folder / "out"
     environment = {
         "FLOWER_JOBS_BASE": str(base),
@@ -166,7 +165,6 @@ def run_trainer(way: Way, out: Path, num_rounds: int, environment: dict[str, str
     module = ["-m", *launcher] if launcher else []
     command = [sys.executable, *module, str(JOBS / way.job), str(out), str(num_rounds)]
     log_path = out.parent / "log.txt"
-    log_path.parent.mkdir(parents=True)
     with open(log_path, "w") as log:
         start = partial(subprocess.Popen, command, env={**os.environ, **environment}, stdout=log, stderr=log)
         seconds = round_ends(start, out)
@@ -193,6 +191,14 @@ def round_ends(start: Callable[[], subprocess.Popen], out: Path) -> list[float]:
             process.terminate()
             process.wait()
     return ends[1:] if lines and json.loads(lines[0])["round"] == 0 else ends
+
+
+def new_folder(folder: Path) -> Path:
+    """An empty folder for the files of one run."""
+    path = folder.absolute() / "run"
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+    return path
 
 
 def jobs_module(name: str) -> dict[str, Any]:

@@ -110,6 +110,26 @@ def test_only_statements_are_counted(tmp_path):
     assert benchmark.lines_of_code(path) == 5
 
 
+def test_what_was_measured_stays_when_it_goes_on(tmp_path, monkeypatch, capsys):
+    ran = []
+
+    def run(cell, folder):
+        (benchmark.new_folder(folder) / "file").touch()
+        ran.append(cell)
+        return {"load": 0.1, "round_ends": [1.0, 2.0]}
+
+    monkeypatch.setattr(benchmark, "PARTS", {"simulation": (run, benchmark.simulation_tables)})
+    for repeats in ("1", "2"):
+        monkeypatch.setattr(sys, "argv", ["flower.py", "simulation", "--output", str(tmp_path), "--repeats", repeats])
+        benchmark.main()
+        assert len(ran) == int(repeats) * len(benchmark.WAYS) * len(benchmark.ROUNDS)
+    monkeypatch.setattr(sys, "argv", ["flower.py", "--output", str(tmp_path), "--report"])
+    capsys.readouterr()
+    benchmark.main()
+    assert len(set(ran)) == len(ran) == len((tmp_path / "simulation.jsonl").read_text().splitlines())
+    assert "| MiniLM | 1.00 x as fast | 1.00 x as fast |" in capsys.readouterr().out
+
+
 def test_the_tables_are_those_of_the_records():
     def loopback(how, seconds, **traffic):
         measured = {"load": 0.5, "upload_bytes": [10**6] * 2, "download_bytes": [2 * 10**6] * 2, **traffic}
