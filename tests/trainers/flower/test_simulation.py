@@ -17,7 +17,7 @@ from peft_ravan.examples.flower_digits.loopback import Simulation, is_installed
 from peft_ravan.trainers import read_history
 
 from ..helpers import assert_same
-from .test_loopback import CONFIG, EXAMPLE, SECONDS, alone
+from .loopback import CONFIG, EXAMPLE, SECONDS, alone
 
 
 def test_the_page_has_the_names_that_flower_has():
