@@ -12,24 +12,36 @@ from typing import Any, TypeVar
 Cell = TypeVar("Cell")
 
 
-def run_cells(cells: Iterable[Cell], run: Callable[[Cell], Any], path: Path) -> list[dict]:
+def run_cells(cells: Iterable[Cell], run: Callable[[Cell], Any], path: Path, measured: str = "accuracy") -> list[dict]:
     """
     Run the cells that are not in the file yet, and append each to it when it has finished.
 
     Args:
         cells (`Iterable[Cell]`): The cells, which are dataclasses.
-        run (`Callable[[Cell], Any]`): Runs a cell and returns its accuracy, or accuracies.
+        run (`Callable[[Cell], Any]`): Runs a cell and returns what was measured.
         path (`Path`): The file, with one JSON object per line.
+        measured (`str`, *optional*, defaults to `"accuracy"`): The name of what was measured.
 
     Returns:
-        `list[dict]`: The fields of all finished cells, each with its `accuracy`.
+        `list[dict]`: The fields of all finished cells, each with what was measured.
     """
-    records = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    records = finished_cells(path)
     for cell in cells:
         if any(all(record[field.name] == getattr(cell, field.name) for field in fields(cell)) for record in records):
             continue
-        records.append({**asdict(cell), "accuracy": run(cell)})
+        records.append({**asdict(cell), measured: run(cell)})
         with path.open("a") as file:
             file.write(json.dumps(records[-1]) + "\n")
         print(json.dumps(records[-1]), flush=True)
     return records
+
+
+def finished_cells(path: Path) -> list[dict]:
+    """
+    Args:
+        path (`Path`): The file of [`run_cells`], which need not exist.
+
+    Returns:
+        `list[dict]`: What it has returned so far.
+    """
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []

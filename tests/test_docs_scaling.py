@@ -1,9 +1,7 @@
 """docs/scaling.md is correct: its code gives the results it shows, and its computed figures are those of the messages."""
 
 import doctest
-import importlib.util
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ from peft_ravan.trainers.client.live_adapter import LiveAdapter
 from peft_ravan.trainers.compression import compress
 from peft_ravan.trainers.exchange import ClientReply, ClientTask
 
+from .benchmark import BENCHMARKS, load_script
 from .conftest import tiny_llama
 from .markdown import rows, run_blocks, section
 
@@ -26,14 +25,7 @@ PAGE = ROOT / "docs" / "scaling.md"
 TEXT = PAGE.read_text()
 
 
-def load_benchmark():
-    spec = importlib.util.spec_from_file_location("benchmarks_scaling", ROOT / "benchmarks" / "scaling.py")
-    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-scaling = load_benchmark()
+scaling = load_script(BENCHMARKS / "scaling.py")
 
 
 def table(name: str) -> list[list[str]]:

@@ -1,4 +1,4 @@
-"""A SuperLink and SuperNodes of Flower on this machine."""
+"""A SuperLink and SuperNodes of Flower on this machine, real or simulated."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class Loopback:
     def start_run(self, app: Path, **config) -> subprocess.Popen:
         """Start `flwr run`, which ends with the run, whether or not it succeeds."""
         given = " ".join(f"{name.replace('_', '-')}={json.dumps(value)}" for name, value in config.items())
-        return self._start("flwr", "run", str(app.absolute()), "loop", "--stream", "-c", given)
+        return self._start("flwr", "run", str(app.absolute()), "loop", "--stream", "-c", given, *self._run_options())
 
     def logs(self) -> str:
         return "\n".join(f"== {path.name}\n{path.read_text()[-3000:]}" for path in sorted(self.folder.glob("*.log")))
@@ -109,10 +109,16 @@ class Loopback:
         # Flower starts some processes in sessions of their own, and they can outlive their parents
         return [process for process in psutil.process_iter() if _mark_of(process) == self._mark]
 
-    def _start_all(self) -> None:
+    def _run_options(self) -> tuple[str, ...]:
+        return ()
+
+    def _start_link(self, *options: str) -> None:
         host, port = self.address.split(":")
         place = ("--host", host, "--port", port)
-        self._start("flower-superlink", "--insecure", "--disable-runtime-dependency-installation", *place)
+        self._start("flower-superlink", "--insecure", "--disable-runtime-dependency-installation", *place, *options)
+
+    def _start_all(self) -> None:
+        self._start_link()
         for index in range(self.num_nodes):
             place = ("--superlink", self.address, "--port", str(free_port()))
             config = f"partition-id={index} num-partitions={self.num_nodes}"
@@ -141,6 +147,32 @@ class Loopback:
                     return
             time.sleep(0.2)
         raise RuntimeError(f"The SuperLink could not be started.\n{self.logs()}")
+
+
+class Simulation(Loopback):
+    """
+    A context in which a SuperLink runs that simulates its nodes with Ray.
+
+    Args:
+        folder (`Path`): A new folder for Flower's files and for the logs.
+        num_nodes (`int`): The number of nodes.
+        environment (`Mapping[str, str]`, *optional*): Environment variables for all processes.
+        client_cpus (`int`, *optional*, defaults to 1):
+            The number of CPUs of a client. As many clients train at the same time as the machine has CPUs for.
+    """
+
+    def __init__(
+        self, folder: Path, num_nodes: int, environment: Mapping[str, str] | None = None, client_cpus: int = 1
+    ):
+        super().__init__(folder, num_nodes, {"RAY_USAGE_STATS_ENABLED": "0", **(environment or {})})
+        self.client_cpus = client_cpus
+
+    def _run_options(self) -> tuple[str, ...]:
+        given = f"num-supernodes={self.num_nodes} client-resources-num-cpus={self.client_cpus}"
+        return ("--federation-config", given)
+
+    def _start_all(self) -> None:
+        self._start_link("--simulation")
 
 
 def _mark_of(process: psutil.Process) -> str | None:

@@ -91,7 +91,7 @@ def make_client_app(
 
     The configuration of a node has the name of its client (`client-name`, or `partition-id` and `num-partitions`), and
     optionally the share of the heads that it can train (`budget`) and a folder for what the client keeps between its
-    rounds (`state-dir`; by default Flower keeps it until the run ends).
+    rounds (`state-dir`, which can also be in the configuration of the run; by default Flower keeps it until the run ends).
 
     Args:
         load_model (`Callable[[], PeftModel]`):

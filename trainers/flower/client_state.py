@@ -23,8 +23,8 @@ STATE_DIR = "state-dir"
 def client_store(context: Context) -> Iterator[ClientStore]:
     """
     Give a client its store within a context. Its files are kept in `context.state`, which Flower holds in the memory of
-    the node until the run ends, or in the folder `state-dir` of the node's configuration, where they also survive the
-    node and the run.
+    the node until the run ends, or in the folder `state-dir`, where they also survive the node and the run. It is in the
+    configuration of the node, or in that of the run: nodes that Flower simulates cannot be configured.
 
     Args:
         context (`flwr.app.Context`): The context of the node. If an error is raised, its state stays as it was.
@@ -32,8 +32,9 @@ def client_store(context: Context) -> Iterator[ClientStore]:
     Yields:
         [`ClientStore`]: The store.
     """
-    if STATE_DIR in context.node_config:
-        yield ClientStore(str(context.node_config[STATE_DIR]))
+    state_dir = context.node_config.get(STATE_DIR, context.run_config.get(STATE_DIR))
+    if state_dir is not None:
+        yield ClientStore(str(state_dir))
         return
     with tempfile.TemporaryDirectory() as folder:
         for name, array in context.state.get(KEPT, {}).items():

@@ -1,10 +1,8 @@
 """The example runs between real processes, and gives the adapter that a FederatedTrainer gives, bit for bit."""
 
 import os
-import runpy
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -12,39 +10,19 @@ import pytest
 pytest.importorskip("flwr")
 
 from safetensors.torch import load_file
-from transformers import set_seed
 
 from peft_ravan.examples.flower_digits.loopback import is_installed
-from peft_ravan.trainers import FederatedTrainer, read_history
+from peft_ravan.trainers import read_history
 
 from ..helpers import assert_same
-from .loopback import Loopback
+from .loopback import CONFIG, EXAMPLE, SECONDS, Loopback, alone
 
-
-EXAMPLE = Path(__file__).parents[3] / "examples" / "flower"
-CONFIG = {"max_steps": 2, "merge_method": "ravan", "node_timeout": 240, "round_timeout": 240, "resume": False}
-SECONDS = 500
 
 pytestmark = [
     pytest.mark.skipif(not is_installed(), reason="the commands of Flower are not next to this Python"),
     # each of its processes imports torch and transformers, so a run takes about a minute on two cores
     pytest.mark.skipif("PEFT_RAVAN_LOOPBACK" not in os.environ, reason="set PEFT_RAVAN_LOOPBACK=1 to run it"),
 ]
-
-
-def alone(folder: Path, num_rounds: int) -> Path:
-    """The adapter of the same federation in a FederatedTrainer."""
-    example = runpy.run_path(str(EXAMPLE / "federation.py"))
-    config = {name.replace("_", "-"): value for name, value in CONFIG.items()}
-    args = example["arguments"]({**config, "num-rounds": num_rounds, "output-dir": str(folder)})
-    set_seed(args.seed)
-    model = example["load_model"]()
-    nodes = [SimpleNamespace(node_config={"partition-id": index, "num-partitions": 2}) for index in range(2)]
-    parts = {f"client_{index}": example["load_data"](node) for index, node in enumerate(nodes)}
-    trainer = FederatedTrainer(model, args, train_dataset=parts)
-    trainer.train()
-    trainer.save_model()
-    return folder / "adapter_model.safetensors"
 
 
 def wait_for_rounds(folder: Path, number: int, loopback: Loopback) -> None:

@@ -1,5 +1,7 @@
 """A server app that was killed goes on after its last checkpoint, in another run of Flower, with the same result."""
 
+from functools import partial
+
 import pytest
 
 
@@ -62,6 +64,19 @@ def test_the_state_of_clients_is_in_their_folder_and_nowhere_else(tmp_path):
     assert not (tmp_path / "out" / "client_states").exists()
     files = sorted(path.relative_to(tmp_path).parts for path in (tmp_path / "states").rglob("*.safetensors"))
     assert [parts[1] for parts in files] == ["client_0", "client_1", "client_2"]
+
+
+def test_nodes_that_are_simulated_have_one_folder_for_all(tmp_path):
+    """They are all configured alike, so the configuration of the run names it."""
+    folder = {"run_config": {"state-dir": str(tmp_path / "states")}}
+    whole = run(tmp_path / "whole", tmp_path / "of each", grid_class=partial(InProcessGrid, **folder), **PERSONAL)
+    assert not (tmp_path / "states").exists()  # what a node says of its own folder comes first
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", grid_class=partial(Killed, **folder), **PERSONAL)
+    gone_on = run(
+        tmp_path / "cut", grid_class=partial(InProcessGrid, **folder), resume_from_checkpoint=True, **PERSONAL
+    )
+    assert_same(gone_on.adapter(), whole.adapter())
 
 
 def test_without_a_folder_flower_keeps_the_state_of_clients_as_bytes(tmp_path):
