@@ -1,19 +1,61 @@
 """Real processes of Flower on this machine, some of which are killed."""
 
 import os
+import re
 import signal
-from pathlib import Path
+import subprocess
+import time
+from collections.abc import Callable
 
 import psutil
+import pytest
 
 from peft_ravan.examples.flower_digits import loopback
+from peft_ravan.examples.flower_digits.loopback import is_installed
+
+
+# more than a busy machine takes
+SECONDS = 500
+
+
+def needs_processes(group: str) -> list[pytest.MarkDecorator]:
+    """
+    The marks of a module whose tests share real processes. They run in one worker, so that the processes are started once.
+    """
+    return [
+        pytest.mark.skipif(not is_installed(), reason="the commands of Flower are not next to this Python"),
+        pytest.mark.skipif("PEFT_RAVAN_NO_LOOPBACK" in os.environ, reason="PEFT_RAVAN_NO_LOOPBACK is set"),
+        pytest.mark.xdist_group(group),
+    ]
 
 
 class Loopback(loopback.Loopback):
     """A loopback with accidents."""
 
-    def run(self, app: Path, timeout: float, **config) -> None:
-        self.start_run(app, **config).wait(timeout)
+    def wait_until(self, happened: Callable[[], bool], run: subprocess.Popen | None = None) -> None:
+        """Wait for something that happens before a run ends, or at any time."""
+        deadline = time.monotonic() + SECONDS
+        while not happened():
+            has_ended = run is not None and run.poll() is not None
+            assert (not has_ended or happened()) and time.monotonic() < deadline, self.logs()
+            time.sleep(0.02)
+
+    def wait_for_the_end(self, process: subprocess.Popen) -> None:
+        try:
+            process.wait(SECONDS)
+        except subprocess.TimeoutExpired:
+            pytest.fail(self.logs())
+
+    def output(self, *command: str) -> str:
+        """What a command prints when it has ended."""
+        process = self._start(*command)
+        self.wait_for_the_end(process)
+        return self.log(process)
+
+    def has_task(self, run: subprocess.Popen, node: int, round_number: int) -> bool:
+        """Whether a node has been given its task of a round of a run."""
+        started = re.search(r"started run (\d+)", self.log(run))
+        return bool(started) and f"[RUN {started[1]}, ROUND {round_number}]" in self.log(self.processes[1 + node])
 
     def kill_server_app(self) -> None:
         """As the kernel does when memory runs out."""
