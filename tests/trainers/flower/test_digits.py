@@ -19,7 +19,7 @@ from peft_ravan.examples.flower_digits.app import federation
 from .grid import InProcessGrid
 
 
-def save_base_model(public, output_dir, seed):
+def save_base_model(public, output_dir, seed, num_epochs):
     torch.manual_seed(seed)
     config = ViTConfig(
         image_size=8, patch_size=4, num_channels=1, hidden_size=64, num_hidden_layers=1, num_attention_heads=2,
