@@ -19,14 +19,17 @@ demo: $(VENV)/.demo  ## set up, and run the federation of examples/federated_dig
 flower: $(VENV)/.flower  ## set up, and run the demo's federation over Flower, with three nodes on this machine
 	@$(BIN)/python examples/flower_digits/compare.py --output-dir outputs/flower-digits
 
+# `loadgroup` keeps the tests that share processes of Flower in one worker
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+
 test: lint  ## set up, and run the checks and all tests
-	$(BIN)/python -m pytest --numprocesses 2
+	$(PYTEST)
 
 test-deep: lint  ## the same with other random examples each time, and 50 times as many
-	$(BIN)/python -m pytest --numprocesses 2 --hypothesis-profile deep
+	$(PYTEST) --hypothesis-profile deep
 
-test-flower: $(VENV)/.dev  ## real processes of Flower on this machine, some of which are killed; takes minutes
-	PEFT_RAVAN_LOOPBACK=1 $(BIN)/python -m pytest tests/trainers/flower/test_loopback.py
+test-flower: $(VENV)/.dev  ## of the tests, those with real processes of Flower, some of which are killed
+	$(PYTEST) tests/trainers/flower/test_loopback.py tests/trainers/flower/test_trust.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

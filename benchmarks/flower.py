@@ -90,7 +90,7 @@ def run_payload_alone(environment: dict[str, str], output_dir: str, num_rounds: 
 
 def traffic(loopback: Loopback) -> dict[str, int]:
     """The bytes of the only run by Flower's own count: from nodes to the SuperLink, and the other way."""
-    command = [BIN / "flwr", "ls", "loop", "--format", "json"]
+    command = [BIN / "flwr", "ls", "here", "--format", "json"]
     listed = subprocess.run(command, env=loopback.environment, capture_output=True, text=True, check=True).stdout
     [run] = json.loads(listed)["runs"]
     return {"up": run["network-traffic"]["inbound-bytes"], "down": run["network-traffic"]["outbound-bytes"]}

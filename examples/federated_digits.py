@@ -108,8 +108,8 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
 
-def pretrain(public: Dataset, output_dir: Path, seed: int) -> Path:
-    """Train a vision transformer centrally, for a few seconds. Returns the folder it is saved in."""
+def pretrain(public: Dataset, output_dir: Path, seed: int, num_epochs: int = 40) -> Path:
+    """Train a vision transformer centrally. Returns the folder it is saved in."""
     set_seed(seed)
     config = ViTConfig(
         image_size=8,
@@ -123,7 +123,7 @@ def pretrain(public: Dataset, output_dir: Path, seed: int) -> Path:
     )
     args = TrainingArguments(
         str(output_dir / "pretraining"),
-        num_train_epochs=40,
+        num_train_epochs=num_epochs,
         per_device_train_batch_size=64,
         learning_rate=2e-3,
         lr_scheduler_type="cosine",

@@ -6,7 +6,7 @@ import torch
 from transformers import ViTConfig, ViTForImageClassification
 
 
-def save_base_model(public, output_dir: Path, seed: int) -> Path:
+def save_base_model(public, output_dir: Path, seed: int, num_epochs: int = 0) -> Path:
     """Takes the place of the demo's `pretrain`."""
     torch.manual_seed(seed)
     config = ViTConfig(

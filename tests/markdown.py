@@ -20,9 +20,9 @@ def rows(text: str) -> list[list[str]]:
     ]
 
 
-def code_blocks(text: str) -> list[str]:
-    """The python code of a text, block by block."""
-    return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+def code_blocks(text: str, language: str = "python") -> list[str]:
+    """The code of a text, block by block."""
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
 def run_blocks(page: Path, namespace: dict, optionflags: int) -> int:

@@ -59,6 +59,7 @@ class Loopback:
             "FLWR_HOME": str(self.folder / "home"),
             "FLWR_TELEMETRY_ENABLED": "0",
             "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",  # seconds
             "OMP_NUM_THREADS": "1",
             **(environment or {}),
             MARK: self._mark,
@@ -68,7 +69,7 @@ class Loopback:
         home = self.folder / "home"
         home.mkdir(parents=True)
         (home / "config.toml").write_text(
-            f'[superlink]\ndefault = "loop"\n\n[superlink.loop]\naddress = "{self.address}"\ninsecure = true\n'
+            f'[superlink]\ndefault = "here"\n\n[superlink.here]\naddress = "{self.address}"\ninsecure = true\n'
         )
         with contextlib.ExitStack() as stack:
             stack.callback(self.stop)
@@ -83,9 +84,15 @@ class Loopback:
     def start_run(self, app: Path, **config) -> subprocess.Popen:
         """Start `flwr run`, which ends with the run, whether or not it succeeds."""
         given = " ".join(f"{name.replace('_', '-')}={json.dumps(value)}" for name, value in config.items())
-        return self._start("flwr", "run", str(app.absolute()), "loop", "--stream", "-c", given, *self._run_options())
+        return self._start("flwr", "run", str(app.absolute()), "here", "--stream", "-c", given, *self._run_options())
+
+    def log(self, process: subprocess.Popen) -> str:
+        """What one of the processes has written."""
+        [path] = self.folder.glob(f"{self.processes.index(process)}-*.log")
+        return path.read_text()
 
     def logs(self) -> str:
+        """The end of what each process has written."""
         return "\n".join(f"== {path.name}\n{path.read_text()[-3000:]}" for path in sorted(self.folder.glob("*.log")))
 
     def stop(self) -> None:

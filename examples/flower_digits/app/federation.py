@@ -11,7 +11,7 @@ from peft_ravan.trainers.flower import make_client_app, make_server_app
 
 METHOD = digits.methods()[-1]
 # every task of a node is a new process, which takes seconds to start: fewer rounds of more steps than in the demo
-PLAN = digits.Plan(num_clients=3, clients_per_round=3, num_rounds=3, max_steps=30)
+PLAN = digits.Plan(num_clients=3, clients_per_round=3, num_rounds=3, max_steps=20)
 SEED = 0
 BASE_MODEL = "DIGITS_BASE_MODEL"  # the environment variable with the folder of the base model
 

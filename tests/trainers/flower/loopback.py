@@ -1,28 +1,70 @@
 """Real processes of Flower on this machine, some of which are killed."""
 
 import os
+import re
 import runpy
 import signal
+import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
+import pytest
 from transformers import set_seed
 
 from peft_ravan.examples.flower_digits import loopback
+from peft_ravan.examples.flower_digits.loopback import is_installed
 from peft_ravan.trainers import FederatedTrainer
 
 
-EXAMPLE = Path(__file__).parents[3] / "examples" / "flower"
-CONFIG = {"max_steps": 2, "merge_method": "ravan", "node_timeout": 240, "round_timeout": 240, "resume": False}
+# more than a busy machine takes
 SECONDS = 500
+EXAMPLE = Path(__file__).parents[3] / "examples" / "flower"
+CONFIG = {
+    "num_rounds": 2, "max_steps": 2, "merge_method": "ravan", "node_timeout": SECONDS, "round_timeout": SECONDS,
+}  # fmt: skip
+
+
+def needs_processes(group: str) -> list[pytest.MarkDecorator]:
+    """
+    The marks of a module whose tests share real processes. They run in one worker, so that the processes are started once.
+    """
+    return [
+        pytest.mark.skipif(not is_installed(), reason="the commands of Flower are not next to this Python"),
+        pytest.mark.skipif("PEFT_RAVAN_NO_LOOPBACK" in os.environ, reason="PEFT_RAVAN_NO_LOOPBACK is set"),
+        pytest.mark.xdist_group(group),
+    ]
 
 
 class Loopback(loopback.Loopback):
     """A loopback with accidents."""
 
-    def run(self, app: Path, timeout: float, **config) -> None:
-        self.start_run(app, **config).wait(timeout)
+    def wait_until(self, happened: Callable[[], bool], run: subprocess.Popen | None = None) -> None:
+        """Wait for something that happens before a run ends, or at any time."""
+        deadline = time.monotonic() + SECONDS
+        while not happened():
+            has_ended = run is not None and run.poll() is not None
+            assert (not has_ended or happened()) and time.monotonic() < deadline, self.logs()
+            time.sleep(0.02)
+
+    def wait_for_the_end(self, process: subprocess.Popen) -> None:
+        try:
+            process.wait(SECONDS)
+        except subprocess.TimeoutExpired:
+            pytest.fail(self.logs())
+
+    def output(self, *command: str) -> str:
+        """What a command prints when it has ended."""
+        process = self._start(*command)
+        self.wait_for_the_end(process)
+        return self.log(process)
+
+    def has_task(self, run: subprocess.Popen, node: int, round_number: int) -> bool:
+        """Whether a node has been given its task of a round of a run."""
+        started = re.search(r"started run (\d+)", self.log(run))
+        return bool(started) and f"[RUN {started[1]}, ROUND {round_number}]" in self.log(self.processes[1 + node])
 
     def kill_server_app(self) -> None:
         """As the kernel does when memory runs out."""
@@ -38,16 +80,15 @@ class Loopback(loopback.Loopback):
         os.killpg(self.processes[1 + index].pid, signal.SIGKILL)
 
 
-def alone(folder: Path, num_rounds: int) -> Path:
-    """The adapter of the same federation in a FederatedTrainer."""
+def run_alone(folder: Path, client_fault: Callable | None = None) -> None:
+    """The federation of the example in a FederatedTrainer."""
     example = runpy.run_path(str(EXAMPLE / "federation.py"))
     config = {name.replace("_", "-"): value for name, value in CONFIG.items()}
-    args = example["arguments"]({**config, "num-rounds": num_rounds, "output-dir": str(folder)})
+    args = example["arguments"]({**config, "resume": False, "output-dir": str(folder)})
     set_seed(args.seed)
     model = example["load_model"]()
     nodes = [SimpleNamespace(node_config={"partition-id": index, "num-partitions": 2}) for index in range(2)]
     parts = {f"client_{index}": example["load_data"](node) for index, node in enumerate(nodes)}
-    trainer = FederatedTrainer(model, args, train_dataset=parts)
+    trainer = FederatedTrainer(model, args, train_dataset=parts, client_fault=client_fault)
     trainer.train()
     trainer.save_model()
-    return folder / "adapter_model.safetensors"

@@ -1,7 +1,11 @@
-"""The example runs between real processes, and gives the adapter that a FederatedTrainer gives, bit for bit."""
+"""
+A federation of real processes loses its server, goes on, loses a node, and gives the adapter of a FederatedTrainer.
 
-import os
-import time
+It is one story, since each of its processes imports torch and transformers: what it needs is told once, and each test
+looks at a part of it.
+"""
+
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -11,63 +15,66 @@ pytest.importorskip("flwr")
 
 from safetensors.torch import load_file
 
-from peft_ravan.examples.flower_digits.loopback import is_installed
 from peft_ravan.trainers import read_history
 
 from ..helpers import assert_same
-from .loopback import CONFIG, EXAMPLE, SECONDS, Loopback, alone
+from .loopback import CONFIG, EXAMPLE, Loopback, needs_processes, run_alone
 
 
-pytestmark = [
-    pytest.mark.skipif(not is_installed(), reason="the commands of Flower are not next to this Python"),
-    # each of its processes imports torch and transformers, so a run takes about a minute on two cores
-    pytest.mark.skipif("PEFT_RAVAN_LOOPBACK" not in os.environ, reason="set PEFT_RAVAN_LOOPBACK=1 to run it"),
-]
+pytestmark = needs_processes("loopback")
 
 
-def wait_for_rounds(folder: Path, number: int, loopback: Loopback) -> None:
-    deadline = time.monotonic() + SECONDS
-    while not (folder / "rounds.jsonl").exists() or len(read_history(folder)) < number:
-        assert time.monotonic() < deadline, loopback.logs()
-        time.sleep(0.5)
+@dataclass
+class Story:
+    """What is left of a federation over Flower, and of the same federation in one process."""
+
+    over_flower: Path
+    alone: Path
+    logs: str
 
 
-def test_the_example_gives_the_same_adapter_over_the_network(tmp_path):
-    with Loopback(tmp_path / "flower", num_nodes=2) as loopback:
-        loopback.run(EXAMPLE, SECONDS, **CONFIG, num_rounds=1, output_dir=str(tmp_path / "out"))
-        logs = loopback.logs()
-    saved = tmp_path / "out" / "adapter_model.safetensors"
-    assert saved.exists(), logs
-    assert_same(load_file(saved), load_file(alone(tmp_path / "alone", 1)))
-
-
-def test_a_node_that_is_killed_costs_only_itself(tmp_path):
-    out = tmp_path / "out"
-    with Loopback(tmp_path / "flower", num_nodes=2) as loopback:
-        run = loopback.start_run(EXAMPLE, **CONFIG, num_rounds=2, output_dir=str(out))
-        wait_for_rounds(out, 1, loopback)
-        loopback.kill_node(1)
-        run.wait(SECONDS)
-        logs = loopback.logs()
-    first, second = read_history(out)
-    assert first["clients"] == ["client_0", "client_1"], logs
-    assert second["clients"] == ["client_0"] and second["failed_clients"][0]["client"] == "client_1"
-    assert "Its node" in second["failed_clients"][0]["reason"]
-    assert (out / "adapter_model.safetensors").exists()
-
-
-def test_a_server_that_is_killed_is_gone_on_with(tmp_path):
-    out = tmp_path / "out"
-    with Loopback(tmp_path / "flower", num_nodes=2) as loopback:
-        run = loopback.start_run(EXAMPLE, **CONFIG, num_rounds=2, output_dir=str(out))
-        wait_for_rounds(out, 1, loopback)
-        while not (out / "checkpoint-1").exists():
-            time.sleep(0.2)
+@pytest.fixture(scope="module")
+def story(tmp_path_factory) -> Story:
+    folder = tmp_path_factory.mktemp("story")
+    over_flower, alone = folder / "over-flower", folder / "alone"
+    with Loopback(folder / "flower", num_nodes=2) as loopback:
+        run = loopback.start_run(EXAMPLE, **CONFIG, resume=False, output_dir=str(over_flower))
+        loopback.wait_until((over_flower / "checkpoint-1").exists, run)
         loopback.kill_server_app()
-        run.wait(SECONDS)
-        assert not (out / "adapter_model.safetensors").exists()
-        loopback.run(EXAMPLE, SECONDS, **{**CONFIG, "resume": True}, num_rounds=2, output_dir=str(out))
-        logs = loopback.logs()
-    assert (out / "adapter_model.safetensors").exists(), logs
-    assert [record["round"] for record in read_history(out)] == [1, 2]
-    assert_same(load_file(out / "adapter_model.safetensors"), load_file(alone(tmp_path / "alone", 2)))
+        assert not (over_flower / "adapter_model.safetensors").exists()
+        # Flower takes a minute to notice, which is no reason to wait
+        run = loopback.start_run(EXAMPLE, **CONFIG, resume=True, output_dir=str(over_flower))
+        loopback.wait_until(lambda: loopback.has_task(run, node=1, round_number=2), run)
+        loopback.kill_node(1)
+        run_alone(alone, fail_in_round_2)
+        loopback.wait_for_the_end(run)
+        return Story(over_flower, alone, loopback.logs())
+
+
+def fail_in_round_2(client, round_number, update):
+    if (client, round_number) == ("client_1", 2):
+        raise RuntimeError("killed")
+
+
+def assert_same_adapters(story: Story, name: str) -> None:
+    assert (story.over_flower / name).exists(), story.logs
+    assert_same(load_file(story.over_flower / name), load_file(story.alone / name))
+
+
+def test_a_round_over_the_network_gives_the_same_adapter_bit_for_bit(story):
+    assert_same_adapters(story, "checkpoint-1/adapter_model.safetensors")
+    first, expected = (read_history(folder)[0] for folder in (story.over_flower, story.alone))
+    assert first["clients"] == ["client_0", "client_1"] and not first["failed_clients"], story.logs
+    assert first["train_loss"] == expected["train_loss"]
+
+
+def test_a_server_that_is_killed_is_gone_on_with(story):
+    assert [record["round"] for record in read_history(story.over_flower)] == [1, 2], story.logs
+    assert_same_adapters(story, "adapter_model.safetensors")
+
+
+def test_a_node_that_is_killed_costs_only_itself(story):
+    last = read_history(story.over_flower)[-1]
+    assert last["clients"] == ["client_0"], story.logs
+    [failed] = last["failed_clients"]
+    assert failed["client"] == "client_1" and failed["reason"].startswith("Its node reports an error: ")

@@ -17,7 +17,7 @@ from peft_ravan.examples.flower_digits.loopback import Simulation, is_installed
 from peft_ravan.trainers import read_history
 
 from ..helpers import assert_same
-from .loopback import CONFIG, EXAMPLE, SECONDS, alone
+from .loopback import CONFIG, EXAMPLE, SECONDS, run_alone
 
 
 def test_the_page_has_the_names_that_flower_has():
@@ -35,9 +35,11 @@ def test_the_page_has_the_names_that_flower_has():
 def test_the_example_gives_the_same_adapter_in_simulation(tmp_path):
     out = tmp_path / "out"
     with Simulation(tmp_path / "flower", num_nodes=2) as simulation:
-        run = simulation.start_run(EXAMPLE, **CONFIG, num_rounds=2, output_dir=str(out))
+        run = simulation.start_run(EXAMPLE, **CONFIG, resume=False, output_dir=str(out))
         run.wait(SECONDS)
         logs = simulation.logs()
     assert (out / "adapter_model.safetensors").exists(), logs
     assert [record["clients"] for record in read_history(out)] == [["client_0", "client_1"]] * 2
-    assert_same(load_file(out / "adapter_model.safetensors"), load_file(alone(tmp_path / "alone", 2)))
+    run_alone(tmp_path / "alone")
+    saved = "adapter_model.safetensors"
+    assert_same(load_file(out / saved), load_file(tmp_path / "alone" / saved))
