@@ -155,6 +155,9 @@ def test_what_no_clients_can_sum_to_is_refused():
     assert form.unpack(words, 4).change[HEAD].tolist() == [pytest.approx(1.0)] * 2
     with pytest.raises(SecureSumError, match="have 4 examples, and they have said 5"):
         form.unpack(words, 5)
+    more_losses = words + np.array([0, 1, *[0] * (len(words) - 2)], dtype=np.uint32)
+    with pytest.raises(SecureSumError, match="One of them has not sent what it should"):
+        form.unpack(more_losses, 4)
     for word, value in {3: 5, 5: MODULUS // 2 - 1, 8: MODULUS // 2}.items():  # heads, a core, the task head
         changed = words.copy()
         changed[word] = value
