@@ -74,7 +74,7 @@ FIELDS = {
     "examples": ({"num_examples": 2.5}, "'num_examples' must be an integer from 0"),
     "client": ({"client": ["north"]}, "'client' must be a text"),
     "long": ({"client": "x" * 20_000}, "'client' must be a text of up to 10000"),
-    "purpose": ({"purpose": "attack"}, "'purpose' must be one of train, warm_up, sketch, got 'attack'"),
+    "purpose": ({"purpose": "attack"}, "'purpose' must be one of train, warm_up, sketch, evaluate, got 'attack'"),
     "loss": ({"train_loss": "low"}, "'train_loss' must be a number"),
     "upload": ({"upload_dtype": "int2"}, "'upload_dtype' must be one of float32, bfloat16, int8, int4, got 'int2'"),
 }
