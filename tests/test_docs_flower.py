@@ -36,10 +36,8 @@ def test_links_lead_somewhere():
 def test_the_keys_of_the_tables_are_those_that_the_apps_read():
     text = section(TEXT, "Configuration")
     of_node, of_run = text.split("In the configuration of a run")
-    sources = {
-        name: (ROOT / "trainers" / "flower" / f"{name}.py").read_text() for name in ("client_app", "server_app")
-    }
-    read = set(re.findall(r'node_config(?:\.get\(|\[)[\'"]([a-z-]+)', sources["client_app"]))
+    sources = {name: (ROOT / "trainers" / "flower" / f"{name}.py").read_text() for name in ("node", "server_app")}
+    read = set(re.findall(r'node_config(?:\.get\(|\[)[\'"]([a-z-]+)', sources["node"]))
     assert keys(rows(of_node)) == read | {"state-dir"}
     assert keys(rows(of_run)) == set(re.findall(r'config\.get\("([a-z-]+)"', sources["server_app"])) | {"state-dir"}
 

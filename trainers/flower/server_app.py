@@ -24,11 +24,11 @@ from ..federated_trainer import FederatedTrainer
 from ..run import Run
 from ..secure_aggregation import MIN_CLIENTS
 from ..server.budgets import resolve_client_budgets
-from .client_app import Arguments, arguments_of
 from .courier import Courier, GridRunner
 from .evaluation import evaluated_at_nodes
 from .frozen_parts import FrozenParts
 from .introduction import frozen_fingerprints, frozen_parts
+from .node import Arguments, arguments_of
 from .nodes import Nodes
 from .secure_checks import check_model, warn_of_single_heads
 from .secure_courier import SecureCourier

@@ -9,9 +9,9 @@ pytest.importorskip("flwr")
 from flwr.app import Message, RecordDict
 
 from peft_ravan.trainers.flower import TooFewNodesError
-from peft_ravan.trainers.flower.client_app import client_name
 from peft_ravan.trainers.flower.codec import from_record, to_record
 from peft_ravan.trainers.flower.introduction import Introduction, check_same_adapter, frozen_fingerprints
+from peft_ravan.trainers.flower.node import client_name
 from peft_ravan.trainers.messages import MessageError
 from peft_ravan.trainers.quantization import quantize
 

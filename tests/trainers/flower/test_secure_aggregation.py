@@ -26,7 +26,7 @@ from peft_ravan.trainers.flower.secure_vector import MASKED
 
 from ...conftest import classification_dataset
 from ..helpers import assert_same, logged, lora, make_trainer, ravan
-from .grid import InProcessGrid
+from .grid import InProcessGrid, over_the_wire
 from .helpers import Federation, small
 
 
@@ -322,6 +322,25 @@ def test_a_node_without_the_argument_is_left_out_with_the_reason(tmp_path):
     federation.grid.app = other.grid.app
     with pytest.raises(RoundFailedError, match="Its node reports an error: .*must have the record 'peft-ravan'"):
         federation.run()
+
+
+@pytest.mark.parametrize("kind", ["train", "train.on_sent_bases", "evaluate", "evaluate.on_sent_bases"])
+def test_a_node_sends_nothing_without_masks_whatever_it_is_asked(tmp_path, kind):
+    """By a server that ignores the arguments."""
+
+    class Keeping(InProcessGrid):
+        kept = []
+
+        def handle(self, message, context):
+            self.kept.append(message)
+            return super().handle(message, context)
+
+    run(tmp_path / "plain", grid_class=Keeping, num_rounds=1)
+    task = next(message for message in Keeping.kept if message.metadata.message_type == "train")
+    node_id = task.metadata.dst_node_id
+    grid = Federation(small(tmp_path, secure_aggregation=True)).grid
+    answer = grid.reply(over_the_wire(Message(task.content, node_id, kind)))
+    assert answer.has_error() and "arguments of this node have `secure_aggregation`" in answer.error.reason
 
 
 def test_a_resumed_run_ends_up_at_the_same(tmp_path):
