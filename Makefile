@@ -19,8 +19,8 @@ demo: $(VENV)/.demo  ## set up, and run the federation of examples/federated_dig
 flower: $(VENV)/.flower  ## set up, and run the demo's federation over Flower, with three nodes on this machine
 	@$(BIN)/python examples/flower_digits/compare.py --output-dir outputs/flower-digits
 
-# `loadgroup` keeps the tests that share processes of Flower in one worker
-PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+# each file is run by one worker, so that what its tests share is made once
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test: lint  ## set up, and run the checks and all tests
 	$(PYTEST)

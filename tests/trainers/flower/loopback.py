@@ -27,15 +27,10 @@ CONFIG = {
 }  # fmt: skip
 
 
-def needs_processes(group: str) -> list[pytest.MarkDecorator]:
-    """
-    The marks of a module whose tests share real processes. They run in one worker, so that the processes are started once.
-    """
-    return [
-        pytest.mark.skipif(not is_installed(), reason="the commands of Flower are not next to this Python"),
-        pytest.mark.skipif("PEFT_RAVAN_NO_LOOPBACK" in os.environ, reason="PEFT_RAVAN_NO_LOOPBACK is set"),
-        pytest.mark.xdist_group(group),
-    ]
+NEEDS_PROCESSES = [
+    pytest.mark.skipif(not is_installed(), reason="the commands of Flower are not next to this Python"),
+    pytest.mark.skipif("PEFT_RAVAN_NO_LOOPBACK" in os.environ, reason="PEFT_RAVAN_NO_LOOPBACK is set"),
+]
 
 
 class Loopback(loopback.Loopback):

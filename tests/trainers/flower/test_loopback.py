@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 from peft_ravan.trainers import read_history
 
 from ..helpers import assert_same
-from .loopback import CONFIG, EXAMPLE, Loopback, needs_processes, run_alone
+from .loopback import CONFIG, EXAMPLE, NEEDS_PROCESSES, Loopback, run_alone
 
 
-pytestmark = needs_processes("loopback")
+pytestmark = NEEDS_PROCESSES
 
 
 @dataclass

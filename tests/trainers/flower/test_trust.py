@@ -25,7 +25,7 @@ from flwr.supernode import fleet_http_client
 from peft_ravan.examples.flower_digits.loopback import free_port
 
 from ...markdown import code_blocks, section
-from .loopback import Loopback, needs_processes
+from .loopback import NEEDS_PROCESSES, Loopback
 
 
 GUIDE = section((Path(__file__).parents[3] / "docs" / "flower.md").read_text(), "Security")
@@ -87,7 +87,7 @@ def is_there(command: str, *start: str) -> bool:
 
 
 pytestmark = [
-    *needs_processes("trust"),
+    *NEEDS_PROCESSES,
     pytest.mark.skipif(not is_there("openssl", "OpenSSL 3"), reason="the commands of the guide need OpenSSL 3"),
     pytest.mark.skipif(not shutil.which("ssh-keygen"), reason="the commands of the guide need ssh-keygen"),
 ]
