@@ -165,7 +165,7 @@ class Cell:
 def read_experiment(path: Path) -> Experiment:
     """
     Args:
-        path (`Path`): The YAML file.
+        path (`Path`): The YAML file. Its `methods` can be the name of another file in the same folder.
 
     Returns:
         [`Experiment`]: The experiment.
@@ -179,6 +179,8 @@ def read_experiment(path: Path) -> Experiment:
         raise ValueError(
             f"{path}: an experiment has no {', '.join(sorted(unknown))}. It has {', '.join(sorted(known))}."
         )
+    if isinstance(values["methods"], str):
+        values["methods"] = yaml.safe_load((path.parent / values["methods"]).read_text())
     values["methods"] = {name: Method(name, **given) for name, given in values["methods"].items()}
     values["trials"] = Trials(**values["trials"])
     for rate in (*values["trials"].learning_rates, *values["trials"].task_head_learning_rates):

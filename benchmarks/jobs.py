@@ -43,6 +43,7 @@ class Job:
     Args:
         data (`str`): A folder with train.parquet and test.parquet, or a Hub id.
         model (`str`): The path or Hub id of the model.
+        folder (`Path`): Where a model is kept that the job makes for itself.
         max_test_examples (`int`, *optional*): How many examples of the test split are used, drawn with seed 0.
     """
 
@@ -50,8 +51,8 @@ class Job:
     has_classes: ClassVar[bool] = True
     collator: Callable[[list[dict]], dict[str, torch.Tensor]] = staticmethod(default_data_collator)
 
-    def __init__(self, data: str, model: str, max_test_examples: int | None = None):
-        self.model_name, self.max_test_examples = model, max_test_examples
+    def __init__(self, *, data: str, model: str, folder: Path, max_test_examples: int | None = None):
+        self.model_name, self.folder, self.max_test_examples = model, folder, max_test_examples
         self.train, self.test = self._load(load_splits(data))
 
     def _load(self, splits: datasets.DatasetDict) -> tuple[datasets.Dataset, datasets.Dataset]:
@@ -181,14 +182,13 @@ class Images(Job):
 
     Args:
         pretraining_examples (`int`): How many images it is pretrained on.
-        folder (`str`): Where the pretrained model is kept.
         **kwargs: As for [`Job`]. `model` is not used.
     """
 
     collator = staticmethod(image_batch)
 
-    def __init__(self, *, pretraining_examples: int, folder: str, **kwargs):
-        self.pretraining_examples, self.folder = pretraining_examples, Path(folder)
+    def __init__(self, *, pretraining_examples: int, **kwargs):
+        self.pretraining_examples = pretraining_examples
         super().__init__(**kwargs)
 
     def _load(self, splits: datasets.DatasetDict) -> tuple[datasets.Dataset, datasets.Dataset]:
