@@ -81,8 +81,8 @@ class FederatedArgumentsMixin(PartitionerArgumentMixin):
             The options of the server optimizer, such as `{"learning_rate": 0.01}`. A string is read as JSON.
         average_rounds (`int`, *optional*):
             Over how many rounds the result is averaged: the model that is evaluated, saved and returned has the mean of
-            the merged adapters of the last `average_rounds` rounds. Clients start from the last one, which is evaluated as
-            well, with the prefix `eval_last`. For Ravan it is the exact mean of the weights. 1 is the last adapter alone.
+            the merged adapters of the last `average_rounds` rounds. Clients start from the last one. For Ravan it is the
+            exact mean of the weights. 1 is the last adapter alone.
             By default the mean over all rounds, in which later rounds weigh more, see [`running_mean`], or the last
             adapter for merge methods on LoRA that decompose the product of A and B anew in every round.
         upload_dtype (`str`, *optional*, defaults to `"int4"`):
@@ -150,6 +150,9 @@ class FederatedArgumentsMixin(PartitionerArgumentMixin):
         bases_rank (`int`, *optional*, defaults to 32):
             The number of directions of the mean gradient in the bases of each target, at most `h*r`. The others are
             arbitrary orthonormal directions. A smaller number makes the sketches smaller.
+        eval_last (`bool`, *optional*):
+            Whether each evaluation also evaluates the last merged adapter, which clients start from, with the prefix
+            `eval_last`, where the result is a mean over rounds. By default with `average_rounds` above 1.
         eval_clients (`bool`, *optional*, defaults to `False`):
             Whether each evaluation also evaluates the clients, each on its own data and with its own personal parts,
             see [`FederatedTrainer.evaluate_clients`]. The record of the round then includes the values of
@@ -287,6 +290,9 @@ class FederatedArgumentsMixin(PartitionerArgumentMixin):
     bases_batches: int = field(default=8, metadata={"help": "Batches of a client's gradient for the bases."})
     bases_rank: int = field(
         default=32, metadata={"help": "Directions of the gradient in the bases of a target, at most `h*r`."}
+    )
+    eval_last: bool | None = field(
+        default=None, metadata={"help": "Whether evaluations also evaluate the last adapter beside a mean of rounds."}
     )
     eval_clients: bool = field(default=False, metadata={"help": "Whether evaluations also evaluate each client."})
     personalization_steps: int = field(

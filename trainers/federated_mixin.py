@@ -358,7 +358,8 @@ class FederatedMixin(PreparationMixin, CheckpointingMixin, SharingMixin, Reports
 
     def _evaluate_round(self, run: Run, ignore_keys_for_eval: list[str] | None) -> dict[str, float]:
         metrics = self._evaluate_quietly(ignore_keys_for_eval)
-        if (self.args.average_rounds or 1) > 1:
+        is_wanted = (self.args.average_rounds or 1) > 1 if self.args.eval_last is None else self.args.eval_last
+        if is_wanted and run.server.settings.average_rounds != 1:
             run.load_global()
             metrics.update(self._evaluate_quietly(ignore_keys_for_eval, "eval_last"))
             run.load_result()

@@ -83,6 +83,17 @@ def test_the_default_is_a_mean_that_clients_are_not_sent(tmp_path):
     assert end["eval_loss"] == pytest.approx(mean.evaluate()["eval_loss"]) and "eval_last_loss" not in end
 
 
+def test_the_last_adapter_can_be_evaluated_beside_the_default_mean(tmp_path):
+    last, _ = run(tmp_path / "last", eval_strategy="epoch", average_rounds=1, eval_last=True)
+    mean, _ = run(tmp_path / "mean", eval_strategy="epoch", average_rounds=None, eval_last=True)
+    for of_last, of_mean in zip(last.state.log_history, mean.state.log_history, strict=True):
+        assert of_mean["eval_last_accuracy"] == of_last["eval_accuracy"]
+        assert not any(name.startswith("eval_last") for name in of_last)  # the result is the last one
+    assert mean.state.log_history[-1]["eval_loss"] != mean.state.log_history[-1]["eval_last_loss"]
+    without, _ = run(tmp_path / "without", eval_strategy="epoch", average_rounds=2, eval_last=False)
+    assert "eval_last_loss" not in without.state.log_history[-1]
+
+
 def test_the_mean_of_one_round_by_default_is_that_round(tmp_path):
     last, _ = run(tmp_path / "last", num_rounds=1)
     mean, _ = run(tmp_path / "mean", num_rounds=1, average_rounds=None)

@@ -1,0 +1,203 @@
+"""
+Accuracy and megabytes of federated methods on real data: one run for each method, seed and learning rate.
+
+An experiment is a YAML file, see `experiments/`. Learning rates are chosen for each method on a validation split of the
+training data, with another seed and the same number of trials, and then each method is run with the same draws of clients.
+Each run is written down when it has finished and never repeated. One that was killed goes on after its last round.
+
+    python benchmarks/accuracy.py benchmarks/experiments/clinc150.yaml --model MODEL --data PATH_OR_HUB_ID --output out
+    python benchmarks/accuracy.py benchmarks/experiments/clinc150.yaml --output out --report
+    python benchmarks/accuracy.py benchmarks/experiments/clinc150.yaml --model ... --data ... --output out --quick
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accuracy_report import chosen_rates, report
+from experiment import Cell, Experiment, middle_rates, read_experiment, trial_cells
+from jobs import JOBS, Job, client_weights, hits
+from peft import get_peft_model
+from transformers import EvalPrediction, PrinterCallback, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from peft_ravan.trainers import FederatedArguments, FederatedTrainer, client_statistics, make_clients
+
+
+class Runs:
+    """
+    The runs of an experiment and their results.
+
+    Args:
+        experiment ([`Experiment`]): The experiment.
+        make_job (`Callable[[], Job]`): Loads the data and the model. It is called if there is anything to run.
+        output (`Path`): The folder of the results.
+    """
+
+    def __init__(self, experiment: Experiment, make_job: Callable[[], Job], output: Path):
+        self.experiment, self.output = experiment, output
+        self._make_job, self._job = make_job, None
+        self._path = output / "cells.jsonl"
+        self.records = (
+            [json.loads(line) for line in self._path.read_text().splitlines()] if self._path.is_file() else []
+        )
+
+    def run(self, cells: Iterable[Cell]) -> None:
+        """Run the cells that have not finished yet."""
+        for cell in cells:
+            if any(cell.is_in(record) for record in self.records):
+                continue
+            if self._job is None:
+                self._job = self._make_job()
+            record = {**asdict(cell), **run_cell(self.experiment, cell, self._job, self.output / cell.folder())}
+            with self._path.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+            self.records.append(record)
+            print(
+                f"{cell.purpose} {cell.variant} {cell.method}, seed {cell.seed}, {cell.learning_rate:g}, "
+                f"{cell.task_head_learning_rate}: {100 * record['last'][-1]:.1f} % in {record['seconds']:.0f} s",
+                flush=True,
+            )
+
+
+def run_cell(experiment: Experiment, cell: Cell, job: Job, folder: Path) -> dict[str, Any]:
+    """
+    Run one cell, or go on with it.
+
+    Args:
+        experiment ([`Experiment`]): The experiment.
+        cell ([`Cell`]): The cell.
+        job ([`Job`]): What is trained.
+        folder (`Path`): The folder of its checkpoints, which is removed at the end.
+
+    Returns:
+        `dict[str, Any]`: The accuracy of the last state and of the mean of rounds, the accuracy of the worst decile of clients
+        and the uploaded megabytes so far, each after the evaluated rounds.
+    """
+    given = experiment.settings(cell)
+    split = job.split(given["validation"], cell.seed)
+    args = FederatedArguments(
+        str(folder),
+        **given["arguments"],
+        learning_rate=cell.learning_rate,
+        task_head_learning_rate=cell.task_head_learning_rate,
+        seed=cell.seed,
+        eval_last=True,
+        save_strategy="epoch",
+        save_total_limit=1,
+        logging_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+    )
+    clients = make_clients(split.train, args)
+    weights = client_weights(clients, split.test)
+
+    def metrics(prediction: EvalPrediction) -> dict[str, float]:
+        found = hits(prediction.predictions, prediction.label_ids)
+        return {
+            "accuracy": float(found.mean()),
+            "worst_decile": client_statistics(weights @ found)["worst_decile"],
+        }
+
+    set_seed(cell.seed)
+    trainer = FederatedTrainer(
+        get_peft_model(job.make_model(), experiment.methods[cell.method].peft_config(experiment.adapter)),
+        args,
+        train_dataset=clients,
+        eval_dataset=split.test,
+        data_collator=job.collator,
+        compute_metrics=metrics,
+        preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
+    )
+    trainer.remove_callback(PrinterCallback)
+    start_time = time.perf_counter()
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() else None)
+    result = evaluations(trainer.state.log_history)
+    shutil.rmtree(folder)
+    return {**result, "seconds": time.perf_counter() - start_time}
+
+
+def evaluations(history: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """What the records of a run say of each evaluation."""
+    found: dict[str, list[float]] = {name: [] for name in ("rounds", "last", "mean", "worst_decile", "megabytes")}
+    uploaded = 0
+    for record in history:
+        uploaded += record.get("upload_bytes", 0)
+        if "round" in record and "eval_accuracy" in record:
+            found["rounds"].append(record["round"])
+            found["mean"].append(record["eval_accuracy"])
+            # the result of some methods is the last state
+            found["last"].append(record.get("eval_last_accuracy", record["eval_accuracy"]))
+            found["worst_decile"].append(record["eval_worst_decile"])
+            found["megabytes"].append(uploaded / 1e6)
+    return found
+
+
+def run_all(runs: Runs, methods: Iterable[str], seeds: Iterable[int], variants: Iterable[str]) -> None:
+    """Choose the learning rates of the methods, and run them."""
+    experiment, methods, variants = runs.experiment, list(methods), list(variants)
+    tuned = list(dict.fromkeys(experiment.methods[name].rates_of or name for name in methods))
+    for name in tuned:
+        runs.run(trial_cells(experiment, name))
+        runs.run(trial_cells(experiment, name, chosen_rates(experiment, runs.records, name)))
+    for seed in seeds:  # a table of one seed is complete first
+        for variant in variants:
+            for name in methods:
+                rates = chosen_rates(experiment, runs.records, experiment.methods[name].rates_of or name)
+                runs.run([experiment.cell(variant, name, "run", seed, rates)])
+
+
+def quick_cells(experiment: Experiment, methods: Iterable[str]) -> Iterator[Cell]:
+    """One seed of each method with the rates in the middle of the grids."""
+    for name in methods:
+        yield experiment.cell(
+            next(iter(experiment.variants)), name, "quick", experiment.seeds[0], middle_rates(experiment)
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0].strip())
+    parser.add_argument("experiment", type=Path, help="YAML file, see benchmarks/experiments")
+    parser.add_argument("--data", help="folder with train.parquet and test.parquet, or Hub id; by default of the file")
+    parser.add_argument("--model", help="path or Hub id; by default of the file")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--methods", nargs="+", help="only these")
+    parser.add_argument("--variants", nargs="+", help="only these")
+    parser.add_argument("--seeds", type=int, nargs="+", help="only these")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--quick", action="store_true", help="one seed, fewer rounds, and no choice of learning rates")
+    parser.add_argument("--report", action="store_true", help="write the tables and plots of the finished runs")
+    options = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(options.threads)
+    options.output.mkdir(parents=True, exist_ok=True)
+    experiment = read_experiment(options.experiment)
+
+    def make_job() -> Job:
+        given = dict(experiment.job)
+        places = {"data": options.data, "model": options.model, "folder": options.output / "base_model"}
+        return JOBS[given.pop("kind")](**{**given, **{name: place for name, place in places.items() if place}})
+
+    runs = Runs(experiment, make_job, options.output)
+    methods = options.methods or list(experiment.methods)
+    if not options.report:
+        if options.quick:
+            runs.run(quick_cells(experiment, methods))
+        else:
+            run_all(runs, methods, options.seeds or experiment.seeds, options.variants or list(experiment.variants))
+    print(report(experiment, runs.records, "quick" if options.quick else "run", options.output))
+
+
+if __name__ == "__main__":
+    main()

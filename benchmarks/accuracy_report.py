@@ -1,0 +1,209 @@
+"""Tables and plots of the finished runs of an experiment on accuracy."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from experiment import Experiment, Rates, middle_rates, trial_cells
+from matplotlib.figure import Figure
+
+
+Record = Mapping[str, Any]
+
+
+def last_accuracy(experiment: Experiment, record: Record) -> float:
+    """The mean over the last evaluations of the last state, since a single one swings by points."""
+    return 100 * statistics.fmean(record["last"][-experiment.evaluations(record) :])
+
+
+def mean_accuracy(record: Record) -> float:
+    """The accuracy of the mean of rounds at the end."""
+    return 100 * record["mean"][-1]
+
+
+def chosen_rates(experiment: Experiment, records: Sequence[Record], method: str) -> Rates:
+    """
+    Args:
+        experiment ([`Experiment`]): The experiment.
+        records (`list[dict]`): The finished runs.
+        method (`str`): A method with learning rates of its own.
+
+    Returns:
+        [`Rates`]: The rates of its best trial so far, by the accuracy of the last state. Those in the middle if there is none.
+    """
+    best = _best(experiment, _records_of(trial_cells(experiment, method), records))
+    if best is None:
+        return middle_rates(experiment)
+    return _best(experiment, [*_records_of(trial_cells(experiment, method, best[1]), records), best[0]])[1]
+
+
+def report(experiment: Experiment, records: Sequence[Record], purpose: str, output: Path) -> str:
+    """
+    Write the tables and plots of an experiment.
+
+    Args:
+        experiment ([`Experiment`]): The experiment.
+        records (`list[dict]`): The finished runs.
+        purpose (`str`): `"run"`, or `"quick"`.
+        output (`Path`): The folder that `report.md` and the plots are written to.
+
+    Returns:
+        `str`: The tables, in markdown.
+    """
+    lines = [f"# {experiment.title}"]
+    for variant in experiment.variants:
+        runs = {name: _runs(experiment, records, purpose, variant, name) for name in experiment.methods}
+        runs = {name: found for name, found in runs.items() if found}
+        if not runs:
+            continue
+        lines += ["", f"## {variant}", ""] if variant else [""]
+        lines += _table(experiment, runs)
+        figure = _plot(runs, " · ".join(part for part in (experiment.title, variant) if part))
+        figure.savefig(
+            output / f"{'-'.join(part for part in (variant.replace(' ', '_'), purpose) if part)}.png", dpi=150
+        )
+    if purpose == "run":
+        lines += ["", "## Learning rates", "", *_rates_table(experiment, records)]
+    text = "\n".join(lines)
+    (output / "report.md").write_text(text + "\n")
+    return text
+
+
+def _table(experiment: Experiment, runs: Mapping[str, list[Record]]) -> list[str]:
+    reference = runs.get(experiment.reference)
+    target = None if reference is None else statistics.fmean(last_accuracy(experiment, record) for record in reference)
+    to_target = "" if target is None else f" to {target:.1f} %"
+    rows = [
+        (
+            "Method",
+            "Seeds",
+            "Last state, %",
+            "Mean of rounds, %",
+            "Worst decile, %",
+            "MB",
+            f"Rounds{to_target}",
+            f"MB{to_target}",
+        )
+    ]
+    for name, found in runs.items():
+        reached = [_first(record, target) for record in found] if target is not None else [None]
+        rows.append(
+            (
+                name,
+                str(len(found)),
+                _spread([last_accuracy(experiment, record) for record in found]),
+                _spread([mean_accuracy(record) for record in found]),
+                _spread([100 * record["worst_decile"][-1] for record in found]),
+                f"{statistics.fmean(record['megabytes'][-1] for record in found):.2f}",
+                *_mean_of_reached(reached),
+            )
+        )
+    return list(markdown(rows))
+
+
+def _rates_table(experiment: Experiment, records: Sequence[Record]) -> list[str]:
+    trials = experiment.trials
+    tuned = [name for name, method in experiment.methods.items() if method.rates_of is None]
+    rows = [("Method", *(f"{rate:g}" for rate in trials.learning_rates), "chosen", "task head", "chosen")]
+    for name in tuned:
+        found = {record["learning_rate"]: record for record in _records_of(trial_cells(experiment, name), records)}
+        if not found:
+            continue
+        rates = chosen_rates(experiment, records, name)
+        best = _best(experiment, list(found.values()))[1]
+        heads = [found[best.adapter], *_records_of(trial_cells(experiment, name, best), records)]
+        of_heads = {record["task_head_learning_rate"]: last_accuracy(experiment, record) for record in heads}
+        rows.append(
+            (
+                name,
+                *(
+                    f"{last_accuracy(experiment, found[rate]):.1f}" if rate in found else ""
+                    for rate in trials.learning_rates
+                ),
+                f"{rates.adapter:g}",
+                ", ".join(f"{rate:g}: {of_heads[rate]:.1f}" for rate in sorted(of_heads) if rate) or "–",
+                "–" if rates.task_head is None else f"{rates.task_head:g}",
+            )
+        )
+    intro = (
+        f"Accuracy of the last state on {trials.validation_share:.0%} of the training data that the trials do not train on, "
+        f"after {trials.num_rounds} rounds with seed {trials.seed}, as the mean over the last evaluations."
+    )
+    return [intro, "", *markdown(rows)]
+
+
+def _plot(runs: Mapping[str, list[Record]], title: str) -> Figure:
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    by_rounds, by_megabytes = figure.subplots(1, 2, sharey=True)
+    for name, found in runs.items():
+        curves = 100 * np.stack([record["mean"] for record in found])  # [seeds, evaluations]
+        for axes, key in ((by_rounds, "rounds"), (by_megabytes, "megabytes")):
+            x = np.mean([record[key] for record in found], axis=0)
+            [line] = axes.plot(x, curves.mean(0), label=name)
+            axes.fill_between(x, curves.min(0), curves.max(0), color=line.get_color(), alpha=0.15, linewidth=0)
+    by_megabytes.set_xscale("log")
+    by_rounds.set(xlabel="round", ylabel="accuracy of the mean of rounds, %")
+    by_megabytes.set(xlabel="megabytes uploaded by all clients")
+    for axes in (by_rounds, by_megabytes):
+        axes.grid(alpha=0.3)
+    figure.suptitle(title)
+    figure.legend(*by_rounds.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
+    return figure
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """
+    Args:
+        rows (`Sequence[Sequence[str]]`): The rows of a table, with the header first.
+
+    Yields:
+        `str`: Its lines.
+    """
+    header, *body = rows
+    yield f"| {' | '.join(header)} |"
+    yield "|---|" + "---:|" * (len(header) - 1)
+    for row in body:
+        yield f"| {' | '.join(row)} |"
+
+
+def _runs(experiment: Experiment, records: Sequence[Record], purpose: str, variant: str, method: str) -> list[Record]:
+    if purpose == "quick":
+        rates = middle_rates(experiment)
+    else:
+        rates = chosen_rates(experiment, records, experiment.methods[method].rates_of or method)
+    seeds = {record["seed"] for record in records}
+    return _records_of((experiment.cell(variant, method, purpose, seed, rates) for seed in sorted(seeds)), records)
+
+
+def _records_of(cells: Iterable, records: Sequence[Record]) -> list[Record]:
+    return [record for cell in cells for record in records if cell.is_in(record)]
+
+
+def _best(experiment: Experiment, records: Sequence[Record]) -> tuple[Record, Rates] | None:
+    if not records:
+        return None
+    best = max(records, key=lambda record: last_accuracy(experiment, record))
+    return best, Rates(best["learning_rate"], best["task_head_learning_rate"])
+
+
+def _first(record: Record, target: float) -> tuple[float, float] | None:
+    """The round and the megabytes after which the mean of rounds reaches an accuracy, in percent."""
+    for number, accuracy, megabytes in zip(record["rounds"], record["mean"], record["megabytes"], strict=True):
+        if 100 * accuracy >= target:
+            return number, megabytes
+    return None
+
+
+def _mean_of_reached(reached: Sequence[tuple[float, float] | None]) -> tuple[str, str]:
+    if any(one is None for one in reached):
+        return "–", "–"
+    rounds, megabytes = zip(*reached, strict=True)
+    return f"{statistics.fmean(rounds):.1f}", f"{statistics.fmean(megabytes):.2f}"
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{statistics.fmean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")

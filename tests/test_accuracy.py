@@ -1,0 +1,190 @@
+"""The runner of experiments on accuracy, with a tiny model and tiny data."""
+
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import yaml
+from transformers import BertForSequenceClassification
+
+from .conftest import make_tokenizer, sentence, tiny_bert
+
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))  # where a script finds the others
+
+import accuracy  # noqa: E402
+import accuracy_report  # noqa: E402
+import experiment as experiments  # noqa: E402
+import jobs  # noqa: E402
+
+
+LORA = {"adapter": {"peft_type": "LORA", "r": 2}, "arguments": {"merge_method": "fedavg", "upload_dtype": "float32"}}
+RAVAN = {"adapter": {"peft_type": "RAVAN", "r": 2, "num_heads": 2}}
+TINY = {
+    "title": "Words",
+    "job": {"kind": "texts", "data": "", "model": "", "max_length": 8, "upper_layers": 1, "max_test_examples": 40},
+    "federation": {
+        "num_clients": 4,
+        "clients_per_round": 2,
+        "partition": "dirichlet",
+        "num_rounds": 4,
+        "max_steps": 1,
+        "per_device_train_batch_size": 4,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+    },
+    "adapter": {"task_type": "SEQ_CLS", "target_modules": ["query", "value"]},
+    "methods": {"LoRA, FedAvg": LORA, "Ravan": RAVAN},
+    "trials": {"learning_rates": [0.001, 0.01], "task_head_learning_rates": [0.01, 0.1], "num_rounds": 2},
+    "variants": {"skewed": {}, "iid": {"partition": "iid"}},
+    "seeds": [0],
+    "quick": {"num_rounds": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("accuracy")
+    BertForSequenceClassification(tiny_bert().config).save_pretrained(folder / "model")
+    make_tokenizer().save_pretrained(folder / "model")
+    labels = datasets.ClassLabel(names=["a", "b", "c", "d"])
+    (folder / "data").mkdir()
+    for split, number in (("train", 120), ("test", 60)):
+        rows = {"text": [sentence(i) for i in range(number)], "label": [i % 4 for i in range(number)]}
+        rows = datasets.Dataset.from_dict({**rows, "author": [f"author {i % 5}" for i in range(number)]})
+        rows.cast_column("label", labels).to_parquet(folder / "data" / f"{split}.parquet")
+    return folder
+
+
+@pytest.fixture
+def run(place, tmp_path, monkeypatch, capsys):
+    """Runs the script on an experiment, and returns what it has printed."""
+
+    def run(*options: object, **changes) -> str:
+        path = tmp_path / "experiment.yaml"
+        path.write_text(yaml.safe_dump({**TINY, **changes}, sort_keys=False))
+        places = ("--data", place / "data", "--model", place / "model", "--output", tmp_path / "out")
+        monkeypatch.setattr(sys, "argv", ["accuracy.py", *map(str, (path, *places, *options))])
+        capsys.readouterr()
+        accuracy.main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_each_run_is_made_once_with_the_best_rates_of_its_method(run, tmp_path):
+    first = run()
+    finished = (tmp_path / "out" / "cells.jsonl").read_text().splitlines()
+    # two rates and one more of the head for each method, and then two variants of each
+    assert len(finished) == 2 * 3 + 2 * 2
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "cells.jsonl", "report.md", "skewed-run.png", "iid-run.png"
+    }  # fmt: skip
+    again = run()
+    assert (tmp_path / "out" / "cells.jsonl").read_text().splitlines() == finished
+    assert first.endswith(again) and "| Ravan | 1 |" in again and "## iid" in again and "## Learning rates" in again
+
+
+def test_other_settings_are_other_runs():
+    rates, cells = experiments.Rates(0.01), []
+    for federation in (TINY["federation"], {**TINY["federation"], "max_steps": 2}):
+        experiment = experiments.Experiment(
+            **{**TINY, "methods": methods(), "trials": experiments.Trials(**TINY["trials"]), "federation": federation}
+        )
+        cells.append(experiment.cell("skewed", "Ravan", "run", 0, rates))
+    assert cells[0] != cells[1] and not cells[0].is_in(vars(cells[1])) and cells[0].is_in(vars(cells[0]))
+
+
+def test_a_run_that_was_killed_goes_on(run, tmp_path, monkeypatch):
+    whole = run("--quick", quick={"num_rounds": 4})
+    (tmp_path / "out" / "cells.jsonl").unlink()
+    evaluate, calls = accuracy.hits, []
+
+    def killed(*args):
+        calls.append(1)
+        if len(calls) == 4:  # the second evaluation, of two states each, after the third checkpoint
+            raise KeyboardInterrupt
+        return evaluate(*args)
+
+    monkeypatch.setattr(accuracy, "hits", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run("--quick", quick={"num_rounds": 4})
+    assert not (tmp_path / "out" / "cells.jsonl").exists()
+    [folder] = [path for path in (tmp_path / "out").iterdir() if path.is_dir()]
+    assert (folder / "checkpoint-3").is_dir()
+    rest = run("--quick", quick={"num_rounds": 4})
+    table = [line for line in whole.splitlines() if line.startswith("|")]
+    assert table == [line for line in rest.splitlines() if line.startswith("|")] and len(table) == 4
+
+
+def test_authors_can_be_the_clients(run):
+    federation = {**TINY["federation"], "partition": "column", "partition_column": "client"}
+    job = {**TINY["job"], "client_column": "author", "min_examples": 3}
+    assert "| Ravan | 1 |" in run(
+        "--quick", federation={k: v for k, v in federation.items() if k != "num_clients"}, job=job
+    )
+
+
+def test_the_best_rates_are_those_of_the_best_trials():
+    experiment = experiments.Experiment(
+        **{**TINY, "methods": methods(), "trials": experiments.Trials(**TINY["trials"])}
+    )
+    records = []
+
+    def add(cells, accuracies):
+        for cell, value in zip(cells, accuracies, strict=True):
+            records.append({**vars(cell), "rounds": [1, 2], "last": [0.9, value], "mean": [0.0, 0.0]})
+
+    assert accuracy_report.chosen_rates(experiment, records, "Ravan") == experiments.Rates(0.01, 0.1)  # in the middle
+    add(experiments.trial_cells(experiment, "Ravan"), [0.4, 0.3])
+    best = accuracy_report.chosen_rates(experiment, records, "Ravan")
+    assert best == experiments.Rates(0.001, 0.1)
+    add(experiments.trial_cells(experiment, "Ravan", best), [0.5])
+    assert accuracy_report.chosen_rates(experiment, records, "Ravan") == experiments.Rates(0.001, 0.01)
+
+
+def test_hits_of_classes_and_of_tokens():
+    assert jobs.hits(np.array([1, 2]), np.array([1, 3])).tolist() == [1, 0]
+    predicted, tokens = np.array([[5, 6, 7, 0]]), np.array([[4, 5, 9, -100]])
+    assert jobs.hits(predicted, tokens).tolist() == [0.5]  # 5 after 4 is right, 6 instead of 9 is not
+
+
+def test_examples_count_for_clients_as_often_as_their_labels():
+    def of(labels):
+        return datasets.Dataset.from_dict({"labels": labels})
+
+    weights = jobs.client_weights({"x": of([0, 0, 0, 1]), "y": of([1])}, of([0, 1, 1]))
+    np.testing.assert_allclose(weights, [[0.75, 0.125, 0.125], [0, 0.5, 0.5]])
+    test = datasets.Dataset.from_dict({"labels": [0, 1, 1], "client": ["y", "x", "y"]})
+    np.testing.assert_allclose(jobs.client_weights({"x": of([0]), "y": of([1])}, test), [[0, 1, 0], [0.5, 0, 0.5]])
+
+
+@pytest.mark.parametrize("path", sorted((BENCHMARKS / "experiments").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_experiments_can_be_read(path):
+    if path.stem.startswith("methods"):
+        return
+    experiment = experiments.read_experiment(path)
+    assert experiment.job["kind"] in jobs.JOBS
+    for name, method in experiment.methods.items():
+        method.peft_config(experiment.adapter)
+        cell = experiment.cell(next(iter(experiment.variants)), name, "run", 0, experiments.middle_rates(experiment))
+        accuracy.FederatedArguments("unused", **experiment.settings(cell)["arguments"], use_cpu=True)
+
+
+def test_mistakes_in_a_file_are_named(tmp_path):
+    path = tmp_path / "experiment.yaml"
+    for changes, message in (
+        ({"metods": {}}, "an experiment has no metods"),
+        ({"reference": "LoRA"}, "there is no method LoRA"),
+        ({"trials": {"learning_rates": ["1e-3"]}}, "must be numbers with a point.*'1e-3'"),
+    ):
+        path.write_text(yaml.safe_dump({**TINY, **changes}, sort_keys=False))
+        with pytest.raises(ValueError, match=message):
+            experiments.read_experiment(path)
+
+
+def methods() -> dict[str, experiments.Method]:
+    return {name: experiments.Method(name, **given) for name, given in TINY["methods"].items()}
