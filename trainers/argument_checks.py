@@ -34,6 +34,23 @@ def check_counts(args: TrainingArguments) -> None:
             raise ValueError(f"`{name}` must not be above `{most}`, got {value} and {limit}.")
 
 
+def check_combinations(args: TrainingArguments) -> None:
+    """
+    Check the arguments against each other, and parse `privacy` and `secure_aggregation`.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]): The arguments.
+
+    Raises:
+        ValueError: if one has an invalid value, or cannot be combined with another one.
+        TypeError: if `privacy` or `secure_aggregation` has the wrong type.
+    """
+    check_sharing(args)
+    check_local_training(args)
+    check_privacy(args)
+    check_secure_aggregation(args)
+
+
 def check_sharing(args: TrainingArguments) -> None:
     """Check that nothing that belongs to the clients is pushed to the Hub."""
     if args.push_to_hub and args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):

@@ -10,13 +10,7 @@ from transformers.trainer_utils import SaveStrategy
 from peft_ravan.merging import SERVER_OPTIMIZERS, UpdateLimits
 from peft_ravan.merging.limits import LARGE_UPDATES
 
-from .argument_checks import (
-    check_counts,
-    check_local_training,
-    check_privacy,
-    check_secure_aggregation,
-    check_sharing,
-)
+from .argument_checks import check_combinations, check_counts
 from .client.faults import FaultSettings
 from .compression import DEFAULT_DOWNLOAD_DTYPE, DEFAULT_UPLOAD_DTYPE, ExchangeSettings
 from .data.partition import PARTITIONS, PartitionSettings
@@ -325,10 +319,7 @@ class FederatedArgumentsMixin(PartitionerArgumentMixin):
         self.max_update_norm = self.merging.limits.max_update_norm
         self.client_budgets = self.heads.budgets
         _ = self.partition_settings, self.bases, self.faults, self.exchange
-        check_sharing(self)
-        check_local_training(self)
-        check_privacy(self)
-        check_secure_aggregation(self)
+        check_combinations(self)
 
     @property
     def merging(self) -> MergeSettings:
