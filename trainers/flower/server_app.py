@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
-from flwr.app import ArrayRecord, Context
+from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from peft import PeftConfig, PeftModel
 from torch.utils.data import Dataset
@@ -32,7 +32,7 @@ from .node import Arguments, arguments_of
 from .nodes import Nodes
 from .secure_checks import check_model, warn_of_single_heads
 from .secure_courier import SecureCourier
-from .strategy import FederatedStrategy
+from .strategy import FederatedStrategy, StateElsewhere
 
 
 logger = logging.get_logger(__name__)
@@ -132,7 +132,7 @@ class ServerTrainer(FederatedTrainer):
         )
         strategy.start(
             self._courier.nodes.grid,
-            ArrayRecord(),
+            StateElsewhere(),
             num_rounds=self.args.num_rounds - run.round,
             timeout=self._courier.timeout,
         )

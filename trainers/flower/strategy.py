@@ -17,6 +17,22 @@ from .courier import Courier
 
 logger = logging.get_logger(__name__)
 
+NO_WRAPPER = (
+    "Flower's wrappers for differential privacy cannot clip what clients send, and their noise is calibrated for a uniform mean, "
+    "which most merge methods are not. Leave the wrapper out, and use `privacy` of the arguments."
+)
+
+
+class StateElsewhere(ArrayRecord):
+    """The arrays that Flower passes from round to round: there are none, since the server has the global state."""
+
+    def to_numpy_ndarrays(self, *, keep_input: bool = True) -> list:
+        """
+        Raises:
+            ValueError: always. Wrappers that clip call it.
+        """
+        raise ValueError(f"The arrays of a federation are not passed from round to round. {NO_WRAPPER}")
+
 
 class FederatedStrategy(Strategy):
     """
@@ -60,12 +76,19 @@ class FederatedStrategy(Strategy):
         Args:
             server_round (`int`): The round of Flower, from 1.
             arrays (`flwr.app.ArrayRecord`): Not used.
-            config (`flwr.app.ConfigRecord`): Not used.
+            config (`flwr.app.ConfigRecord`): Empty.
             grid (`flwr.serverapp.Grid`): Not used: the courier has it.
 
         Returns:
             `list[flwr.app.Message]`: The tasks. Empty if too few clients are available, or if the run is over.
+
+        Raises:
+            ValueError: if something wants to configure the clients.
         """
+        if config:  # wrappers that let clients clip write into it, and the tasks have no place for it
+            raise ValueError(
+                f"The configuration of the strategy must be empty, got {', '.join(config)!r:.200}. {NO_WRAPPER}"
+            )
         self._is_open = self._is_over is None or not self._is_over()
         return self._opened(self._before + server_round) if self._is_open else []
 
