@@ -4,13 +4,17 @@ BIN := $(VENV)/bin
 
 .PHONY: demo flower test test-deep test-flower lint format clean
 
+# To compile all that is installed takes half of the set-up. Most of it is never imported, and the rest is compiled then,
+# and only once, unless this is set.
+export PYTHONDONTWRITEBYTECODE :=
+
 # the demos need less than the tests, and should start soon
 EXTRAS = $*
 $(VENV)/.flower: EXTRAS = demo,flower
 $(VENV)/.demo $(VENV)/.flower $(VENV)/.dev: $(VENV)/.%: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV), which takes a minute or two."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[$(EXTRAS)]"
+	@$(BIN)/pip install --quiet --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable ".[$(EXTRAS)]"
 	@touch $@
 
 demo: $(VENV)/.demo  ## set up, and run the federation of examples/federated_digits.py
