@@ -1,10 +1,10 @@
-"""What single nodes answer when they are asked who they are."""
+"""What nodes answer, and why an answer is none."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from flwr.app import Message
+from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from ..messages import MessageError
@@ -34,6 +34,25 @@ def answers(grid: Grid, messages: Mapping[int, Message], timeout: float) -> Iter
     }
     for node_id, message in messages.items():
         yield node_id, found.get(message.metadata.message_id)
+
+
+def content_of(answer: Message | None, timeout: float) -> RecordDict:
+    """
+    Args:
+        answer (`flwr.app.Message`, *optional*): The answer of a node. It may come from an untrusted source.
+        timeout (`float`): How many seconds it was waited for.
+
+    Returns:
+        `flwr.app.RecordDict`: What is in it.
+
+    Raises:
+        MessageError: if there is no answer, or the node reports an error.
+    """
+    if answer is None:
+        raise MessageError(f"Its node has not replied within {timeout:g} seconds.")
+    if answer.has_error():
+        raise MessageError(f"Its node reports an error: {answer.error.reason}")
+    return answer.content
 
 
 def introduction_in(answer: Message | None, asked: str) -> Introduction:

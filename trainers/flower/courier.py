@@ -10,6 +10,7 @@ from transformers.utils import logging
 from ..exchange import ClientReply, ClientTask
 from ..messages import MAX_TEXT_LENGTH, MessageError
 from ..runners.one_by_one import Runner, Work
+from .answers import content_of
 from .codec import from_record, to_records
 from .introduction import LOST_BASES
 from .nodes import Nodes
@@ -99,13 +100,12 @@ class Courier:
         return to_records(tasks)
 
     def _reply(self, task: ClientTask, answer: Message | None) -> ClientReply:
-        if answer is None:
-            return ClientReply.to(task, failure=f"Its node has not replied within {self.timeout:g} seconds.")
-        if answer.has_error():
-            reason = f"Its node reports an error: {answer.error.reason}"
-            return ClientReply.to(task, failure=reason[:MAX_TEXT_LENGTH])
         try:
-            reply = from_record(answer.content, ClientReply)
+            content = content_of(answer, self.timeout)
+        except MessageError as error:
+            return ClientReply.to(task, failure=str(error)[:MAX_TEXT_LENGTH])
+        try:
+            reply = from_record(content, ClientReply)
         except MessageError as error:
             return ClientReply.to(task, failure=f"Its reply cannot be read. {error}"[:MAX_TEXT_LENGTH])
         if not reply.answers(task):

@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 from ..exchange import ClientTask
 from ..messages import MessageError
-from .answers import answers
+from .answers import answers, content_of
 from .codec import from_record, to_records
 from .evaluation_reply import EvaluationReply
 from .introduction import LOST_BASES
@@ -80,15 +80,11 @@ def _replies(nodes: Nodes, tasks: Sequence[ClientTask], timeout: float) -> Itera
 
 
 def _read(answer: Message | None, task: ClientTask, timeout: float) -> EvaluationReply:
-    if answer is None:
-        raise MessageError(f"Its node has not replied within {timeout:g} seconds.")
-    if answer.has_error():
-        raise MessageError(f"Its node reports an error: {answer.error.reason!s:.500}")
-    reply = from_record(answer.content, EvaluationReply)
+    reply = from_record(content_of(answer, timeout), EvaluationReply)
     if (reply.client, reply.round_number) != (task.client, task.round_number):
         raise MessageError(f"It has replied for client {reply.client!r:.100} and round {reply.round_number}.")
     return reply
 
 
 def _leave_out(client: str, reason: str) -> None:
-    logger.warning(f"Client {client!r} was not evaluated and is not in the statistics. {reason:.1000}")
+    logger.warning(f"Client {client!r} was not evaluated and is not in the statistics. {reason:.500}")

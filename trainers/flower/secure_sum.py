@@ -20,6 +20,7 @@ from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFI
 from flwr.serverapp import Grid
 from flwr.supercore.primitives.asymmetric import bytes_to_private_key, bytes_to_public_key, public_key_to_bytes
 
+from .answers import answers, content_of
 from .secure_masks import mask, pair_mask
 from .secure_vector import MODULUS, SecureSumError, SumFormat
 
@@ -157,11 +158,11 @@ class SecureSum:
         dead = [self.nodes[client] for client in self._shares if client not in self._summed]
         asked = {Key.STAGE: Stage.UNMASK, Key.ACTIVE_NODE_ID_LIST: active, Key.DEAD_NODE_ID_LIST: dead}
         # a client that fails here is in the sum already
-        answers = self._ask(
+        told = self._ask(
             dict.fromkeys(self._summed, asked), lambda client, answer: _secrets_of(answer, [*active, *dead])
         )
-        self._check_enough(answers)
-        kept = list(answers.values())[: self._threshold]
+        self._check_enough(told)
+        kept = list(told.values())[: self._threshold]
         total = self._total.copy()
         for client in self._shares:
             shares = [secrets[self.nodes[client]] for secrets in kept]
@@ -195,7 +196,7 @@ class SecureSum:
     ) -> dict[str, Any]:
         """What the clients answer, in their order, without those that fail."""
         messages = {
-            client: Message(
+            self.nodes[client]: Message(
                 RecordDict({RECORD_KEY_CONFIGS: ConfigRecord(dict(question))}),
                 self.nodes[client],
                 MessageType.TRAIN,
@@ -204,18 +205,15 @@ class SecureSum:
             )
             for client, question in questions.items()
         }
-        arrived = self._grid.send_and_receive(list(messages.values()), timeout=self._timeout)
-        by_message = {answer.metadata.reply_to_message_id: answer for answer in arrived}
-        answers = {}
-        for client, message in messages.items():
-            answer = by_message.get(message.metadata.message_id)
+        found = {}
+        for client, (_, answer) in zip(questions, answers(self._grid, messages, self._timeout), strict=True):
             try:
-                record = _record_of(answer, self._timeout)
+                record = _record_of(content_of(answer, self._timeout))
                 self.sent_bytes[client] += len(record.deflate())
-                answers[client] = read(client, record)
+                found[client] = read(client, record)
             except ValueError as error:
                 self.failures[client] = str(error)
-        return answers
+        return found
 
     def _check_enough(self, clients: Mapping[str, Any], needed: int | None = None) -> None:
         needed = self._threshold if needed is None else needed
@@ -230,12 +228,8 @@ class SecureSum:
 # ---- What clients answer -----------------------------------------------------------
 
 
-def _record_of(answer: Message | None, timeout: float) -> ConfigRecord:
-    if answer is None:
-        raise ValueError(f"Its node has not replied within {timeout:g} seconds.")
-    if answer.has_error():
-        raise ValueError(f"Its node reports an error: {answer.error.reason}")
-    record = answer.content.get(RECORD_KEY_CONFIGS) if len(answer.content) == 1 else None
+def _record_of(content: RecordDict) -> ConfigRecord:
+    record = content.get(RECORD_KEY_CONFIGS) if len(content) == 1 else None
     if not isinstance(record, ConfigRecord):
         raise ValueError(
             "Its answer is none to a message of secure aggregation. Does its app have the same arguments?"
