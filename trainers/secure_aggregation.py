@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from .parsing import parse_settings
+
 
 # a sum over two clients shows each of them the update of the other one
 MIN_CLIENTS = 3
@@ -70,20 +72,7 @@ class SecureAggregation:
             value = json.loads(value)
         if value is None or value is False:
             return None
-        if value is True:
-            return cls()
-        if isinstance(value, SecureAggregation):
-            return value
-        if not isinstance(value, Mapping):
-            raise TypeError(
-                "`secure_aggregation` must be True, a `SecureAggregation`, a dict of its fields or JSON of these, got "
-                f"{value!r}."
-            )
-        known = [field.name for field in fields(cls)]
-        unknown = sorted(set(value) - set(known))
-        if unknown:
-            raise TypeError(f"`secure_aggregation` has no field {unknown[0]!r}. Its fields are: {', '.join(known)}.")
-        return cls(**value)
+        return cls() if value is True else parse_settings(cls, value, "secure_aggregation", also="True, ")
 
     def to_dict(self) -> dict[str, float]:
         """

@@ -8,11 +8,10 @@ not secret. The mean of m clipped changes then moves by at most `2 * clip_norm /
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ from typing import Any, NamedTuple
 from peft_ravan.merging import GaussianMechanism
 from peft_ravan.merging.privacy import check_clipping
 
+from ..parsing import parse_settings
 from ..seeds import derive_seed
 
 
@@ -84,18 +84,7 @@ class Privacy:
         Raises:
             TypeError: if it is none of these, or has a field that [`Privacy`] does not have.
         """
-        if isinstance(value, Privacy):
-            return value
-        if isinstance(value, str):
-            value = json.loads(value)
-        if not isinstance(value, Mapping):
-            raise TypeError(f"`privacy` must be a `Privacy`, a dict of its fields or JSON of these, got {value!r}.")
-        known = [each.name for each in fields(cls)]
-        unknown = sorted(set(value) - set(known))
-        if unknown or "clip_norm" not in value:
-            problem = f"has no field {unknown[0]!r}" if unknown else "needs a `clip_norm`"
-            raise TypeError(f"`privacy` {problem}. Its fields are: {', '.join(known)}.")
-        return cls(**value)
+        return parse_settings(cls, value, "privacy")
 
     def to_dict(self) -> dict[str, Any]:
         """
