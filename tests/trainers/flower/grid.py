@@ -89,3 +89,18 @@ class InProcessGrid(Grid):
 
     def pull_messages(self, message_ids):
         raise NotImplementedError
+
+
+class CountingGrid(InProcessGrid):
+    """Counts the messages of each kind."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.handled: list[tuple[str, int]] = []
+
+    def handle(self, message: Message, context: Context) -> Message:
+        self.handled.append((message.metadata.message_type, context.node_id))
+        return super().handle(message, context)
+
+    def kinds_at(self, node_id: int) -> list[str]:
+        return [kind for kind, node in self.handled if node == node_id]

@@ -2,14 +2,13 @@
 
 import math
 import re
-from dataclasses import replace
 
 import pytest
 
 
 pytest.importorskip("flwr")
 
-from flwr.app import Message, RecordDict
+from flwr.app import RecordDict
 
 from peft_ravan import RavanConfig
 from peft_ravan.trainers import make_clients, read_history
@@ -20,6 +19,7 @@ from peft_ravan.trainers.messages import MessageError
 
 from ...conftest import classification_dataset
 from ..helpers import assert_same, comparable, logged, make_trainer, ravan
+from .bad_clients import changed, faulty, raising
 from .grid import InProcessGrid
 from .helpers import NUM_CLIENTS, Federation, small
 
@@ -90,28 +90,6 @@ def test_the_server_needs_no_data_and_the_run_does_not_change(tmp_path):
     assert_same(federation.adapter(), plain.adapter())
 
 
-def faulty(change):
-    """A grid on which the node of `client_1` replies something else when it is evaluated, or nothing."""
-
-    class Faulty(InProcessGrid):
-        def handle(self, message, context):
-            answer = super().handle(message, context)
-            if context.node_id != 107 or message.metadata.message_type != "evaluate":
-                return answer
-            content = change(from_record(answer.content, EvaluationReply))
-            return None if content is None else Message(content, reply_to=message)
-
-    return Faulty
-
-
-def changed(**fields):
-    return lambda reply: to_record(replace(reply, **fields))
-
-
-def raising(reply):
-    raise RuntimeError("out of paper")
-
-
 FAULTS = {
     "lost": (lambda reply: None, "has not replied within 3600 seconds"),
     "raising": (raising, "out of paper"),
@@ -133,7 +111,7 @@ FAULTS = {
 def test_a_bad_client_is_not_in_the_statistics(tmp_path, monkeypatch, change, reason):
     warnings = logged(monkeypatch, "flower.evaluation")
     options = {"num_rounds": 1, "eval_on_start": False}
-    federation = over_flower(tmp_path, faulty(change), **options)
+    federation = over_flower(tmp_path, faulty(change, None, "evaluate", EvaluationReply), **options)
     federation.run()
     [record] = federation.records
     assert len(record["clients"]) == 3 and math.isfinite(record["eval_clients_mean_loss"])

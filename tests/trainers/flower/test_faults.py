@@ -18,45 +18,13 @@ from peft_ravan.trainers.flower.codec import RECORD, from_record, to_record
 
 from ...conftest import classification_dataset
 from ..helpers import assert_same, logged, make_trainer
+from .bad_clients import BAD_CLIENT, BAD_NODE, changed, faulty, raising
 from .grid import InProcessGrid
 from .helpers import NUM_CLIENTS, Federation, load_model, small
 
 
-BAD_NODE, BAD_CLIENT = 107, "client_1"
-
-
-def faulty(change, rounds=(1,)):
-    """
-    A grid on which one node goes wrong in some rounds.
-
-    Args:
-        change (`Callable`): Makes the content of the node's answer from its reply, or `None` for no answer at all.
-        rounds (`tuple`, *optional*): The rounds.
-    """
-
-    class Faulty(InProcessGrid):
-        def handle(self, message, context):
-            answer = super().handle(message, context)
-            if context.node_id != BAD_NODE or message.metadata.message_type != "train":
-                return answer
-            if int(message.metadata.group_id) not in rounds:
-                return answer
-            content = change(from_record(answer.content, ClientReply))
-            return None if content is None else Message(content, reply_to=message)
-
-    return Faulty
-
-
-def changed(**fields):
-    return lambda reply: to_record(replace(reply, **fields))
-
-
 def with_update(make):
     return lambda reply: to_record(replace(reply, update={name: make(t) for name, t in reply.update.items()}))
-
-
-def raising(reply):
-    raise RuntimeError("out of paper")
 
 
 def damaged(reply):

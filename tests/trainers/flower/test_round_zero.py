@@ -15,7 +15,7 @@ from peft_ravan.trainers.flower.codec import to_record
 from peft_ravan.trainers.flower.introduction import Bases
 
 from ..helpers import assert_same, comparable, logged, make_trainer
-from .grid import InProcessGrid
+from .grid import CountingGrid, InProcessGrid
 from .helpers import NUM_CLIENTS, Federation, small
 
 
@@ -30,21 +30,9 @@ def expected(folder, **options):
     return load_file(folder / "adapter_model.safetensors")
 
 
-class Counting(InProcessGrid):
-    """Counts the messages of each kind."""
-
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.handled: list[tuple[str, int]] = []
-
-    def handle(self, message, context):
-        self.handled.append((message.metadata.message_type, context.node_id))
-        return super().handle(message, context)
-
-
 def test_round_zero_gives_the_bases_of_a_federated_trainer_and_sends_them_once(tmp_path):
     adapter = expected(tmp_path / "trainer", bases_batches=2)
-    federation = Federation(small(tmp_path / "flower", bases_batches=2), gradient_svd, grid_class=Counting)
+    federation = Federation(small(tmp_path / "flower", bases_batches=2), gradient_svd, grid_class=CountingGrid)
     federation.run()
     assert_same(federation.adapter(), adapter)
     assert comparable(federation.records) == comparable(read_history(tmp_path / "trainer"))
@@ -53,12 +41,12 @@ def test_round_zero_gives_the_bases_of_a_federated_trainer_and_sends_them_once(t
 
 
 def test_seeded_bases_never_travel(tmp_path):
-    federation = Federation(small(tmp_path, num_rounds=1), grid_class=Counting)
+    federation = Federation(small(tmp_path, num_rounds=1), grid_class=CountingGrid)
     federation.run()
     assert {kind for kind, _ in federation.grid.handled} == {"query", "train"}
 
 
-class Killed(Counting):
+class Killed(CountingGrid):
     def handle(self, message, context):
         if message.metadata.group_id == "2":
             raise KeyboardInterrupt
@@ -71,14 +59,14 @@ def test_a_resumed_run_sends_them_to_the_nodes_of_its_own_run(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         Federation(small(tmp_path / "flower", **options), gradient_svd, grid_class=Killed).run()
     again = small(tmp_path / "flower", **options, resume_from_checkpoint=True)
-    federation = Federation(again, gradient_svd, grid_class=Counting)
+    federation = Federation(again, gradient_svd, grid_class=CountingGrid)
     federation.run()
     assert_same(federation.adapter(), adapter)
     assert [kind for kind, _ in federation.grid.handled].count("train.bases") == NUM_CLIENTS
 
 
 def test_a_node_that_is_started_again_is_sent_them_again(tmp_path):
-    class Restarted(Counting):
+    class Restarted(CountingGrid):
         def send_and_receive(self, messages, *, timeout=None):
             replies = super().send_and_receive(messages, timeout=timeout)
             if 107 in self.contexts and any(message.metadata.group_id == "1" for message in replies):

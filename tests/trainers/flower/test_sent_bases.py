@@ -15,7 +15,7 @@ from peft_ravan.trainers.flower.codec import from_record, to_record
 from peft_ravan.trainers.flower.introduction import LOST_BASES, Introduction
 
 from ..helpers import logged, lora
-from .grid import InProcessGrid
+from .grid import CountingGrid
 from .helpers import Federation, assert_same_as_trainer, small, trained
 
 
@@ -36,23 +36,8 @@ def other_lora():
     return LoraConfig(r=2, task_type="SEQ_CLS", init_lora_weights="gaussian")
 
 
-class Counting(InProcessGrid):
-    """Counts the messages of each kind."""
-
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.handled: list[tuple[str, int]] = []
-
-    def handle(self, message, context):
-        self.handled.append((message.metadata.message_type, context.node_id))
-        return super().handle(message, context)
-
-    def kinds_at(self, node_id):
-        return [kind for kind, node in self.handled if node == node_id]
-
-
 def federation_of(
-    folder, make_adapter=ravan, make_other=other_ravan, grid_class=Counting, options=(), **server_options
+    folder, make_adapter=ravan, make_other=other_ravan, grid_class=CountingGrid, options=(), **server_options
 ):
     """A federation with a node, 107, whose torch makes another adapter."""
     args = small(folder / "flower", **dict(options))
@@ -108,7 +93,7 @@ def test_what_cannot_be_sent_is_left_out(tmp_path, make_adapter, make_other, rea
 
 
 def test_a_node_that_does_not_have_them_afterwards_is_left_out(tmp_path, monkeypatch):
-    class Lying(Counting):
+    class Lying(CountingGrid):
         """It says what it said before."""
 
         said = None
@@ -132,7 +117,7 @@ def test_a_node_that_does_not_have_them_afterwards_is_left_out(tmp_path, monkeyp
 def test_a_node_that_has_lost_them_under_the_same_id_is_sent_them_again(tmp_path, bases):
     """It is a new process with the same key. Its client fails in this round, and takes part in the next one."""
 
-    class Restarted(Counting):
+    class Restarted(CountingGrid):
         def handle(self, message, context):
             if context.node_id == 107 and message.metadata.group_id == "2":
                 context.state.clear()
@@ -151,7 +136,7 @@ def test_a_node_that_has_lost_them_under_the_same_id_is_sent_them_again(tmp_path
 
 
 def test_a_node_that_says_so_without_having_been_sent_any_is_sent_none(tmp_path):
-    class Greedy(Counting):
+    class Greedy(CountingGrid):
         def handle(self, message, context):
             reply = super().handle(message, context)
             if context.node_id != 107 or message.metadata.message_type != "train":
