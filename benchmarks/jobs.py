@@ -16,6 +16,7 @@ import datasets
 import numpy as np
 import torch
 from cached_layers import CachedTexts, keep_upper_layers
+from real_data import label_column, load_splits, text_column
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -106,7 +107,7 @@ class Texts(Job):
         super().__init__(**kwargs)
 
     def _load(self, splits: datasets.DatasetDict) -> tuple[datasets.Dataset, datasets.Dataset]:
-        text, label = _text_column(splits["train"]), _label_column(splits["train"])
+        text, label = text_column(splits["train"]), label_column(splits["train"])
         found = {split: splits[split].filter(lambda row: bool(row[text].strip())) for split in ("train", "test")}
         if self.client_column is not None:
             found = _of_clients(found, self.client_column, self.min_examples)
@@ -193,7 +194,7 @@ class Images(Job):
 
     def _load(self, splits: datasets.DatasetDict) -> tuple[datasets.Dataset, datasets.Dataset]:
         train, test = splits["train"], splits["test"]
-        image, label = _image_column(train), _label_column(train)
+        image, label = _image_column(train), label_column(train)
         train, test = (
             part.select_columns([image, label]).rename_columns({image: "image", label: "labels"})
             for part in (train, test)
@@ -210,22 +211,6 @@ class Images(Job):
 
 
 JOBS: dict[str, type[Job]] = {"texts": Texts, "roles": Roles, "images": Images}
-
-
-def load_splits(source: str) -> datasets.DatasetDict:
-    """
-    Args:
-        source (`str`): A folder with train.parquet and test.parquet, or a Hub id.
-
-    Returns:
-        `datasets.DatasetDict`: Its splits.
-    """
-    folder = Path(source)
-    if not folder.is_dir():
-        return datasets.load_dataset(source)
-    return datasets.load_dataset(
-        "parquet", data_files={split: str(folder / f"{split}.parquet") for split in ("train", "test")}
-    )
 
 
 def hits(predictions: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -280,14 +265,6 @@ def _of_clients(splits: Mapping[str, datasets.Dataset], column: str, least: int)
     names, counts = np.unique(np.asarray(splits["train"][column]), return_counts=True)
     kept = set(names[counts >= least].tolist())
     return {split: rows.filter(lambda row: row[column] in kept) for split, rows in splits.items()}
-
-
-def _label_column(rows: datasets.Dataset) -> str:
-    return next(name for name, feature in rows.features.items() if isinstance(feature, datasets.ClassLabel))
-
-
-def _text_column(rows: datasets.Dataset) -> str:
-    return next(name for name in ("text", "sentence", "utterance") if name in rows.features)
 
 
 def _image_column(rows: datasets.Dataset) -> str:

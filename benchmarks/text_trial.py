@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 from cached_layers import CachedTexts, keep_upper_layers
 from cells import Cell, run_cells
 from peft import PeftConfig, get_peft_model
+from real_data import label_column, load_splits, text_column
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PrinterCallback, set_seed
 
@@ -84,11 +84,10 @@ class TextTrial:
         tokenizer = AutoTokenizer.from_pretrained(model)
         encoder = AutoModelForSequenceClassification.from_pretrained(model)
         first = encoder.config.num_hidden_layers - ADAPTED_LAYERS
-        splits = load_texts(data)
+        splits = load_splits(data)
         test = splits["test"].shuffle(seed=0)
         splits["test"] = test.select(range(min(max_test_examples, len(test))))
-        label = next(n for n, f in test.features.items() if isinstance(f, datasets.ClassLabel))
-        text = next(name for name in ("text", "sentence", "utterance") if name in test.features)
+        label, text = label_column(test), text_column(test)
         self.num_labels = test.features[label].num_classes
         self.train, self.test = (
             CachedTexts(encoder, tokenizer, split[text], split[label], test.features[label], first, TOKENS)
@@ -138,15 +137,6 @@ class TextTrial:
         with torch.autocast("cpu", torch.bfloat16):
             hits = [(model(**batch).logits.argmax(-1) == batch["labels"]).sum().item() for batch in self.test_batches]
         return 100 * sum(hits) / len(self.test.dataset)
-
-
-def load_texts(source: str) -> datasets.DatasetDict:
-    folder = Path(source)
-    if not folder.is_dir():
-        return datasets.load_dataset(source)
-    return datasets.load_dataset(
-        "parquet", data_files={split: str(folder / f"{split}.parquet") for split in ("train", "test")}
-    )
 
 
 def add_arguments(parser: argparse.ArgumentParser, output: Path) -> None:
