@@ -13,17 +13,16 @@ Each run is written down when it has finished and never repeated. One that was k
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from accuracy_report import chosen_rates, report
+from cells import finished_cells, run_cells
 from experiment import Cell, Experiment, middle_rates, read_experiment, trial_cells
 from jobs import JOBS, Job, client_weights, hits
 from peft import get_peft_model
@@ -47,26 +46,25 @@ class Runs:
         self.experiment, self.output = experiment, output
         self._make_job, self._job = make_job, None
         self._path = output / "cells.jsonl"
-        self.records = (
-            [json.loads(line) for line in self._path.read_text().splitlines()] if self._path.is_file() else []
-        )
+        self.records = finished_cells(self._path)
 
     def run(self, cells: Iterable[Cell]) -> None:
         """Run the cells that have not finished yet."""
-        for cell in cells:
-            if any(cell.is_in(record) for record in self.records):
-                continue
-            if self._job is None:
-                self._job = self._make_job()
-            record = {**asdict(cell), **run_cell(self.experiment, cell, self._job, self.output / cell.folder())}
-            with self._path.open("a") as file:
-                file.write(json.dumps(record) + "\n")
-            self.records.append(record)
-            print(
-                f"{cell.purpose} {cell.variant} {cell.method}, seed {cell.seed}, {cell.learning_rate:g}, "
-                f"{cell.task_head_learning_rate}: {100 * record['last'][-1]:.1f} % in {record['seconds']:.0f} s",
-                flush=True,
-            )
+        self.records = run_cells(cells, self._run, self._path, "measured", show)
+
+    def _run(self, cell: Cell) -> dict[str, Any]:
+        if self._job is None:
+            self._job = self._make_job()
+        return run_cell(self.experiment, cell, self._job, self.output / cell.folder())
+
+
+def show(record: dict[str, Any]) -> str:
+    """A line about a cell that has finished."""
+    measured = record["measured"]
+    return (
+        f"{record['purpose']} {record['variant']} {record['method']}, seed {record['seed']}, {record['learning_rate']:g}, "
+        f"{record['task_head_learning_rate']}: {100 * measured['last'][-1]:.1f} % in {measured['seconds']:.0f} s"
+    )
 
 
 def run_cell(experiment: Experiment, cell: Cell, job: Job, folder: Path) -> dict[str, Any]:

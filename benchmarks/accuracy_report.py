@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from cells import is_of
 from experiment import Experiment, Rates, middle_rates, trial_cells
 from matplotlib.figure import Figure
 
@@ -17,12 +18,12 @@ Record = Mapping[str, Any]
 
 def last_accuracy(experiment: Experiment, record: Record) -> float:
     """The mean over the last evaluations of the last state, since a single one swings by points."""
-    return 100 * statistics.fmean(record["last"][-experiment.evaluations(record) :])
+    return 100 * statistics.fmean(record["measured"]["last"][-experiment.evaluations(record) :])
 
 
 def mean_accuracy(record: Record) -> float:
     """The accuracy of the mean of rounds at the end."""
-    return 100 * record["mean"][-1]
+    return 100 * record["measured"]["mean"][-1]
 
 
 def chosen_rates(experiment: Experiment, records: Sequence[Record], method: str) -> Rates:
@@ -97,8 +98,8 @@ def _table(experiment: Experiment, runs: Mapping[str, list[Record]]) -> list[str
                 str(len(found)),
                 _spread([last_accuracy(experiment, record) for record in found]),
                 _spread([mean_accuracy(record) for record in found]),
-                _spread([100 * record["worst_decile"][-1] for record in found]),
-                f"{statistics.fmean(record['megabytes'][-1] for record in found):.2f}",
+                _spread([100 * record["measured"]["worst_decile"][-1] for record in found]),
+                f"{statistics.fmean(record['measured']['megabytes'][-1] for record in found):.2f}",
                 *_mean_of_reached(reached),
             )
         )
@@ -140,9 +141,9 @@ def _plot(runs: Mapping[str, list[Record]], title: str) -> Figure:
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     by_rounds, by_megabytes = figure.subplots(1, 2, sharey=True)
     for name, found in runs.items():
-        curves = 100 * np.stack([record["mean"] for record in found])  # [seeds, evaluations]
+        curves = 100 * np.stack([record["measured"]["mean"] for record in found])  # [seeds, evaluations]
         for axes, key in ((by_rounds, "rounds"), (by_megabytes, "megabytes")):
-            x = np.mean([record[key] for record in found], axis=0)
+            x = np.mean([record["measured"][key] for record in found], axis=0)
             [line] = axes.plot(x, curves.mean(0), label=name)
             axes.fill_between(x, curves.min(0), curves.max(0), color=line.get_color(), alpha=0.15, linewidth=0)
     by_megabytes.set_xscale("log")
@@ -180,7 +181,7 @@ def _runs(experiment: Experiment, records: Sequence[Record], purpose: str, varia
 
 
 def _records_of(cells: Iterable, records: Sequence[Record]) -> list[Record]:
-    return [record for cell in cells for record in records if cell.is_in(record)]
+    return [record for cell in cells for record in records if is_of(record, cell)]
 
 
 def _best(experiment: Experiment, records: Sequence[Record]) -> tuple[Record, Rates] | None:
@@ -192,7 +193,9 @@ def _best(experiment: Experiment, records: Sequence[Record]) -> tuple[Record, Ra
 
 def _first(record: Record, target: float) -> tuple[float, float] | None:
     """The round and the megabytes after which the mean of rounds reaches an accuracy, in percent."""
-    for number, accuracy, megabytes in zip(record["rounds"], record["mean"], record["megabytes"], strict=True):
+    for number, accuracy, megabytes in zip(
+        record["measured"]["rounds"], record["measured"]["mean"], record["measured"]["megabytes"], strict=True
+    ):
         if 100 * accuracy >= target:
             return number, megabytes
     return None

@@ -121,7 +121,7 @@ class Experiment:
         Returns:
             `int`: Over how many of its last evaluations its accuracy is averaged: the same share of a shorter run.
         """
-        share = record["rounds"][-1] / self.federation["num_rounds"]
+        share = record["measured"]["rounds"][-1] / self.federation["num_rounds"]
         return max(1, round(share * self.last_evaluations))
 
     def cell(self, variant: str, method: str, purpose: str, seed: int, rates: Rates) -> Cell:
@@ -157,9 +157,6 @@ class Cell:
         """The name of its folder."""
         text = json.dumps(asdict(self), sort_keys=True)
         return f"{self.purpose}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
-
-    def is_in(self, record: Mapping[str, Any]) -> bool:
-        return all(record[entry.name] == getattr(self, entry.name) for entry in fields(self))
 
 
 def read_experiment(path: Path) -> Experiment:

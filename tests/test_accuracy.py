@@ -19,6 +19,7 @@ import accuracy  # noqa: E402
 import accuracy_report  # noqa: E402
 import experiment as experiments  # noqa: E402
 import jobs  # noqa: E402
+from cells import is_of  # noqa: E402
 
 
 LORA = {"adapter": {"peft_type": "LORA", "r": 2}, "arguments": {"merge_method": "fedavg", "upload_dtype": "float32"}}
@@ -95,7 +96,7 @@ def test_other_settings_are_other_runs():
             **{**TINY, "methods": methods(), "trials": experiments.Trials(**TINY["trials"]), "federation": federation}
         )
         cells.append(experiment.cell("skewed", "Ravan", "run", 0, rates))
-    assert cells[0] != cells[1] and not cells[0].is_in(vars(cells[1])) and cells[0].is_in(vars(cells[0]))
+    assert cells[0] != cells[1] and not is_of(vars(cells[1]), cells[0]) and is_of(vars(cells[0]), cells[0])
 
 
 def test_a_run_that_was_killed_goes_on(run, tmp_path, monkeypatch):
@@ -136,7 +137,7 @@ def test_the_best_rates_are_those_of_the_best_trials():
 
     def add(cells, accuracies):
         for cell, value in zip(cells, accuracies, strict=True):
-            records.append({**vars(cell), "rounds": [1, 2], "last": [0.9, value], "mean": [0.0, 0.0]})
+            records.append({**vars(cell), "measured": {"rounds": [1, 2], "last": [0.9, value], "mean": [0.0, 0.0]}})
 
     assert accuracy_report.chosen_rates(experiment, records, "Ravan") == experiments.Rates(0.01, 0.1)  # in the middle
     add(experiments.trial_cells(experiment, "Ravan"), [0.4, 0.3])
