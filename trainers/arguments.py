@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +15,7 @@ from .compression import DEFAULT_DOWNLOAD_DTYPE, DEFAULT_UPLOAD_DTYPE, ExchangeS
 from .data.partition import PARTITIONS, PartitionSettings
 from .data.partitioner import PartitionerArgumentMixin
 from .exchange import HEAD_ALLOCATIONS, HEAD_SELECTIONS
+from .parsing import parse_json
 from .quantization import SENT_DTYPES
 from .runners import PARALLEL_MODES
 from .secure_aggregation import MIN_CLIENTS
@@ -313,7 +313,7 @@ class FederatedArgumentsMixin(PartitionerArgumentMixin):
         check_counts(self)
         for name in ("merge_options", "server_optimizer_options"):
             if isinstance(getattr(self, name), str):
-                setattr(self, name, _parse_json(name, getattr(self, name)))
+                setattr(self, name, parse_json(name, getattr(self, name)))
         # each of the settings checks itself; plain JSON values, since arguments are written to checkpoints and logs
         self.participation_weights = self.participation.weights
         self.max_update_norm = self.merging.limits.max_update_norm
@@ -384,10 +384,3 @@ class FederatedArguments(FederatedArgumentsMixin, TrainingArguments):
     The arguments of a [`FederatedTrainer`]: those of [`~transformers.TrainingArguments`] and those of
     [`FederatedArgumentsMixin`].
     """
-
-
-def _parse_json(name: str, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"`{name}` must be JSON where it is a text, got {text!r}: {error}.") from error

@@ -11,6 +11,24 @@ from typing import Any, TypeVar
 Settings = TypeVar("Settings")
 
 
+def parse_json(name: str, text: str) -> Any:
+    """
+    Args:
+        name (`str`): The name of an argument, for errors.
+        text (`str`): Its value.
+
+    Returns:
+        What the text stands for.
+
+    Raises:
+        ValueError: if it is not JSON.
+    """
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"`{name}` must be JSON where it is a text, got {text!r}: {error}.") from error
+
+
 def parse_settings(cls: type[Settings], value: Any, name: str, also: str = "") -> Settings:
     """
     Args:
@@ -24,11 +42,12 @@ def parse_settings(cls: type[Settings], value: Any, name: str, also: str = "") -
 
     Raises:
         TypeError: if it is none of these, has a field that the settings do not have, or lacks one that they need.
+        ValueError: if a string is not JSON.
     """
     if isinstance(value, cls):
         return value
     if isinstance(value, str):
-        value = json.loads(value)
+        value = parse_json(name, value)
     if not isinstance(value, Mapping):
         raise TypeError(
             f"`{name}` must be {also}a `{cls.__name__}`, a dict of its fields or JSON of these, got {value!r}."

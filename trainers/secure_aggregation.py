@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from .parsing import parse_settings
+from .parsing import parse_json, parse_settings
 
 
 # a sum over two clients shows each of them the update of the other one
@@ -69,7 +68,7 @@ class SecureAggregation:
             ValueError: if a value is out of range, or if a string is not JSON.
         """
         if isinstance(value, str):
-            value = json.loads(value)
+            value = parse_json("secure_aggregation", value)
         if value is None or value is False:
             return None
         return cls() if value is True else parse_settings(cls, value, "secure_aggregation", also="True, ")
