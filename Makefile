@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo flower test test-deep test-flower lint format clean
+.PHONY: demo flower test test-deep test-flower docs lint format clean
 
 # To compile all that is installed takes half of the set-up. Most of it is never imported, and the rest is compiled then,
 # and only once, unless this is set.
@@ -11,7 +11,7 @@ export PYTHONDONTWRITEBYTECODE :=
 # the demos need less than the tests, and should start soon
 EXTRAS = $*
 $(VENV)/.flower: EXTRAS = demo,flower
-$(VENV)/.demo $(VENV)/.flower $(VENV)/.dev: $(VENV)/.%: pyproject.toml constraints.txt
+$(VENV)/.demo $(VENV)/.flower $(VENV)/.docs $(VENV)/.dev: $(VENV)/.%: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV), which takes a minute or two."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/pip install --quiet --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable ".[$(EXTRAS)]"
@@ -35,6 +35,9 @@ test-deep: lint  ## the same with other random examples each time, and 50 times 
 test-flower: $(VENV)/.dev  ## of the tests, those with real processes of Flower, some of which are killed
 	$(PYTEST) tests/trainers/flower/test_loopback.py tests/trainers/flower/test_trust.py
 
+docs: $(VENV)/.docs  ## set up, and build the pages of docs/ into site/, with every link checked
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -44,4 +47,4 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) outputs
+	rm -rf $(VENV) outputs site

@@ -129,7 +129,7 @@ def test_the_counts_of_skips_add_up():
 
 
 @pytest.mark.parametrize(
-    "page", [PAGE.parent.parent / "README.md", *sorted(PAGE.parent.glob("*.md"))], ids=lambda page: page.name
+    "page", [PAGE.parent.parent / "README.md", *sorted(PAGE.parent.rglob("*.md"))], ids=lambda page: page.name
 )
 def test_links_lead_somewhere(page):
     assert not dead_links(page)

@@ -1,4 +1,4 @@
-"""docs/merging.md is correct: its code gives the results it shows, and its tables match the registries."""
+"""The pages on merging are correct: their code gives the results it shows, and their tables match the registries."""
 
 import doctest
 import re
@@ -12,7 +12,8 @@ from .markdown import code_blocks, rows, run_blocks, section
 
 
 PAGE = Path(__file__).parent.parent / "docs" / "merging.md"
-TEXT = PAGE.read_text()
+REFERENCE = PAGE.parent / "merging_reference.md"
+TEXT = PAGE.read_text() + REFERENCE.read_text()
 METHODS = [*MERGE_METHODS.values(), *SERVER_OPTIMIZERS.values()]
 
 
@@ -32,7 +33,7 @@ def names_in(text: str) -> set[str]:
 @pytest.mark.filterwarnings("ignore:fedrpca. robust PCA did not converge in 3 iterations for 1 of 1 matrices")
 def test_the_code_gives_the_results_it_shows(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    attempted = run_blocks(PAGE, {}, doctest.ELLIPSIS)
+    attempted = run_blocks(REFERENCE, {}, doctest.ELLIPSIS)
     assert attempted > len(METHODS)
 
 

@@ -13,7 +13,7 @@ from peft_ravan import RavanConfig, to_lora
 from peft_ravan.trainers import read_history
 from peft_ravan.trainers.demo import digits
 
-from .conftest import make_tokenizer, randomize_adapter, sentence, tiny_bert, tiny_llama
+from .conftest import make_tokenizer, randomize_adapter, save_data, sentence, tiny_bert, tiny_llama
 from .digits import save_base_model
 
 
@@ -24,16 +24,6 @@ def run(name: str, *arguments: object) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [name, *map(str, arguments)])
         runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
-
-
-def save_data(folder: Path, columns: dict, **features) -> Path:
-    """A folder of parquet files for `load_dataset`."""
-    folder.mkdir()
-    for split, rows in (("train", slice(None)), ("test", slice(0, None, 3))):
-        dataset = datasets.Dataset.from_dict({name: values[rows] for name, values in columns.items()})
-        dataset = dataset.cast(datasets.Features({**dataset.features, **features}))
-        dataset.to_parquet(folder / f"{split}.parquet")
-    return folder
 
 
 @pytest.fixture

@@ -151,3 +151,22 @@ def test_delta_weight_of_layers_is_that_of_their_tensors(adapted):
     dense = delta_weight(*layer.adapter_tensors("default"))
     assert layer.get_delta_weight("default").shape == layer.base_layer.weight.shape
     assert layer.to_weight_layout(dense).shape == layer.base_layer.weight.shape
+
+
+def test_trained_tensors_in_another_dtype_than_the_bases(adapted):
+    """TRL casts what is trained on a quantised model to bfloat16, and frozen bases stay as they are."""
+    model, layer, x = adapted
+    randomize_adapter(model)
+    for parameter in layer.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16().float()
+    output, delta = model(x), layer.get_delta_weight("default")
+    for parameter in layer.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
+    assert layer.ravan_H["default"].dtype == torch.bfloat16 and layer.ravan_A["default"].dtype == torch.float32
+    # a linear layer may have been computed with one dense product before
+    torch.testing.assert_close(model(x), output, atol=1e-5, rtol=1e-5)
+    assert torch.equal(layer.get_delta_weight("default"), delta)
+    model(x).square().sum().backward()
+    assert layer.ravan_H["default"].grad.any() and layer.ravan_s["default"].grad.any()

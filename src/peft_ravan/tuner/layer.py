@@ -216,11 +216,13 @@ class RavanLayer(LayerTrainedHeads, BaseTunerLayer, nn.Module):
         return self.to_weight_layout(delta_weight(*tensors)).to(dtype)
 
     def adapter_tensors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """A `[h*r, d_in]`, B `[d_out, h*r]`, H `[h, r, r]` and s `[h]` of an adapter."""
+        """A `[h*r, d_in]`, B `[d_out, h*r]`, H `[h, r, r]` and s `[h]` of an adapter, in the dtype of the bases."""
         core, scaling = self.ravan_H[adapter_name], self.ravan_s[adapter_name]
         if adapter_name in self.all_heads:
             core, scaling = self.all_heads[adapter_name].with_trained(core, scaling)
-        return self.ravan_A[adapter_name], self.ravan_B[adapter_name], core, scaling
+        basis_A, basis_B = self.ravan_A[adapter_name], self.ravan_B[adapter_name]
+        # on a quantised model, TRL casts what is trained to bfloat16, and leaves the frozen bases as they are
+        return basis_A, basis_B, core.to(basis_A.dtype), scaling.to(basis_A.dtype)
 
     def _cast_to_each_other(self, x: torch.Tensor, adapter_name: str) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """
