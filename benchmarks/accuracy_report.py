@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,14 +123,18 @@ class Report:
 
 
 def _table(experiment: Experiment, runs: Mapping[str, list[Record]]) -> list[str]:
+    def of_last(record: Record) -> float:
+        return last_accuracy(experiment, record)
+
     reference = runs.get(experiment.reference)
-    target = None if reference is None else statistics.fmean(last_accuracy(experiment, record) for record in reference)
+    target = None if reference is None else statistics.fmean(of_last(record) for record in reference)
     to_target = "" if target is None else f" to {target:.1f} %"
     rows = [
         (
             "Method",
             "Seeds",
             "Last state, %",
+            f"against {experiment.reference}, points",
             "Mean of rounds, %",
             f"against {experiment.reference}, points",
             "Worst decile, %",
@@ -141,14 +145,16 @@ def _table(experiment: Experiment, runs: Mapping[str, list[Record]]) -> list[str
         )
     ]
     for name, found in runs.items():
+        compared = reference if name != experiment.reference else None
         reached = [_first(record, target) for record in found] if target is not None else [None]
         rows.append(
             (
                 name,
                 str(len(found)),
-                _spread([last_accuracy(experiment, record) for record in found]),
+                _spread([of_last(record) for record in found]),
+                _lead(found, compared, of_last),
                 _spread([mean_accuracy(record) for record in found]),
-                _lead(found, reference) if name != experiment.reference else "–",
+                _lead(found, compared, mean_accuracy),
                 _spread([100 * record["measured"]["worst_decile"][-1] for record in found]),
                 _cosine(found),
                 f"{statistics.fmean(record['measured']['megabytes'][-1] for record in found):.2f}",
@@ -254,10 +260,10 @@ def _mean_of_reached(reached: Sequence[tuple[float, float] | None]) -> tuple[str
     return f"{statistics.fmean(rounds):.1f}", f"{statistics.fmean(megabytes):.2f}"
 
 
-def _lead(records: Sequence[Record], reference: Sequence[Record] | None) -> str:
-    """How far the mean of rounds is ahead, and the range over the seeds that both have."""
-    of_seed = {record["seed"]: mean_accuracy(record) for record in reference or ()}
-    leads = [mean_accuracy(record) - of_seed[record["seed"]] for record in records if record["seed"] in of_seed]
+def _lead(records: Sequence[Record], reference: Sequence[Record] | None, accuracy: Callable[[Record], float]) -> str:
+    """How far the accuracy is ahead, and the range over the seeds that both have."""
+    of_seed = {record["seed"]: accuracy(record) for record in reference or ()}
+    leads = [accuracy(record) - of_seed[record["seed"]] for record in records if record["seed"] in of_seed]
     if not leads:
         return "–"
     over = f" ({min(leads):+.1f} to {max(leads):+.1f})" if len(leads) > 1 else ""
