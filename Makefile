@@ -29,11 +29,11 @@ PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscop
 test: lint  ## set up, and run the checks and all tests
 	$(PYTEST)
 
-test-deep: lint  ## the same with other random examples each time, and 50 times as many
-	$(PYTEST) --hypothesis-profile deep
+test-deep: lint  ## the same with all combinations, and with other random examples each time, 50 times as many
+	$(PYTEST) -m "deep or not deep" --hypothesis-profile deep
 
 test-flower: $(VENV)/.dev  ## of the tests, those with real processes of Flower, some of which are killed
-	$(PYTEST) tests/trainers/flower/test_loopback.py tests/trainers/flower/test_trust.py
+	$(PYTEST) -m "deep or not deep" tests/trainers/flower/test_loopback.py tests/trainers/flower/test_trust.py
 
 docs: $(VENV)/.docs  ## set up, and build the pages of docs/ into site/, with every link checked
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

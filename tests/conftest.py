@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from transformers import (
     set_seed,
 )
 
+from peft_ravan.trainers.heap import frozen_heap
+
 from .hub_server import hub  # noqa: F401, a fixture
 from .properties import register_profiles
 
@@ -35,12 +38,28 @@ NUM_LABELS = 4
 VOCAB_SIZE = 64
 
 
-# they wait for processes of Flower for minutes, so nothing else should wait for them at the end
-START_FIRST = ("test_loopback.py", "test_trust.py")
+# they take longest, or wait for processes of Flower, so nothing else should wait for them at the end
+START_FIRST = ("test_peft_suite.py", "test_loopback.py", "test_trust.py", "test_many_processes.py")
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.path.name not in START_FIRST)
+    items.sort(
+        key=lambda item: START_FIRST.index(item.path.name) if item.path.name in START_FIRST else len(START_FIRST)
+    )
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _frozen_heap():
+    """To walk the imported modules and the collected tests takes longer than a tiny round, which collects garbage."""
+    with frozen_heap():
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _frozen_imports(_frozen_heap):
+    """The modules that tests have imported since."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -49,13 +68,13 @@ def _seed():
     torch.set_num_threads(1)  # the suite runs in two processes on two cores
 
 
-def tiny_bert() -> BertForSequenceClassification:
+def tiny_bert(num_layers: int = 1) -> BertForSequenceClassification:
     torch.manual_seed(0)
     return BertForSequenceClassification(
         BertConfig(
             vocab_size=VOCAB_SIZE,
             hidden_size=32,
-            num_hidden_layers=2,
+            num_hidden_layers=num_layers,
             num_attention_heads=2,
             intermediate_size=48,
             max_position_embeddings=16,

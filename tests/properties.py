@@ -25,16 +25,18 @@ def register_profiles() -> None:
     settings.load_profile("default")
 
 
-def examples(number: int, **options) -> settings:
+def examples(number: int, deep: int | None = None, **options) -> settings:
     """
     Args:
         number (`int`): The number of examples by default.
+        deep (`int`, *optional*): The number in `make test-deep`. By default `DEEP_FACTOR` times as many.
         **options: Other settings of hypothesis.
 
     Returns:
         `hypothesis.settings`: A decorator that sets the number of examples, which is larger in `make test-deep`.
     """
-    return settings(max_examples=number * _factor(), **options)
+    factor = _factor()
+    return settings(max_examples=number * factor if factor == 1 else deep or number * factor, **options)
 
 
 def _factor() -> int:

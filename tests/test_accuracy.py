@@ -1,7 +1,11 @@
 """The runner of experiments on accuracy, with a tiny model and tiny data."""
 
+import contextlib
+import io
 import json
+import shutil
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
@@ -34,7 +38,7 @@ TINY = {
         "num_clients": 4,
         "clients_per_round": 2,
         "partition": "dirichlet",
-        "num_rounds": 4,
+        "num_rounds": 2,
         "max_steps": 1,
         "per_device_train_batch_size": 4,
         "eval_strategy": "steps",
@@ -63,42 +67,63 @@ def place(tmp_path_factory) -> Path:
     return folder
 
 
+def run_script(place: Path, folder: Path, *options: object, **changes) -> None:
+    """Run the script on an experiment. The runs go to `out` in the folder."""
+    path = folder / "experiment.yaml"
+    path.write_text(yaml.safe_dump({**TINY, **changes}, sort_keys=False))
+    places = ("--data", place / "data", "--model", place / "model", "--output", folder / "out")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["accuracy.py", *map(str, (path, *places, *options))])
+        accuracy.main()
+
+
 @pytest.fixture
-def run(place, tmp_path, monkeypatch, capsys):
+def run(place, tmp_path, capsys):
     """Runs the script on an experiment, and returns what it has printed."""
 
     def run(*options: object, **changes) -> str:
-        path = tmp_path / "experiment.yaml"
-        path.write_text(yaml.safe_dump({**TINY, **changes}, sort_keys=False))
-        places = ("--data", place / "data", "--model", place / "model", "--output", tmp_path / "out")
-        monkeypatch.setattr(sys, "argv", ["accuracy.py", *map(str, (path, *places, *options))])
         capsys.readouterr()
-        accuracy.main()
+        run_script(place, tmp_path, *options, **changes)
         return capsys.readouterr().out
 
     return run
 
 
-def test_each_run_is_made_once_with_the_best_rates_of_its_method(run, tmp_path):
-    first = run()
-    finished = (tmp_path / "out" / "cells.jsonl").read_text().splitlines()
+@dataclass(frozen=True)
+class Finished:
+    """An experiment of which all runs are made, and what the script has printed."""
+
+    out: Path
+    printed: str
+
+
+@pytest.fixture(scope="module")
+def finished(place, tmp_path_factory) -> Finished:
+    folder = tmp_path_factory.mktemp("finished")
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        run_script(place, folder)
+    return Finished(folder / "out", printed.getvalue())
+
+
+def test_each_run_is_made_once_with_the_best_rates_of_its_method(finished, run, tmp_path):
+    cells = (finished.out / "cells.jsonl").read_text().splitlines()
     # two rates and one more of the head for each method, and then two variants of each
-    assert len(finished) == 2 * 3 + 2 * 2
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+    assert len(cells) == 2 * 3 + 2 * 2
+    assert {path.name for path in finished.out.iterdir()} == {
         "cells.jsonl", "made", "experiment-run.md", "experiment-skewed-run.png", "experiment-iid-run.png"
     }  # fmt: skip
+    shutil.copytree(finished.out, tmp_path / "out")
     again = run()
-    assert (tmp_path / "out" / "cells.jsonl").read_text().splitlines() == finished
-    assert first.endswith(again) and "| Ravan | 1 |" in again and "**iid**" in again and "**Learning rates**" in again
+    assert (tmp_path / "out" / "cells.jsonl").read_text().splitlines() == cells
+    assert finished.printed.endswith(again) and "| Ravan | 1 |" in again
+    assert "**iid**" in again and "**Learning rates**" in again
 
 
-def test_the_rates_of_finished_runs_can_be_used(run, tmp_path):
-    table = [line for line in run().splitlines() if line.startswith("|")]
-    cells = tmp_path / "out" / "cells.jsonl"
-    cells.rename(tmp_path / "known.jsonl")
-    again = run("--rates", tmp_path / "known.jsonl", "--variants", "skewed", "--methods", "Ravan")
-    [finished] = cells.read_text().splitlines()
-    assert json.loads(finished)["purpose"] == "run"
+def test_the_rates_of_finished_runs_can_be_used(finished, run, tmp_path):
+    table = [line for line in finished.printed.splitlines() if line.startswith("|")]
+    again = run("--rates", finished.out / "cells.jsonl", "--variants", "skewed", "--methods", "Ravan")
+    [cell] = (tmp_path / "out" / "cells.jsonl").read_text().splitlines()
+    assert json.loads(cell)["purpose"] == "run"
     rows = [line for line in again.splitlines() if line.startswith("| Ravan |")]
     # the same figures, and the same choice of rates
     alone, among_others = rows[0].split("|"), next(row for row in table if row.startswith("| Ravan |")).split("|")

@@ -2,11 +2,11 @@
 
 import ast
 import graphlib
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from .forked import run_clean
 
 
 ROOT = Path(__file__).parent.parent
@@ -110,7 +110,7 @@ def test_features_import_neither_arguments_nor_the_trainer_over_them(part):
     assert not facade & {path.stem for path in closure(part) if path.parent == ROOT / "trainers"}
 
 
-def test_flower_is_optional():
+def test_flower_is_optional(tmp_path):
     """Only its own folder needs it, nothing else imports that folder, and without it everything else can be used."""
     others = [path for path in TRAINER_WING if path.parent != ROOT / "trainers" / "flower"]
     imported = {}
@@ -123,7 +123,7 @@ def test_flower_is_optional():
             imported[path.name] = names
     assert len(others) < len(TRAINER_WING) and not imported
     code = "import sys, peft_ravan.trainers; sys.exit('flwr' in sys.modules)"
-    assert subprocess.run([sys.executable, "-W", "ignore", "-c", code]).returncode == 0
+    assert run_clean(code, tmp_path)[0] == 0
 
 
 def test_what_runs_on_nodes_and_what_runs_on_the_server_of_flower_share_only_what_is_sent():
@@ -148,9 +148,9 @@ def test_the_federated_mixin_has_at_most_four_parents():
     )
 
 
-def test_importing_the_tuner_wing_does_not_load_the_trainer_wing():
+def test_importing_the_tuner_wing_does_not_load_the_trainer_wing(tmp_path):
     code = "import sys, peft_ravan, peft_ravan.merging; sys.exit('peft_ravan.trainers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    assert run_clean(code, tmp_path)[0] == 0
 
 
 def test_the_trainer_wing_is_installed_as_a_subpackage():

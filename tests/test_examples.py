@@ -111,7 +111,7 @@ def test_merge_adapters(classifier, tmp_path, capsys):
         model.save_pretrained(tmp_path / site)
     sites = [tmp_path / site for site in ("north", "south", "west")]
     run("merge_adapters", *sites, "--examples", 1, 1, 2, "--output-dir", tmp_path / "merged")
-    assert "encoder.layer.1.attention.self.value" in capsys.readouterr().out
+    assert "encoder.layer.0.attention.self.value" in capsys.readouterr().out
     base_model = AutoModelForSequenceClassification.from_pretrained(classifier)
     assert PeftModel.from_pretrained(base_model, tmp_path / "merged").active_peft_config.num_heads == 2
 

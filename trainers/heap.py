@@ -7,6 +7,9 @@ import gc
 from collections.abc import Iterator
 
 
+_is_frozen_here = False
+
+
 @contextlib.contextmanager
 def frozen_heap() -> Iterator[None]:
     """
@@ -16,12 +19,16 @@ def frozen_heap() -> Iterator[None]:
     imported modules, and often takes longer than the steps of a client. If the heap is frozen already, it is left
     frozen: Python cannot unfreeze a part of it.
     """
-    is_frozen = gc.get_freeze_count() > 0
-    if not is_frozen:
-        gc.collect()
-        gc.freeze()
+    global _is_frozen_here
+    # Python counts what is frozen one by one, so it is not asked within another such context
+    if _is_frozen_here or gc.get_freeze_count() > 0:
+        yield
+        return
+    gc.collect()
+    gc.freeze()
+    _is_frozen_here = True
     try:
         yield
     finally:
-        if not is_frozen:
-            gc.unfreeze()
+        _is_frozen_here = False
+        gc.unfreeze()

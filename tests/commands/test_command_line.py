@@ -1,7 +1,6 @@
 """The command line: help, exit codes, one-line errors, and the commands that inspect adapters."""
 
 import json
-import os
 import resource
 import shutil
 import subprocess
@@ -15,6 +14,7 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
 import peft_ravan
+from peft_ravan_cli import main
 from peft_ravan_cli.errors import in_one_line, quiet
 
 from .conftest import SITES, assert_refused, ravan_config, run, save_adapter
@@ -55,12 +55,6 @@ def test_what_is_typed_wrongly_exits_with_2(words):
     assert ended.code == 2 and "Error" in ended.err and "Traceback" not in ended.err
 
 
-def test_errors_of_a_real_process_are_one_line(place):
-    ended = process("inspect", "nowhere")
-    assert (ended.returncode, ended.stdout) == (1, "")
-    assert ended.stderr == "Error: There is no folder 'nowhere', and it is no name on the Hub, such as owner/name.\n"
-
-
 def test_a_real_process_shows_nothing_of_other_packages(folder):
     ended = process("train", "run.yaml", "--eval_strategy", "no")
     assert (ended.returncode, ended.stderr) == (0, "")
@@ -68,23 +62,39 @@ def test_a_real_process_shows_nothing_of_other_packages(folder):
     assert shown[0].split()[0] == "clients" and len(shown) == 5
 
 
-def test_debug_shows_the_traceback(place):
-    ended = process("inspect", "nowhere", "--debug")
-    assert ended.returncode == 1 and "Traceback (most recent call last)" in ended.stderr
-    assert "FileNotFoundError: There is no folder 'nowhere'" in ended.stderr
+@pytest.fixture
+def restored(monkeypatch):
+    """What `main` changes for its process."""
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+
+
+def test_a_process_ends_with_1_and_the_error_in_one_line(place, restored, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["inspect", "nowhere"])
+    expected = "Error: There is no folder 'nowhere', and it is no name on the Hub, such as owner/name.\n"
+    assert ended.value.code == 1 and capsys.readouterr() == ("", expected)
+
+
+def test_debug_shows_the_traceback(place, restored, capsys):
+    with pytest.raises(FileNotFoundError) as raised:
+        main(["inspect", "nowhere", "--debug"])
+    sys.excepthook(raised.type, raised.value, raised.tb)  # what the process ends with
+    shown = capsys.readouterr().err
+    assert "Traceback (most recent call last)" in shown
+    assert "FileNotFoundError: There is no folder 'nowhere'" in shown
 
 
 def test_a_full_disk_is_reported_and_nothing_is_left_behind(place):
     # files above this size are refused, which simulates a full disk
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
-
-    ended = process(
-        "merge", *SITES, "--out", "merged", preexec_fn=limit, env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
-    )
-    assert ended.returncode == 1, ended.stderr
-    [line] = ended.stderr.splitlines()
-    assert line.startswith("Error: The folder could not be written") and "Make room, and try again" in line
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+    try:
+        ended = run("merge", *SITES, "--out", "merged")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert_refused(ended, "The folder could not be written")
+    assert "Make room, and try again" in ended.err
     assert not list(place.glob("*merged*")) and not list(place.glob(".merged*"))
 
 
@@ -131,7 +141,7 @@ def test_to_lora_saves_the_same_output(place):
 
 def test_inspect_shows_a_table_a_picture_and_json(place):
     ended = run("inspect", "north", "--png", "heads.png")
-    assert ended.code == 0 and ended.out.startswith("RAVAN: 4 targets") and "fingerprint" in ended.out
+    assert ended.code == 0 and ended.out.startswith("RAVAN: 2 targets") and "fingerprint" in ended.out
     assert (place / "heads.png").read_bytes().startswith(b"\x89PNG")
     report = json.loads(run("inspect", "north", "--json").out)
     [target, *_] = report["targets"].values()

@@ -5,6 +5,9 @@ Malformed uploads of every kind, in every place, to every method: each one loses
 updates alone. If none of them is left, the only possible result is an `UpdateError`.
 """
 
+import itertools
+from typing import Any
+
 import hypothesis.strategies as st
 import numpy as np
 import pytest
@@ -15,34 +18,49 @@ from safetensors.torch import save_file
 from peft_ravan.merging import ClientUpdate, SafetensorsState, UpdateError, merge, plain_update
 
 from ..properties import examples
-from .malformed import malformed
-from .reference import CASES, assert_same, effect_of, merge_faithfully, random_round
+from .malformed import every_kind, malformed
+from .reference import CASES, State, assert_same, effect_of, merge_faithfully, random_round
 
 
 MAX_MALFORMED = 2  # of five: Krum needs three that fit
 
 
-@examples(1400)  # of one or two malformed uploads, so that the deep run has 100,000 of them
-@given(data=st.data(), case=st.sampled_from(CASES), num_malformed=st.integers(1, MAX_MALFORMED))
-def test_malformed_uploads_cost_their_own_contribution(data, case, num_malformed):
-    method, adapter = case
-    global_state, updates = random_round(method, adapter, dtype=torch.float32)
+def check_malformed_uploads(
+    case: tuple[str, str], global_state: State, updates: list[ClientUpdate], made: dict[int, Any]
+) -> None:
+    """Merge updates, those in some places replaced with malformed ones."""
     before = {name: tensor.clone() for name, tensor in global_state.items()}
-    arriving, places = list(updates), data.draw(st.permutations(range(len(updates))))[:num_malformed]
-    for place in places:
-        arriving[place] = data.draw(malformed(updates[place]))
-    result = merge_faithfully(method, global_state, arriving, on_bad_update="drop")
+    arriving = [made.get(place, update) for place, update in enumerate(updates)]
+    result = merge_faithfully(case[0], global_state, arriving, on_bad_update="drop")
 
     assert all(torch.isfinite(tensor).all() for tensor in result.state.values())
     assert all(torch.equal(global_state[name], tensor) for name, tensor in before.items())
     dropped = [entry["client"] for entry in result.diagnostics["dropped"]]
     assert result.diagnostics["num_clients"] == len(updates) - len(dropped)
-    whole = [update for index, update in enumerate(updates) if index not in places]
-    if len(dropped) == len(places) and not {update.client_id for update in whole} & set(dropped):
-        assert_same(effect_of(result), effect_of(merge_faithfully(method, global_state, whole)), 0.0)
+    whole = [update for index, update in enumerate(updates) if index not in made]
+    if len(dropped) == len(made) and not {update.client_id for update in whole} & set(dropped):
+        assert_same(effect_of(result), effect_of(merge_faithfully(case[0], global_state, whole)), 0.0)
 
 
-@examples(200)
+def test_every_kind_costs_its_own_contribution():
+    _, [update] = random_round(*CASES[0], num_clients=1)
+    for number in range(len(list(every_kind(update)))):
+        case, place = CASES[number % len(CASES)], number % 5
+        global_state, updates = random_round(*case, dtype=torch.float32)
+        make = next(itertools.islice(every_kind(updates[place]), number, None))
+        check_malformed_uploads(case, global_state, updates, {place: make(updates[place])})
+
+
+@examples(100, deep=70_000)  # of one or two malformed uploads, so that the deep run has 100,000 of them
+@given(data=st.data(), case=st.sampled_from(CASES), num_malformed=st.integers(1, MAX_MALFORMED))
+def test_malformed_uploads_cost_their_own_contribution(data, case, num_malformed):
+    global_state, updates = random_round(*case, dtype=torch.float32)
+    places = data.draw(st.permutations(range(len(updates))))[:num_malformed]
+    made = {place: data.draw(malformed(updates[place])) for place in places}
+    check_malformed_uploads(case, global_state, updates, made)
+
+
+@examples(50, deep=10_000)
 @given(data=st.data(), case=st.sampled_from(CASES))
 def test_a_malformed_upload_alone_is_an_update_error_or_merged(data, case):
     method, adapter = case

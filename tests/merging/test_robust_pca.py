@@ -11,6 +11,12 @@ from peft_ravan.merging import robust_pca
 from ..properties import examples
 
 
+# those after the first need seconds for each case
+seeds = pytest.mark.parametrize(
+    "seed", [0, pytest.param(1, marks=pytest.mark.deep), pytest.param(2, marks=pytest.mark.deep)]
+)
+
+
 def planted(n: int, C: int, rank: int, share: float, seed: int, size: float = 1.0):
     """A low-rank matrix, and a sparse one with entries of about `size` times its own."""
     generator = torch.Generator().manual_seed(seed)
@@ -51,12 +57,12 @@ def test_recovers_low_rank_with_few_hits(rank, share):
         assert info.rank == rank and info.converged
 
 
+@seeds
 @pytest.mark.parametrize("rank, share", [(1, 0.5), (2, 0.4), (8, 0.15), (12, 0.05), (20, 0.01)])
-def test_does_not_recover_high_rank_or_many_hits(rank, share):
-    for seed in range(3):
-        L, S = planted(1000, 50, rank, share, seed)
-        found_L, _, info = robust_pca(L + S)
-        assert info.gap <= 1e-5 and relative_error(found_L, L) > 3e-3
+def test_does_not_recover_high_rank_or_many_hits(rank, share, seed):
+    L, S = planted(1000, 50, rank, share, seed)
+    found_L, _, info = robust_pca(L + S)
+    assert info.gap <= 1e-5 and relative_error(found_L, L) > 3e-3
 
 
 def test_with_20_columns_it_gives_what_the_method_gives():
@@ -112,26 +118,26 @@ def of_kind(kind: str, n: int, C: int, seed: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", [(5, 2), (60, 8), (200, 20)])
-def test_the_objective_is_the_optimum(kind, shape):
-    for seed in range(3):
-        M = of_kind(kind, *shape, seed)
-        L, S, info = robust_pca(M)
-        low, high = reference_optimum(M)
-        assert low <= high <= (1 + 1e-6) * low
-        assert info.converged and objective(L, S) <= (1 + 1.1e-6) * high  # a tenth for rounding to float32
+@pytest.mark.parametrize("shape", [(5, 2), (60, 8), pytest.param((200, 20), marks=pytest.mark.deep)])
+@seeds
+def test_the_objective_is_the_optimum(kind, shape, seed):
+    M = of_kind(kind, *shape, seed)
+    L, S, info = robust_pca(M)
+    low, high = reference_optimum(M)
+    assert low <= high <= (1 + 1e-6) * low
+    assert info.converged and objective(L, S) <= (1 + 1.1e-6) * high  # a tenth for rounding to float32
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_large_matrices_reach_the_optimum(kind):
-    M = of_kind(kind, 12_288, 50, seed=0)
+    M = of_kind(kind, 4096, 50, seed=0)
     L, S, info = robust_pca(M)
     assert info.converged and info.gap <= 1e-6
     assert relative_error(L + S, M) < 1e-6
 
 
-@examples(20)
-@given(n=st.integers(1, 200), C=st.integers(1, 20), kind=st.sampled_from(list(KINDS)), seed=st.integers(0, 2**16))
+@examples(10)
+@given(n=st.integers(1, 100), C=st.integers(1, 12), kind=st.sampled_from(list(KINDS)), seed=st.integers(0, 2**16))
 def test_it_does_not_say_converged_when_it_is_not(n, C, kind, seed):
     M = of_kind(kind, n, C, seed).double()
     for max_iter in (10, 50, 2000):

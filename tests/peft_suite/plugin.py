@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import types
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from .offline_models import build_hub_cache
 
 
 REPORT_VARIABLE = "PEFT_SUITE_REPORT"
+STEP_VARIABLE = "PEFT_SUITE_STEP"
 
 
 class _AlreadyLoaded(dict):
@@ -119,10 +121,21 @@ def _check_names(items: list[pytest.Item]) -> None:
         raise pytest.UsageError(f"rows.py names tests that this version of PEFT does not have: {missing}")
 
 
+def _every_few(items: list[pytest.Item], step: int) -> list[pytest.Item]:
+    """All tests, each with one in `step` of its rows, and the next test with the rows after those."""
+    by_test: dict[tuple[str, str], list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        by_test[_module_name(item), item.originalname].append(item)
+    return [
+        item for number, rows in enumerate(by_test.values()) for item in rows[number % min(step, len(rows)) :: step]
+    ]
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     _check_names(items)
     selected = [item for item in items if _has_ravan_row(item) or _in_place_of_lora(item)]
-    config.hook.pytest_deselected(items=[item for item in items if item not in set(selected)])
+    selected = _every_few(selected, int(os.environ.get(STEP_VARIABLE, 1)))
+    config.hook.pytest_deselected(items=list(set(items) - set(selected)))
     items[:] = selected
     for item in items:
         if reason := _listed(rows.NOT_APPLICABLE, item):

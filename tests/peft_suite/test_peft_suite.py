@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from .plugin import REPORT_VARIABLE
+from .plugin import REPORT_VARIABLE, STEP_VARIABLE
 from .sdist import CACHE, NoSourceDistribution, leave_out, peft_source_tree
 
 
@@ -35,7 +35,11 @@ def source_tree() -> Path:
         leave_out(error)
 
 
-def run_suite(source_tree: Path, files: list[str], folder: Path) -> dict[str, dict[str, str]]:
+# `make test` runs each of PEFT's tests, with one in so many of its models and configurations
+STEP = 8
+
+
+def run_suite(source_tree: Path, files: list[str], folder: Path, step: int = 1) -> dict[str, dict[str, str]]:
     """Run PEFT's test files on Ravan and return the outcome and the reason of every test."""
     report = folder / "report.json"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
@@ -45,6 +49,7 @@ def run_suite(source_tree: Path, files: list[str], folder: Path) -> dict[str, di
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
         REPORT_VARIABLE: str(report),
+        STEP_VARIABLE: str(step),
     }
     command = [sys.executable, "-m", "pytest", *OPTIONS, *(f"tests/test_{name}.py" for name in files)]
     result = subprocess.run(command, cwd=source_tree, env=environment, capture_output=True, text=True)
@@ -77,15 +82,24 @@ def failures(outcomes: dict[str, dict[str, str]]) -> str:
     )
 
 
-@pytest.mark.parametrize("group", GROUPS)
-def test_ravan_passes_the_tests_of_peft(group, source_tree, tmp_path):
-    outcomes = run_suite(source_tree, GROUPS[group], tmp_path)
+def check(outcomes: dict[str, dict[str, str]], name: str) -> None:
     # also into a file, because pytest shows nothing of a test that passes in another process
-    print(f"PEFT's tests of {group}: {summary(outcomes)}")
-    (CACHE / f"{group.replace(' ', '_')}.txt").write_text(summary(outcomes) + "\n")
+    print(f"PEFT's tests of {name}: {summary(outcomes)}")
+    (CACHE / f"{name.replace(' ', '_')}.txt").write_text(summary(outcomes) + "\n")
     assert outcomes, "no test has a row of Ravan"
     if errors := failures(outcomes):
         pytest.fail(f"PEFT's tests failed with Ravan:\n\n{errors}", pytrace=False)
+
+
+def test_ravan_passes_the_tests_of_peft(source_tree, tmp_path):
+    files = [name for group in GROUPS.values() for name in group]
+    check(run_suite(source_tree, files, tmp_path, STEP), "all kinds")
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("group", GROUPS)
+def test_ravan_passes_the_tests_of_peft_with_every_model_and_configuration(group, source_tree, tmp_path):
+    check(run_suite(source_tree, GROUPS[group], tmp_path), group)
 
 
 @pytest.mark.parametrize("value", [None, "", "0", "false", "False"])

@@ -1,11 +1,14 @@
 """Helpers for the tests of the trainers: small federations, interruptions, and comparisons."""
 
+from collections.abc import Iterable
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from torch import nn
 
 from peft_ravan import RavanConfig
+from peft_ravan.merging import MERGE_METHODS
 from peft_ravan.trainers import FederatedArguments, FederatedCallback, FederatedTrainer
 from peft_ravan.trainers.client.live_adapter import LiveAdapter
 from peft_ravan.trainers.client.store import ClientStore
@@ -14,6 +17,9 @@ from peft_ravan.trainers.runners import Runner
 from peft_ravan.trainers.server.state import ServerState
 
 from ..conftest import classification_dataset, tiny_bert
+
+
+FOUR_TARGETS = ["query", "key", "value", "attention.output.dense"]
 
 
 def ravan(**kwargs) -> RavanConfig:
@@ -27,14 +33,14 @@ def ravan_without_scaling() -> RavanConfig:
 
 
 def lora() -> LoraConfig:
-    return LoraConfig(r=2, task_type="SEQ_CLS")
+    return LoraConfig(r=2, task_type="SEQ_CLS", target_modules=FOUR_TARGETS)
 
 
 def arguments(tmp_path, **kwargs) -> FederatedArguments:
     defaults = {
         "num_rounds": 2,
         "num_clients": 4,
-        "max_steps": 3,
+        "max_steps": 2,
         "per_device_train_batch_size": 8,
         "learning_rate": 1e-2,
         "average_rounds": 1,
@@ -68,6 +74,23 @@ def make_trainer(
         client_fault=client_fault,
         availability=availability,
     )
+
+
+def of_each_kind(methods: Iterable[str]) -> list:
+    """
+    Names of merge methods for `parametrize`. Those that a round treats as it treats one before are left to the deep run:
+    what distinguishes them is what they merge to, which has tests of its own.
+    """
+    parameters, kinds = [], set()
+    for name in methods:
+        method = MERGE_METHODS[name]
+        kind = (
+            method.frozen_parts, method.frozen_cycle, method.personal_parts, method.changes_model, method.restarts,
+            method.streaming, bool(method.decomposes), method.takes("server_state"), method.takes("round_number"),
+        )  # fmt: skip
+        parameters.append(pytest.param(name, marks=pytest.mark.deep) if kind in kinds else name)
+        kinds.add(kind)
+    return parameters
 
 
 class OverBytes(Runner):
@@ -168,7 +191,8 @@ def logits(model) -> torch.Tensor:
 
 
 def ravan_bert(**kwargs):
-    return get_peft_model(tiny_bert(), RavanConfig(r=3, num_heads=2, task_type="SEQ_CLS", **kwargs))
+    config = RavanConfig(r=3, num_heads=2, task_type="SEQ_CLS", target_modules=FOUR_TARGETS, **kwargs)
+    return get_peft_model(tiny_bert(), config)
 
 
 class WithStatistics(nn.Module):

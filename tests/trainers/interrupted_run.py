@@ -1,11 +1,8 @@
-"""
-A run that is killed or resumed: `python interrupted_run.py FOLDER KILL_AT`, where KILL_AT is `bases`, `first`,
-`client`, `saving`, `renaming` or `keeping`, or `-` to resume in every given folder.
-"""
+"""A run that is killed at a certain moment, or resumed. What it changes stays changed, so it needs its own process."""
 
 import os
 import signal
-import sys
+from pathlib import Path
 
 from safetensors.torch import save_file
 
@@ -13,7 +10,8 @@ from peft_ravan import RavanConfig
 from peft_ravan.trainers import FederatedCallback
 from peft_ravan.trainers.client.store import ClientStore
 from peft_ravan.trainers.server import checkpoints
-from tests.trainers.helpers import resumable_trainer
+
+from .helpers import resumable_trainer
 
 
 def kill() -> None:
@@ -77,18 +75,22 @@ def kill_between_clients_that_keep() -> None:
     ClientStore.save = save_and_kill
 
 
-if __name__ == "__main__":
-    *folders, kill_at = sys.argv[1:]
-    for folder in folders:
-        callbacks = [KillWithinAClient(KILL_WITHIN_ROUND[kill_at])] if kill_at in KILL_WITHIN_ROUND else []
-        if kill_at == "saving":
-            kill_while_saving()
-        if kill_at == "renaming":
-            kill_before_the_rename()
-        if kill_at == "keeping":
-            kill_between_clients_that_keep()
-        options = KEEPING if os.path.basename(folder) == "keeping" else {}
-        adapter = GRADIENT_SVD if os.path.basename(folder) == "bases" else None
-        trainer = resumable_trainer(folder, adapter=adapter, callbacks=callbacks, **options)
-        trainer.train(resume_from_checkpoint=True if kill_at == "-" else None)
-        save_file(trainer.last_global_state, os.path.join(folder, "end.safetensors"))
+def run_until(moment: str | None, folder: Path) -> None:
+    """
+    Args:
+        moment (`str`, *optional*): When the process is killed: `bases`, `first`, `client`, `saving`, `renaming` or `keeping`.
+            By default it is not, and the run in the folder is resumed.
+        folder (`Path`): The folder of the run, named after the moment.
+    """
+    callbacks = [KillWithinAClient(KILL_WITHIN_ROUND[moment])] if moment in KILL_WITHIN_ROUND else []
+    if moment == "saving":
+        kill_while_saving()
+    if moment == "renaming":
+        kill_before_the_rename()
+    if moment == "keeping":
+        kill_between_clients_that_keep()
+    options = KEEPING if folder.name == "keeping" else {}
+    adapter = GRADIENT_SVD if folder.name == "bases" else None
+    trainer = resumable_trainer(folder, adapter=adapter, callbacks=callbacks, **options)
+    trainer.train(resume_from_checkpoint=None if moment else True)
+    save_file(trainer.last_global_state, folder / "end.safetensors")

@@ -1,6 +1,5 @@
 """
-Runs on one or several processes: `python -m tests.trainers.many_processes FOLDER RUN ...`, with or without a launcher.
-The main process writes the result of each run. In `kill-RUN` a process is killed.
+Runs on one or several processes. The main process writes the result of each run. In `kill-RUN` a process is killed.
 """
 
 import atexit
@@ -9,7 +8,6 @@ import errno
 import json
 import os
 import signal
-import sys
 from pathlib import Path
 
 import datasets
@@ -186,9 +184,9 @@ def tell_how_it_ends(folder: Path) -> None:
         (folder / f"left-{os.environ['RANK']}").touch()
 
 
-if __name__ == "__main__":
+def run_several(folder: Path, *runs: str) -> None:
+    """What each of several processes does."""
     torch.set_num_threads(1)
-    folder = Path(sys.argv[1])
     atexit.register(tell_how_it_ends, folder)
-    for name in sys.argv[2:]:
+    for name in runs:
         run_one(name.removeprefix("kill-"), folder, kill=name.startswith("kill-"))

@@ -412,8 +412,8 @@ def test_half_precision_keeps_what_rounding_would_lose(tmp_path):
 
 def tied() -> torch.nn.Module:
     model = tiny_bert()
-    layers = model.bert.encoder.layer
-    layers[1].attention.self.query.weight = layers[0].attention.self.query.weight
+    attention = model.bert.encoder.layer[0].attention.self
+    attention.value.weight = attention.query.weight
     return model
 
 

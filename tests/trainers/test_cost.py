@@ -6,11 +6,17 @@ import pytest
 from peft import get_peft_model
 
 from peft_ravan import RavanConfig
-from peft_ravan.trainers import FederatedArguments, FederatedTrainer
+from peft_ravan.trainers import FederatedArguments, FederatedTrainer, heap
 from peft_ravan.trainers.heap import frozen_heap
 from peft_ravan.trainers.records.callbacks import FederatedCallback
 
 from ..conftest import tiny_bert
+
+
+@pytest.fixture(autouse=True)
+def _as_in_a_program(monkeypatch):
+    monkeypatch.setattr(heap, "_is_frozen_here", False)
+    gc.unfreeze()
 
 
 class Watch(FederatedCallback):

@@ -255,7 +255,7 @@ def test_scaffold_counts_what_it_sends_and_keeps_control_variates_by_client(tmp_
     plain.train(), scaffold.train()
     uploads = [trainer.state.log_history[1]["upload_bytes"] for trainer in (plain, scaffold)]
     # 2 instead of 4 clients, each with its update and the change of its control variate, which has H and s apart
-    assert uploads[1] == pytest.approx(uploads[0], rel=0.05)
+    assert uploads[1] == pytest.approx(uploads[0], rel=0.08)
     files = list((tmp_path / "scaffold" / "client_states").rglob("*.safetensors"))
     taken_part = {client for record in scaffold.state.log_history for client in record["clients"]}
     assert len({file.parent for file in files}) == len(taken_part)

@@ -1,58 +1,42 @@
 """Rounds on several processes give the same results as on one. The processes are real and connected by gloo."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
+from torch.multiprocessing.spawn import ProcessException
 
 from peft_ravan.trainers.exchange import ClientReply, ClientTask
 from peft_ravan.trainers.processes import one_process
 from peft_ravan.trainers.runners import Runner, make_runner
 
+from ..forked import join, start_together
 from .helpers import assert_same
 
 
 pytest.importorskip("trl")
-from .many_processes import run_one  # noqa: E402
+from .many_processes import run_one, run_several  # noqa: E402
 
 
-ROOT = Path(__file__).parents[2]
-LAUNCHER = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m")
 SHARED_OUT = (
     "uneven", "scaffold", "personal", "failing", "repeated", "full", "poisoned", "single", "budgets", "rank_budgets",
     "round_zero", "stopping", "resumed", "killed", "private", "small", "sft",
 )  # fmt: skip
 
 
-def start(folder: Path, *runs: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", *LAUNCHER, "tests.trainers.many_processes", str(folder), *runs]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-
-
 def run_all(one: Path, two: Path) -> None:
     """Run on one process and on two, with one run in which a process is killed."""
-    killed = start(two, "kill-killed")
+    killed = start_together(run_several, two, "kill-killed")
     for run in (*SHARED_OUT, "doubled", "doubled_ranks"):
         run_one(run, one)
-    killed.communicate(timeout=300)  # the launcher ends the other process
-    assert killed.returncode != 0
+    with pytest.raises(ProcessException):  # of the killed process, or of the one that loses it
+        join(killed)
     left = {path.name for path in (two / "killed").iterdir() if not path.name.startswith(".")}
     assert left == {"rounds.jsonl", "federation_run.json", *(f"checkpoint-{number}" for number in range(3))}
-    launched = start(two, *SHARED_OUT, "data", "data_ranks", "data_budgets")
-    try:
-        _, errors = launched.communicate(timeout=300)
-    finally:
-        launched.kill()
-    assert launched.returncode == 0, errors[-3000:]
+    join(start_together(run_several, two, *SHARED_OUT, "data", "data_ranks", "data_budgets"))
 
 
 def check_clients_shared_out_are_clients_in_turn(one: Path, two: Path, run: str) -> None:

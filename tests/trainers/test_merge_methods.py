@@ -7,10 +7,10 @@ from safetensors.torch import load_file
 from peft_ravan.merging import MERGE_METHODS, SERVER_OPTIMIZERS
 from peft_ravan.trainers import FederatedCallback
 
-from .helpers import adapter_state, arguments, assert_same, lora, make_trainer, ravan
+from .helpers import adapter_state, arguments, assert_same, lora, make_trainer, of_each_kind, ravan
 
 
-@pytest.mark.parametrize("merge_method", [name for name in MERGE_METHODS if name != "fed_sb"])
+@pytest.mark.parametrize("merge_method", of_each_kind(name for name in MERGE_METHODS if name != "fed_sb"))
 def test_every_method_runs_on_lora(tmp_path, merge_method):
     trainer = make_trainer(tmp_path, lora(), merge_method=merge_method, max_steps=1)
     before = adapter_state(trainer)

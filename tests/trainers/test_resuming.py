@@ -3,10 +3,8 @@
 import errno
 import json
 import shutil
-import subprocess
-import sys
+import signal
 from dataclasses import replace
-from pathlib import Path
 
 import datasets
 import pytest
@@ -22,6 +20,7 @@ from peft_ravan.trainers.server import checkpoints
 from peft_ravan.trainers.server.checkpoints import read_server_state
 
 from ..conftest import classification_dataset
+from ..forked import run_forked
 from .helpers import (
     StopAfter,
     adapter_state,
@@ -33,9 +32,7 @@ from .helpers import (
     ravan,
     resumable_trainer,
 )
-
-
-ROOT = Path(__file__).parents[2]
+from .interrupted_run import run_until
 
 
 @pytest.mark.parametrize(
@@ -83,21 +80,18 @@ def test_after_a_kill_at_any_point_the_run_resumes_bit_for_bit(tmp_path):
         "renaming": ["checkpoint-0", "checkpoint-1"],
         "keeping": ["checkpoint-0", "checkpoint-1", "checkpoint-2"],
     }
-    command = [sys.executable, "-m", "tests.trainers.interrupted_run"]
     for moment in left:
-        killed = subprocess.run([*command, str(tmp_path / moment), moment], cwd=ROOT, capture_output=True)
-        assert killed.returncode == -9, killed.stderr.decode()
+        assert run_forked(run_until, moment, tmp_path / moment) == -signal.SIGKILL
     assert left == {moment: sorted(path.name for path in (tmp_path / moment).glob("checkpoint-*")) for moment in left}
     # it was killed in the middle: one client has saved its state in a round that does not count
     assert len(list((tmp_path / "keeping").rglob("round-3.safetensors"))) == 1
-    folders = [str(tmp_path / moment) for moment in left]
-    subprocess.run([*command, *folders, "-"], cwd=ROOT, check=True, capture_output=True)
-    for folder in folders:
-        trainer = uninterrupted.get(Path(folder).name, whole)
-        assert_same(load_file(Path(folder) / "end.safetensors"), trainer.last_global_state)
+    for folder in (tmp_path / moment for moment in left):
+        assert run_forked(run_until, None, folder) == 0
+        trainer = uninterrupted.get(folder.name, whole)
+        assert_same(load_file(folder / "end.safetensors"), trainer.last_global_state)
         assert comparable(read_history(folder)) == comparable(trainer.state.log_history)
         # nothing incomplete is left
-        assert not list(Path(folder).glob(".*")) and not list(Path(folder).rglob("*.incomplete"))
+        assert not list(folder.glob(".*")) and not list(folder.rglob("*.incomplete"))
     adapters = [tmp_path / run / "checkpoint-4" / "adapter_model.safetensors" for run in ("bases", "whole_with_bases")]
     assert_same(*map(load_file, adapters))  # the bases, too
     last = read_server_state(tmp_path / "keeping" / "checkpoint-4").state

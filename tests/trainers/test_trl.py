@@ -1,8 +1,5 @@
 """The trainers of TRL over the rounds: clients train as in TRL, each on data that is prepared separately."""
 
-import subprocess
-import sys
-
 import datasets
 import pytest
 import torch
@@ -15,6 +12,7 @@ from peft_ravan.trainers.seeds import derive_seed
 from peft_ravan.tuner.state import exchange_state
 
 from ..conftest import sentence, tiny_llama
+from ..forked import run_clean
 from .helpers import StopAfter, adapter_state, assert_same, comparable, trainable_checkpoint
 
 
@@ -270,14 +268,14 @@ def test_arguments_without_those_of_trl_are_refused(tmp_path, tokenizer):
     )
 
 
-def test_without_trl_the_extra_is_named():
+def test_without_trl_the_extra_is_named(tmp_path):
     code = (
         "import sys; sys.modules['trl'] = None; from peft_ravan.trainers import *; import peft_ravan.trainers as t\n"
         "assert t.FederatedTrainer and 'FederatedSFTTrainer' in dir(t)\n"
         "t.FederatedSFTTrainer"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.returncode == 1 and "pip install 'peft-ravan[trl]'" in result.stderr.splitlines()[-1]
+    exit_code, errors = run_clean(code, tmp_path)
+    assert exit_code == 1 and "pip install 'peft-ravan[trl]'" in errors.splitlines()[-1]
 
 
 from .trl_helpers import texts  # noqa: E402

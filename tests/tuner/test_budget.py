@@ -50,8 +50,8 @@ def test_parameter_groups():
     )
     found = {group["name"]: (group["lr"], group["weight_decay"], len(group["params"])) for group in groups}
     assert found == {
-        "cores": (1e-2, 0.1, 4),
-        "scalings": (1e-4, 0.0, 4),  # never decayed
+        "cores": (1e-2, 0.1, 2),
+        "scalings": (1e-4, 0.0, 2),  # never decayed
         "weights": (1e-3, 0.1, 1),
         "biases": (1e-3, 0.0, 1),
     }

@@ -1,8 +1,6 @@
 """The LoRA twin of a Ravan adapter: the same output, without peft-ravan, for every kind of target that LoRA knows."""
 
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -19,6 +17,7 @@ from peft_ravan.sharing.conversion import lora_twin
 from peft_ravan.tuner.linalg import svd_of_heads
 
 from ..conftest import randomize_adapter, tiny_bert, tiny_gpt2, tiny_llama
+from ..forked import run_clean
 from ..properties import examples
 
 
@@ -89,9 +88,8 @@ def test_the_twin_loads_where_peft_ravan_cannot_be_imported(input_ids, tmp_path)
         models[name] = adapted(base, task_type="CAUSAL_LM")
         to_lora(models[name], tmp_path / f"{name}-lora")
     save_file({"tokens": input_ids}, tmp_path / "tokens.safetensors")
-    command = [sys.executable, "-c", WITHOUT_PEFT_RAVAN]
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    exit_code, errors = run_clean(WITHOUT_PEFT_RAVAN, tmp_path)
+    assert exit_code == 0, errors
     for name, model in models.items():
         logits = load_file(tmp_path / f"{name}-logits.safetensors")["logits"]
         torch.testing.assert_close(logits, output(model, input_ids), atol=1e-5, rtol=0)

@@ -59,12 +59,12 @@ def batches():
 
 def test_batches_give_the_directions_of_the_averaged_gradient():
     reference = tiny_bert().eval()
-    weight = reference.bert.encoder.layer[1].attention.self.value.weight
+    weight = reference.bert.encoder.layer[0].attention.self.value.weight
     sum(reference(**batch).loss for batch in batches()).backward()
 
     model = adapted(tiny_bert(), task_type="SEQ_CLS", r=3, num_heads=2, bases_scale="paper")
     initialize_bases_from_gradient(model, batches())
-    layer = model.base_model.model.bert.encoder.layer[1].attention.self.value
+    layer = model.base_model.model.bert.encoder.layer[0].attention.self.value
     A, B = layer.ravan_A["default"], layer.ravan_B["default"]
     best = torch.linalg.svdvals(weight.grad)[:6].norm() / weight.grad.norm()
     assert captured(A, B, weight.grad) > 0.99 * best

@@ -90,7 +90,7 @@ def test_a_twin_has_the_singular_values_of_its_adapter(tmp_path):
     model = adapted(tiny_bert(), target_modules=["query", "dense"], task_type="SEQ_CLS")
     to_lora(model, tmp_path)
     report, twin = inspect_adapter(model), inspect_adapter(tmp_path)
-    assert report.targets.keys() == twin.targets.keys() and len(twin.targets) == 9
+    assert report.targets.keys() == twin.targets.keys() and len(twin.targets) == 5
     for name, target in report.targets.items():
         torch.testing.assert_close(target.singular_values, twin.targets[name].singular_values, atol=1e-4, rtol=1e-4)
 

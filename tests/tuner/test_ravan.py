@@ -239,7 +239,7 @@ def test_biases_are_trained_saved_and_warned_of(bias, tmp_path, input_ids):
     randomize_adapter(model)
     trained = {name for name, p in model.named_parameters() if p.requires_grad and name.endswith(".bias")}
     adapted = {name for name in trained if ".query." in name or ".value." in name}
-    assert len(adapted) == 4 and (trained == adapted) == (bias == "ravan_only")
+    assert len(adapted) == 2 and (trained == adapted) == (bias == "ravan_only")
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(tiny_bert(), tmp_path).eval()
     assert torch.equal(loaded(input_ids).logits, model(input_ids).logits)

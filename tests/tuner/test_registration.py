@@ -2,8 +2,6 @@
 
 import importlib
 import pickle
-import subprocess
-import sys
 
 import pytest
 from peft import PeftConfig, PeftType
@@ -12,6 +10,8 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 import peft_ravan
 from peft_ravan import RavanConfig, RavanModel
 from peft_ravan.tuner.registration import ensure_peft_type, register
+
+from ..forked import run_clean
 
 
 def test_member_behaves_like_any_other():
@@ -39,17 +39,17 @@ def test_registering_again_changes_nothing(recwarn):
     assert not [warning for warning in recwarn if "peft_ravan" in str(warning.message)]
 
 
-def test_works_when_peft_was_imported_long_before():
+def test_works_when_peft_was_imported_long_before(tmp_path):
     code = (
         "import peft, transformers; from peft import PeftType; n = len(PeftType)\n"
         "import peft_ravan\n"
         "assert len(PeftType) == n + 1 and peft.PeftType.RAVAN.value == 'RAVAN'"
     )
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    assert run_clean(code, tmp_path) == (0, "")
 
 
-def test_survives_a_peft_that_ships_its_own_ravan():
-    # a subprocess plays the PEFT of the future: its enum has the member and its mappings a foreign class
+def test_survives_a_peft_that_ships_its_own_ravan(tmp_path):
+    # a process plays the PEFT of the future: its enum has the member and its mappings a foreign class
     code = (
         "import sys; sys.modules['flax'] = None\n"
         "from peft import LoraConfig, PeftType; from peft.tuners.lora import LoraModel\n"
@@ -67,8 +67,7 @@ def test_survives_a_peft_that_ships_its_own_ravan():
         "assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.RAVAN] is peft_ravan.RavanConfig\n"
         "assert PEFT_TYPE_TO_TUNER_MAPPING[PeftType.RAVAN] is peft_ravan.RavanModel\n"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    assert run_clean(code, tmp_path) == (0, "")
 
 
 def test_config_round_trips_through_a_folder(tmp_path):

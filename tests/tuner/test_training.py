@@ -1,9 +1,6 @@
 """Training with Ravan: Trainer, TRL, several processes, torch.compile."""
 
 import importlib.util
-import os
-import subprocess
-import sys
 
 import datasets
 import pytest
@@ -14,6 +11,7 @@ from transformers import Trainer, TrainingArguments
 from peft_ravan import RavanConfig
 
 from ..conftest import classification_dataset, randomize_adapter, sentence, tiny_bert, tiny_llama
+from ..forked import join, start_together
 
 
 def arguments(folder, cls=TrainingArguments, **kwargs):
@@ -265,15 +263,12 @@ needs_deepspeed = pytest.mark.skipif(
         pytest.param(ZERO_3, id="ZeRO-3", marks=needs_deepspeed),
     ],
 )
-def test_two_processes_have_the_same_bases_and_cores(tmp_path, code):
-    script = tmp_path / "train.py"
-    script.write_text(code)
-    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    on_cpu = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "DS_ACCELERATOR": "cpu"}
-    environment = {**os.environ, **on_cpu, "PYTHONPATH": root}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-3000:]
+def test_two_processes_have_the_same_bases_and_cores(code):
+    join(start_together(run_script, code))
+
+
+def run_script(code: str) -> None:
+    exec(compile(code, "train.py", "exec"), {"__name__": "__main__"})
 
 
 def test_transformers_own_adapter_methods(tmp_path, input_ids):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import math
@@ -92,7 +93,12 @@ def current_versions() -> dict[str, str]:
     Returns:
         `dict[str, str]`: The installed versions of the packages that matter for training.
     """
-    return {name: importlib.metadata.version(name) for name in VERSIONED_PACKAGES}
+    return dict(_installed_versions())
+
+
+@functools.cache  # to find them takes longer than a small client trains
+def _installed_versions() -> tuple[tuple[str, str], ...]:
+    return tuple((name, importlib.metadata.version(name)) for name in VERSIONED_PACKAGES)
 
 
 def public_history(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import functools
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,15 +21,15 @@ from .grid import InProcessGrid
 
 
 NUM_CLIENTS = 3
-_MODELS: dict[str, torch.nn.Module] = {}  # each node loads the model anew for each message
+_MODELS: dict[str, bytes] = {}  # each node loads the model anew for each message
 
 
 def load_model(adapter=None):
     adapter = adapter or ravan()
     key = repr(adapter)
     if key not in _MODELS:
-        _MODELS[key] = get_peft_model(tiny_bert(), adapter)
-    return copy.deepcopy(_MODELS[key])
+        _MODELS[key] = pickle.dumps(get_peft_model(tiny_bert(), adapter))
+    return pickle.loads(_MODELS[key])
 
 
 def small(folder, **kwargs) -> FederatedArguments:

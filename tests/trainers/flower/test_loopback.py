@@ -2,7 +2,8 @@
 A federation of real processes loses its server, goes on, loses a node, and gives the adapter of a FederatedTrainer.
 
 It is one story, since each of its processes imports torch and transformers: what it needs is told once, and each test
-looks at a part of it.
+looks at a part of it. That takes as long as a third of all other tests, so it is left to `make test-flower`, which CI runs.
+In one process, `test_equal.py`, `test_resuming.py` and `test_faults.py` show the same.
 """
 
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from ..helpers import assert_same
 from .loopback import CONFIG, EXAMPLE, NEEDS_PROCESSES, Loopback, run_alone
 
 
-pytestmark = NEEDS_PROCESSES
+pytestmark = [*NEEDS_PROCESSES, pytest.mark.deep]
 
 
 @dataclass

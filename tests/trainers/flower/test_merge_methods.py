@@ -8,7 +8,7 @@ pytest.importorskip("flwr")
 from peft_ravan import RavanConfig
 from peft_ravan.merging import MERGE_METHODS, SERVER_OPTIMIZERS
 
-from ..helpers import lora
+from ..helpers import lora, of_each_kind
 from .helpers import Federation, assert_same_as_trainer, small, trained
 
 
@@ -47,7 +47,7 @@ def taken(folder, merge_method, make_adapters) -> list:
     return adapters
 
 
-@pytest.mark.parametrize("merge_method", MERGE_METHODS)
+@pytest.mark.parametrize("merge_method", of_each_kind(MERGE_METHODS))
 def test_every_merge_method(tmp_path, merge_method):
     adapters = taken(tmp_path, merge_method, ADAPTERS) or taken(tmp_path, merge_method, [one_head])
     assert adapters
