@@ -19,7 +19,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from peft_ravan import RavanConfig
-from peft_ravan.tuner.layer import Linear
+from peft_ravan.tuner.linear import Linear
 
 
 class HeadByHead(Linear):

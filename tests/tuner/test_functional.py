@@ -8,7 +8,8 @@ from peft import get_peft_model
 from torch import nn
 
 from peft_ravan import RavanConfig
-from peft_ravan.tuner.functional import adapted_linear, delta_output, delta_weight, dense_is_cheaper
+from peft_ravan.tuner.dense import adapted_linear, dense_is_cheaper
+from peft_ravan.tuner.functional import delta_output, delta_weight
 
 from ..conftest import randomize_adapter
 from ..properties import examples

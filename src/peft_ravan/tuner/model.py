@@ -20,7 +20,8 @@ from transformers.pytorch_utils import Conv1D
 
 from .bases import BASES, BasesShape, check_bases_fit
 from .config import RavanConfig
-from .layer import Linear, RavanLayer
+from .layer import RavanLayer
+from .linear import Linear
 from .param_wrapper import ParamWrapper
 from .patterns import check_patterns
 from .saved_bases import SavedBases
