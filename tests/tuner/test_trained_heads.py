@@ -102,7 +102,7 @@ def test_what_is_kept_for_the_backward_pass_has_only_the_trained_heads():
             model(x)
         kept[name] = shapes
     tokens = x.shape[:-1].numel()
-    assert (6, tokens) in kept["all"] and (6, tokens) not in kept["one"] and (1, 2, tokens) in kept["one"]
+    assert (3, 2, tokens) in kept["all"] and (3, 2, tokens) not in kept["one"] and (1, 2, tokens) in kept["one"]
 
 
 @pytest.mark.parametrize("kind", LAYERS)
