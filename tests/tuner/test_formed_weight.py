@@ -86,9 +86,10 @@ def test_gradients_are_those_of_the_formed_weight(until, masks):
 
 @pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("is_given", [False, True])
-def test_first_and_second_derivatives(keep, is_given):
+@pytest.mark.parametrize("num_tokens", [3, 30], ids=["from projections", "from x"])
+def test_first_and_second_derivatives(keep, is_given, num_tokens):
     weight, bias, basis_A, basis_B, core, scaling = random_layer(4, 3, 2, 2, seed=0)
-    x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(num_tokens, 4, dtype=torch.float64, requires_grad=True)
 
     def run(x, weight, core, scaling):
         formed = None
@@ -100,6 +101,17 @@ def test_first_and_second_derivatives(keep, is_given):
     if not is_given:  # a given weight does not follow small changes, which gradcheck makes in place
         assert torch.autograd.gradcheck(run, inputs)
     assert torch.autograd.gradgradcheck(run, inputs)
+
+
+@pytest.mark.parametrize("heads", [[True, True], [True, False]], ids=["all heads", "one head"])
+def test_instead_of_the_input_its_projections_are_kept(heads):
+    config = RavanConfig(r=2, num_heads=2, target_modules=["0"])
+    model = get_peft_model(nn.Sequential(nn.Linear(D, D)), config)
+    model.set_trained_heads({"0": heads})
+    x, shapes = inputs(requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(tuple(t.shape)) or t, lambda t: t):
+        model(x)
+    assert (TOKENS, D) not in shapes and (2 * sum(heads), TOKENS) in shapes
 
 
 def test_what_is_kept_is_freed_by_the_backward_pass():

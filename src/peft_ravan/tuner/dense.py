@@ -84,63 +84,78 @@ def form_weight(
 
 
 class _AdaptedLinear(torch.autograd.Function):
-    """`x @ (W + sum_i B_i P_i A_i).T + bias`, with a formed weight that is given, or kept, or formed again."""
+    """
+    `x @ (W + sum_i B_i P_i A_i).T + bias`, with a formed weight that is given, or kept, or formed again.
+
+    The gradient of the products comes from x or, if it is given, from what the bases A project of it, `[k*r, T]`, which
+    is smaller. The output does not depend on the latter, so its gradient is none, but second derivatives reach x by it.
+    """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, basis_A, basis_B, products, heads, keep, formed):
+    def forward(ctx, x, weight, bias, basis_A, basis_B, products, heads, inner, keep, formed):
         if formed is None:
             formed = form_weight(weight, basis_A, basis_B, products)
         # Saved like an input, and not as an attribute: gradient checkpointing and hooks of saved tensors then apply to
         # it, and it is freed with the graph.
         kept = formed if keep and ctx.needs_input_grad[0] else None
-        ctx.save_for_backward(x, weight, basis_A, basis_B, products, heads, kept)
+        needs_x = ctx.needs_input_grad[1] or (ctx.needs_input_grad[5] and inner is None)
+        ctx.save_for_backward(x if needs_x else None, weight, basis_A, basis_B, products, heads, inner, kept)
+        ctx.input_shape = x.shape
         return F.linear(x, formed, bias)
 
     @staticmethod
     def backward(ctx, grad_output):
-        x, weight, basis_A, basis_B, products, heads, formed = ctx.saved_tensors
-        x_rows = x.reshape(-1, x.shape[-1])  # [T, d_in]
+        x, weight, basis_A, basis_B, products, heads, inner, formed = ctx.saved_tensors
+        x_rows = None if x is None else x.reshape(-1, x.shape[-1])  # [T, d_in]
         grad_rows = grad_output.reshape(-1, grad_output.shape[-1])  # [T, d_out]
         grad_x = grad_weight = grad_bias = grad_products = None
         if ctx.needs_input_grad[0]:
             # a second derivative goes through the forming, too
             if formed is None or torch.is_grad_enabled():
                 formed = form_weight(weight, basis_A, basis_B, products)
-            grad_x = (grad_rows @ formed).reshape(x.shape)
+            grad_x = (grad_rows @ formed).reshape(ctx.input_shape)
         if ctx.needs_input_grad[1]:
             grad_weight = grad_rows.T @ x_rows
         if ctx.needs_input_grad[2]:
             grad_bias = grad_rows.sum(dim=0)
         if ctx.needs_input_grad[5]:
-            grad_products = _products_gradient(x_rows, grad_rows, basis_A, basis_B, products, heads)
-        return grad_x, grad_weight, grad_bias, None, None, grad_products, None, None, None
+            A_of_heads, B_of_heads, num_heads = _of_heads(basis_A, basis_B, products, heads)
+            if inner is None:
+                left, right = B_of_heads.T @ (grad_rows.T @ x_rows), A_of_heads
+            else:
+                left, right = B_of_heads.T @ grad_rows.T, inner
+            grad_products = products_gradient(left, right, num_heads)
+            if heads is not None:
+                grad_products = among_all(grad_products, heads, products)
+        return grad_x, grad_weight, grad_bias, None, None, grad_products, None, None, None, None
 
 
-def _products_gradient(
-    x: torch.Tensor,
-    grad: torch.Tensor,
-    basis_A: torch.Tensor,
-    basis_B: torch.Tensor,
-    products: torch.Tensor,
-    heads: torch.Tensor | None,
-) -> torch.Tensor:
-    """The gradient of the products, `[h, r, r]`, which is 0 except for the given heads."""
+def _of_heads(
+    basis_A: torch.Tensor, basis_B: torch.Tensor, products: torch.Tensor, heads: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """The bases of the heads that get a gradient, `[k*r, d_in]` and `[d_out, k*r]`, and k."""
     if heads is None:
-        return _gradient_of_heads(x, grad, basis_A, basis_B, len(products))
+        return basis_A, basis_B, len(products)
     r = products.shape[1]
-    A_of_heads, B_of_heads = rows_of(basis_A, heads, r), columns_of(basis_B, heads, r)
-    return among_all(_gradient_of_heads(x, grad, A_of_heads, B_of_heads, len(heads)), heads, products)
+    return rows_of(basis_A, heads, r), columns_of(basis_B, heads, r), len(heads)
 
 
-def _gradient_of_heads(
-    x: torch.Tensor, grad: torch.Tensor, basis_A: torch.Tensor, basis_B: torch.Tensor, num_heads: int
-) -> torch.Tensor:
-    """`B_i^T (grad^T x) A_i^T`, `[h, r, r]`, in the cheaper of two orders."""
-    num_tokens, d_in = x.shape
-    d_out, total_rank = basis_B.shape
-    if (num_tokens + total_rank) * d_in * d_out < num_tokens * total_rank * (d_in + d_out):
-        return products_gradient(basis_B.T @ (grad.T @ x), basis_A, num_heads)
-    return products_gradient(basis_B.T @ grad.T, basis_A @ x.T, num_heads)
+def _inner_of_heads(
+    x: torch.Tensor, basis_A: torch.Tensor, basis_B: torch.Tensor, products: torch.Tensor, heads: torch.Tensor | None
+) -> torch.Tensor | None:
+    """
+    What the bases A of the heads that get a gradient project, `[k*r, T]`. `None` if there is no gradient, or if it is
+    cheaper to start from `grad^T x`, `[d_out, d_in]`.
+    """
+    if not (torch.is_grad_enabled() and products.requires_grad):
+        return None
+    rows = x.reshape(-1, x.shape[-1])
+    A_of_heads, _, _ = _of_heads(basis_A, basis_B, products, heads)
+    num_tokens, d_in = rows.shape
+    d_out, trained_rank = len(basis_B), len(A_of_heads)
+    if (num_tokens + trained_rank) * d_in * d_out < num_tokens * trained_rank * (d_in + d_out):
+        return None
+    return A_of_heads @ rows.T
 
 
 def adapted_linear(
@@ -179,4 +194,5 @@ def adapted_linear(
         `torch.Tensor`: `[..., d_out]`.
     """
     products = scaled_cores(core, scaling)
-    return _AdaptedLinear.apply(x, weight, bias, basis_A, basis_B, products, heads, keep, formed)
+    inner = _inner_of_heads(x, basis_A, basis_B, products, heads)
+    return _AdaptedLinear.apply(x, weight, bias, basis_A, basis_B, products, heads, inner, keep, formed)
