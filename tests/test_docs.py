@@ -52,7 +52,7 @@ def test_the_code_runs_in_order(tmp_path, monkeypatch):
     assert (tmp_path / "ravan-adapter" / "adapter_model.safetensors").exists()
     assert (tmp_path / "merged-model" / "model.safetensors").exists()
     assert not any(isinstance(module, RavanLayer) for module in namespace["merged_model"].modules())
-    assert len(SNIPPETS) == 7 and len(namespace["groups"]) == 4
+    assert len(SNIPPETS) == 8 and len(namespace["groups"]) == 4
     # the groups of the snippet are those that a trainer uses
     assert namespace["group_names"] == ["cores", "scalings", "weights", "biases"]
     trained = [state["exp_avg"].shape for state in namespace["trainer"].optimizer.state.values()]

@@ -115,12 +115,14 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         torch.testing.assert_close(checkpointed[name], plain[name])
 
 
+@pytest.mark.parametrize("until", ["backward", "changed"])
 @pytest.mark.parametrize("num_tokens", [3, 300], ids=["thin", "dense"])
-def test_the_layer_compiles_without_graph_breaks(num_tokens):
+def test_the_layer_compiles_without_graph_breaks(num_tokens, until):
     model = get_peft_model(
         torch.nn.Sequential(torch.nn.Linear(32, 32)), RavanConfig(r=4, num_heads=2, target_modules=["0"])
     )
     randomize_adapter(model)
+    model.keep_formed_weights(until)
     # the eager backend traces like any other, and needs no compiler
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     x = torch.randn(num_tokens, 32)

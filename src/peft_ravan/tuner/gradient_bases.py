@@ -18,8 +18,9 @@ import torch
 from torch import nn
 
 from .bases import BASES, BasesShape, make_bases
-from .layer import Linear, RavanLayer
+from .layer import RavanLayer
 from .linalg import OVERSAMPLING
+from .linear import Linear
 
 
 class GradientSketch:

@@ -9,12 +9,11 @@ import torch.nn.functional as F
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from peft.utils import quantization_extra_repr, resolve_quantization_backend
-from peft.utils.other import transpose
 from torch import nn
 
 from .bases import BASES, BasesShape, make_bases, scale_of
 from .config import RavanConfig
-from .functional import adapted_linear, delta_output, delta_weight, dense_is_cheaper, expand
+from .functional import autocast_dtype, delta_weight, expand
 from .trained_heads import AllHeads, LayerTrainedHeads
 
 
@@ -90,6 +89,10 @@ class RavanLayer(LayerTrainedHeads, BaseTunerLayer, nn.Module):
     @abstractmethod
     def compute_delta(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
         """The output that an adapter adds to the base layer."""
+
+    def add_delta(self, result: torch.Tensor, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        """The output of the base layer and what an adapter adds to it. The result is not changed in place."""
+        return result + self.compute_delta(x, adapter_name)
 
     @abstractmethod
     def to_weight_layout(self, delta: torch.Tensor) -> torch.Tensor:
@@ -229,6 +232,9 @@ class RavanLayer(LayerTrainedHeads, BaseTunerLayer, nn.Module):
         Cast the input to the dtype of the adapter, or the adapter to the dtype of the input if input casting is off.
         """
         tensors = self.adapter_tensors(adapter_name)
+        if autocast_dtype(x) is not None:
+            # products are computed in that dtype anyway, and an input that already has it is not cast back and forth
+            return x, tensors
         if self.cast_input_dtype_enabled:
             return self._cast_input_dtype(x, tensors[0].dtype), tensors
         return x, tuple(tensor.to(x.dtype) for tensor in tensors)
@@ -251,7 +257,7 @@ class RavanLayer(LayerTrainedHeads, BaseTunerLayer, nn.Module):
         result_dtype = result.dtype
         for adapter_name in self.active_adapters:
             if adapter_name in self.ravan_H:
-                result = result + self.compute_delta(x, adapter_name)
+                result = self.add_delta(result, x, adapter_name)
         return result.to(result_dtype)
 
     def _mixed_batch_forward(
@@ -297,66 +303,6 @@ class RavanLayer(LayerTrainedHeads, BaseTunerLayer, nn.Module):
             for name in self.r
         ]
         return "; ".join(part for part in [*adapters, quantization_extra_repr(self)] if part)
-
-
-class Linear(RavanLayer):
-    # Ravan implemented in a dense layer: nn.Linear, Conv1D and quantised linear layers
-    def __init__(
-        self,
-        base_layer: nn.Module,
-        adapter_name: str,
-        target_name: str,
-        config: RavanConfig,
-        fan_in_fan_out: bool = False,
-        **kwargs,
-    ) -> None:
-        self.fan_in_fan_out = fan_in_fan_out
-        super().__init__(base_layer, adapter_name, target_name, config, **kwargs)
-
-    def to_weight_layout(self, delta: torch.Tensor) -> torch.Tensor:
-        return transpose(delta, self.fan_in_fan_out)
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return True
-
-    def compute_delta(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
-        x, tensors = self._cast_to_each_other(x, adapter_name)
-        return delta_output(self.ravan_dropout[adapter_name](x), *tensors, self.gradient_heads(adapter_name))
-
-    def _adapted_forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        adapter_names = [name for name in self.active_adapters if name in self.ravan_H]
-        if not args and not kwargs and self._can_use_dense_weight(x, adapter_names):
-            tensors = (*self.adapter_tensors(adapter_names[0]), self.gradient_heads(adapter_names[0]))
-            return adapted_linear(x, self.base_layer.weight, self.base_layer.bias, *tensors)
-        return super()._adapted_forward(x, *args, **kwargs)
-
-    def _can_use_dense_weight(self, x: torch.Tensor, adapter_names: list[str]) -> bool:
-        """Whether the layer can be computed with one dense product, and whether that is cheaper."""
-        if len(adapter_names) != 1:
-            return False
-        base_layer, core = self.base_layer, self.ravan_H[adapter_names[0]]
-        dropout = self.ravan_dropout[adapter_names[0]]
-        if (
-            # exactly this class: a subclass may compute something else, and hooks would not be called
-            type(base_layer) is not nn.Linear
-            or base_layer._forward_hooks
-            or base_layer._forward_pre_hooks
-            or (self.training and not isinstance(dropout, nn.Identity))
-        ):
-            return False
-        weight = base_layer.weight
-        if (
-            type(weight.data) is not torch.Tensor
-            or not (x.dtype == weight.dtype == core.dtype)
-            # in half precision, adding a small update to the weight would round it away
-            or core.dtype not in (torch.float32, torch.float64)
-            or torch.is_autocast_enabled(x.device.type)
-        ):
-            return False
-        num_trained, r, _ = core.shape
-        training = torch.is_grad_enabled() and core.requires_grad
-        num_tokens, total_rank = x.numel() // self.in_features, self.num_heads[adapter_names[0]] * r
-        return dense_is_cheaper(num_tokens, self.in_features, self.out_features, total_rank, training, num_trained * r)
 
 
 class Embedding(RavanLayer):

@@ -20,7 +20,9 @@ from transformers.pytorch_utils import Conv1D
 
 from .bases import BASES, BasesShape, check_bases_fit
 from .config import RavanConfig
-from .layer import Linear, RavanLayer
+from .formed_weight import KEEP_UNTIL
+from .layer import RavanLayer
+from .linear import Linear
 from .param_wrapper import ParamWrapper
 from .patterns import check_patterns
 from .saved_bases import SavedBases
@@ -280,6 +282,28 @@ class RavanModel(ModelTrainedHeads, SavedBases, BaseTuner):
         finally:
             for handle in handles:
                 handle.remove()
+
+    def keep_formed_weights(self, until: str | None = "backward") -> None:
+        """
+        Choose how long linear layers keep their formed weight `W + sum_i s_i B_i H_i A_i`, if they compute with it. It
+        has as many numbers as the base weight. This is not saved with the adapter.
+
+        Args:
+            until (`str`, *optional*, defaults to `"backward"`):
+                `"backward"` keeps it from the forward pass until the backward pass has used it, if it is not larger
+                than the input and the output of the layer together. `None` forms it again in the backward pass, which
+                takes less memory. `"changed"` keeps it in addition for further passes, until the adapter, the bases or
+                the base weight have changed. This saves time over the steps of gradient accumulation and in
+                evaluation, and takes as much memory as the adapted weights also while nothing is computed.
+
+        Raises:
+            ValueError: if `until` is something else.
+        """
+        if until not in KEEP_UNTIL:
+            raise ValueError(f"`until` must be 'backward', 'changed' or None, got {until!r}.")
+        for module in self.model.modules():
+            if isinstance(module, Linear):
+                module.keep_formed_weight(until)
 
     def add_weighted_adapter(
         self,

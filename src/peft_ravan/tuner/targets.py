@@ -13,7 +13,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from .config import RavanConfig
-from .layer import Conv2d, Embedding, Linear, RavanLayer
+from .layer import Conv2d, Embedding, RavanLayer
+from .linear import Linear
 
 
 # models whose fast kernels read weights directly, as in PEFT's list for LoRA
