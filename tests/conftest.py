@@ -21,6 +21,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    TrainingArguments,
     set_seed,
 )
 
@@ -32,6 +33,10 @@ register_profiles()
 
 
 NUM_LABELS = 4
+# `gradient_checkpointing` in earlier releases of transformers
+CHECKPOINTING = "activation_checkpointing"
+if not hasattr(TrainingArguments, CHECKPOINTING):
+    CHECKPOINTING = "gradient_checkpointing"
 VOCAB_SIZE = 64
 
 
