@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import json
 import re
 import sys
 from pathlib import Path
@@ -37,8 +38,9 @@ def pages(entries: list | dict | str) -> list[str]:
 
 
 def test_every_page_is_in_the_navigation_once_and_every_entry_is_a_page():
-    found = sorted(str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md"))
-    assert sorted(pages(CONFIG["nav"])) == found
+    found = [str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")]
+    notebooks = [f"notebooks/{path.stem}.md" for path in (ROOT / "examples" / "notebooks").glob("*.ipynb")]
+    assert sorted(pages(CONFIG["nav"])) == sorted([*found, *notebooks])
 
 
 def test_the_files_that_the_configuration_names_are_there():
@@ -120,6 +122,32 @@ def test_links_out_of_the_docs(hooks, repository, expected):
     page = SimpleNamespace(file=SimpleNamespace(src_uri="how_to/budget.md"))
     text = "see [`speed.py`](../../benchmarks/speed.py) and [Ravan](../ravan.md#bases)"
     assert hooks.on_page_markdown(text, page=page, config=config, files=[]) == expected
+
+
+@pytest.mark.parametrize(
+    ("page", "expected"),
+    [("index.md", "notebooks/share_and_load.md"), ("how_to/budget.md", "../notebooks/share_and_load.md")],
+)
+def test_links_to_notebooks_lead_to_their_pages(hooks, page, expected):
+    config = SimpleNamespace(repo_url=None, docs_dir=str(DOCS))
+    notebook = f"{'../' * (page.count('/') + 1)}examples/notebooks/share_and_load.ipynb"
+    given = SimpleNamespace(file=SimpleNamespace(src_uri=page))
+    shown = hooks.on_page_markdown(f"see [it]({notebook})", page=given, config=config, files=[])
+    assert shown == f"see [it]({expected})"
+
+
+def test_the_page_of_a_notebook(hooks, tmp_path):
+    cells = [
+        {"cell_type": "markdown", "source": ["# Title\n", "\n", "What it is."]},
+        {"cell_type": "code", "source": ["import this\n", "1 + 1"]},
+        {"cell_type": "markdown", "source": ["## More"]},
+    ]
+    (tmp_path / "some.ipynb").write_text(json.dumps({"cells": cells}))
+    text = hooks.notebook_page(tmp_path / "some.ipynb")
+    assert re.sub(r"\n+", "\n", text) == (
+        "# Title\nWhat it is.\n[Download this page as a notebook](some.ipynb){ .md-button download }\n"
+        "```python\nimport this\n1 + 1\n```\n## More\n"
+    )
 
 
 def test_examples_and_attributes_of_docstrings():
