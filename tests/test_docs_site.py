@@ -1,5 +1,6 @@
 """mkdocs.yml names the pages that there are, the reference has all public names, and the shorthand leads there."""
 
+import dataclasses
 import importlib
 import importlib.util
 import json
@@ -15,6 +16,7 @@ from markdown import Markdown
 import peft_ravan
 import peft_ravan.merging
 import peft_ravan.trainers
+from peft_ravan.trainers import FederatedArgumentsMixin
 
 
 ROOT = Path(__file__).parent.parent
@@ -148,6 +150,23 @@ def test_the_page_of_a_notebook(hooks, tmp_path):
         "# Title\nWhat it is.\n[Download this page as a notebook](some.ipynb){ .md-button download }\n"
         "```python\nimport this\n1 + 1\n```\n## More\n"
     )
+
+
+def test_the_arguments_are_listed_where_people_look_for_them(hooks):
+    griffe = pytest.importorskip("griffe")  # comes with the extra `docs`
+    hooks.link_sources()
+    extension = load("docstrings").HuggingFaceDocstrings()
+    package = griffe.load(
+        "peft_ravan", search_paths=[hooks.SOURCES], extensions=griffe.Extensions(extension), allow_inspection=False
+    )
+    arguments, mixin = (
+        package[f"trainers.arguments.{name}"] for name in ("FederatedArguments", "FederatedArgumentsMixin")
+    )
+    [listed] = [part for part in arguments.docstring.parse("google") if part.kind.value == "parameters"]
+    fields = {field.name for field in dataclasses.fields(FederatedArgumentsMixin)}
+    described_above = {"lr_scheduler_type", "save_strategy"}  # of TrainingArguments, with other defaults
+    assert {parameter.name for parameter in listed.value} == fields - described_above
+    assert "listed under [`FederatedArguments`]" in mixin.docstring.value and "num_rounds" not in mixin.docstring.value
 
 
 def test_examples_and_attributes_of_docstrings():
