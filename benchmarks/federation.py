@@ -388,27 +388,35 @@ def print_table(*rows: tuple[str, ...]) -> None:
 
 
 def plot(figures: dict[str, Any], args: argparse.Namespace) -> None:
-    import matplotlib.pyplot as plt
+    from peft_ravan.sharing.plotting import (
+        BLUE,
+        COLOURS,
+        legend_above,
+        make_figure,
+        save_figure,
+        style_curves,
+    )
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), width_ratios=(3, 2))
     seconds, parts = figures["round"]["processor"]["seconds"], overhead(figures, args)
     del parts[MORE]  # a small difference of large numbers
-    bars = left.barh(list(parts), list(parts.values()), color="#4c72b0")
+    training = seconds["bare"] / args.clients_per_round
+    figure = make_figure(11, 3.8, f"{sum(parts.values()):.0f} ms around {training:.1f} s of training, and memory")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    bars = left.barh(list(parts), list(parts.values()), color=BLUE)
     left.bar_label(bars, fmt="%.1f", padding=3)
     left.margins(x=0.15)
     left.invert_yaxis()
     left.set_xlabel("ms of the processor for each client")
-    training = seconds["bare"] / args.clients_per_round
-    left.set_title(f"{sum(parts.values()):.0f} ms around {training:.1f} s of training", fontsize="medium")
-    for run in (figures["few"], figures["many"]):
+    for run, colour in zip((figures["few"], figures["many"]), COLOURS, strict=False):
         resident = run["resident_megabytes"]
-        right.plot(range(1, len(resident) + 1), resident, label=f"{run['clients']:,} clients")
-    right.set_ylim(0, 1.2 * max(figures["many"]["resident_megabytes"]))
-    right.set_xlabel("round")
-    right.set_ylabel("resident memory, MB")
-    right.legend(frameon=False, loc="lower right")
-    figure.tight_layout()
-    figure.savefig(args.plot, dpi=150)
+        right.plot(range(1, len(resident) + 1), resident, label=f"{run['clients']:,} clients", color=colour)
+    most = 1.2 * max(figures["many"]["resident_megabytes"])
+    right.set(xlabel="round", xlim=0, ylim=(0, most), ylabel="resident memory, MB")
+    style_curves(left)
+    left.grid(visible=False, axis="y")  # it would cross out the figures
+    style_curves(right)
+    legend_above(right)
+    save_figure(figure, args.plot)
 
 
 def main() -> None:

@@ -129,25 +129,25 @@ def all_methods(args: argparse.Namespace) -> dict[str, float]:
 
 
 def plot(records: list[dict[str, float]], args: argparse.Namespace) -> None:
-    import matplotlib.pyplot as plt
+    from peft_ravan.sharing.plotting import COLOURS, legend_above, make_figure, save_figure, style_curves
 
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
-    for axis, key, fixed, label in (
-        (axes[0], "C", {"r": args.r}, "clients C"),
-        (axes[1], "n", {"C": args.num_clients}, "entries of a head n"),
+    figure = make_figure(9, 3.8, f"Merging {args.num_targets} targets with {args.num_heads} heads")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for axes, key, fixed, label in (
+        (left, "C", {"r": args.r}, f"clients C, for heads of {args.r**2:,} entries"),
+        (right, "n", {"C": args.num_clients}, f"entries of a head n, for {args.num_clients} clients"),
     ):
         chosen = [record for record in records if all(record[name] == value for name, value in fixed.items())]
-        for name, title in (("fedrpca", "fedrpca"), ("ravan", "ravan"), ("read_tensors", "read once")):
-            axis.loglog([r[key] for r in chosen], [r[name] for r in chosen], marker="o", label=title)
-        axis.set_xticks([record[key] for record in chosen], [f"{record[key]:,}" for record in chosen])
-        axis.minorticks_off()
-        axis.set_xlabel(label)
-        axis.grid(True, which="both", alpha=0.2)
-    axes[0].set_ylabel("seconds")
-    axes[0].legend(frameon=False)
-    figure.suptitle(f"Merging {args.num_targets} targets with {args.num_heads} heads")
-    figure.tight_layout()
-    figure.savefig(args.plot, dpi=150)
+        names = (("fedrpca", "fedrpca"), ("ravan", "ravan"), ("read_tensors", "read once"))
+        for (name, title), colour in zip(names, COLOURS, strict=False):
+            axes.loglog([r[key] for r in chosen], [r[name] for r in chosen], marker="o", label=title, color=colour)
+        axes.set_xticks([record[key] for record in chosen], [f"{record[key]:,}" for record in chosen])
+        axes.minorticks_off()
+        axes.set_xlabel(label)
+        style_curves(axes)
+    left.set_ylabel("seconds")
+    legend_above(left)
+    save_figure(figure, args.plot)
 
 
 def main() -> None:

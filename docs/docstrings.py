@@ -22,9 +22,24 @@ def as_list(text: str) -> str:
     return re.sub(r"^  (?=\S)", "    ", textwrap.dedent(text), flags=re.MULTILINE)
 
 
+# mixins whose arguments people look for under the class that they make
+SHOWN_UNDER = {"trainers.arguments.FederatedArgumentsMixin": "trainers.arguments.FederatedArguments"}
+
+
 class HuggingFaceDocstrings(griffe.Extension):
-    """Rewrites docstrings before they are parsed."""
+    """Rewrites docstrings before they are parsed, and lists the arguments of mixins where they are used."""
 
     def on_object(self, *, obj: griffe.Object, **kwargs) -> None:
         if obj.docstring:
             obj.docstring.value = as_griffe_reads(obj.docstring.value)
+
+    def on_package(self, *, pkg: griffe.Module, **kwargs) -> None:
+        for mixin, shown_under in SHOWN_UNDER.items():
+            move_arguments(pkg[mixin], pkg[shown_under])
+
+
+def move_arguments(source: griffe.Class, target: griffe.Class) -> None:
+    """Move all but the first paragraph of the docstring of a class to that of another class."""
+    summary, _, rest = source.docstring.value.partition("\n\n")
+    source.docstring.value = f"{summary}\n\nIts arguments are listed under [`{target.name}`]."
+    target.docstring.value = f"{target.docstring.value.rstrip()}\n\n{rest}"

@@ -1,5 +1,10 @@
-"""What MkDocs does besides: the shorthand for names, links out of docs/, and one folder with all of the sources."""
+"""
+What MkDocs does besides: the shorthand for names, links out of docs/, pages of the notebooks, and one folder with all of
+the sources.
+"""
 
+import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -13,6 +18,7 @@ from markdown.util import AtomicString
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ROOT / ".cache" / "docs"
+NOTEBOOKS = ROOT / "examples" / "notebooks"
 # [`Trainer`], [`~transformers.Trainer`] or [`Trainer.train`], but not the text of a link
 SHORTHAND = r"\[`(~?)([A-Za-z_][\w.]*)`\](?![(\[])"
 LINK_OUT_OF_DOCS = re.compile(r"\[([^\[\]]+)\]\((?:\.\./)+([^)\s]+)\)")
@@ -29,16 +35,50 @@ def on_config(config):
     return config
 
 
+def on_files(files, config):
+    """Add a page for each notebook, and the notebook itself."""
+    from mkdocs.structure.files import File
+
+    for path in sorted(NOTEBOOKS.glob("*.ipynb")):
+        files.append(File.generated(config, f"notebooks/{path.stem}.md", content=notebook_page(path)))
+        files.append(File.generated(config, f"notebooks/{path.name}", abs_src_path=str(path)))
+    return files
+
+
+def notebook_page(path: Path) -> str:
+    """
+    Args:
+        path (`Path`): A notebook, which begins with a title.
+
+    Returns:
+        `str`: The page that shows it, in Markdown.
+    """
+    title, *cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    download = f"[Download this page as a notebook]({path.name}){{ .md-button download }}"
+    heading, _, introduction = "".join(title["source"]).partition("\n")
+    shown = [heading, introduction, download]
+    for cell in cells:
+        text = "".join(cell["source"])
+        shown.append(f"```python\n{text}\n```" if cell["cell_type"] == "code" else text)
+    return "\n\n".join(shown) + "\n"
+
+
 def on_page_markdown(markdown: str, page, config, files) -> str:
-    """Lead links to other files of the repository there, or, while nobody knows where it is, keep their text."""
+    """
+    Lead links to notebooks to their pages, and those to other files of the repository there, or, while nobody knows where
+    it is, keep their text.
+    """
     target = rf"[\1]({config.repo_url.rstrip('/')}/tree/main/\2)" if config.repo_url else r"\1"
     docs = Path(config.docs_dir)
 
     def replaced(match: re.Match) -> str:
         # a link from one folder of docs/ to another one
         path = match[0].partition("](")[2][:-1].partition("#")[0]
-        inside = (docs / page.file.src_uri).parent.joinpath(path).resolve().is_relative_to(docs)
-        return match[0] if inside else match.expand(target)
+        folder = (docs / page.file.src_uri).parent
+        linked = folder.joinpath(path).resolve()
+        if linked.parent == NOTEBOOKS:
+            return f"[{match[1]}]({os.path.relpath(docs / 'notebooks', folder)}/{linked.stem}.md)"
+        return match[0] if linked.is_relative_to(docs) else match.expand(target)
 
     return LINK_OUT_OF_DOCS.sub(replaced, markdown)
 

@@ -22,6 +22,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    TrainingArguments,
     set_seed,
 )
 
@@ -35,6 +36,10 @@ register_profiles()
 
 
 NUM_LABELS = 4
+# `gradient_checkpointing` in earlier releases of transformers
+CHECKPOINTING = "activation_checkpointing"
+if not hasattr(TrainingArguments, CHECKPOINTING):
+    CHECKPOINTING = "gradient_checkpointing"
 VOCAB_SIZE = 64
 
 

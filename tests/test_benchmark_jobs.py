@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # where a scr
 from answer_jobs import Answers  # noqa: E402
 from generation import GeneratingTrainer, last_number, prompts, word_f1  # noqa: E402
 from image_jobs import ClipImages  # noqa: E402
+from real_data import label_column, load_splits  # noqa: E402
 
 
 PAD, END = 60, 61  # of the tokenizer
@@ -185,3 +186,27 @@ def test_the_head_of_clip_is_made_of_the_names(tmp_path):
 
 def text_tokens(texts: list[str]) -> dict[str, torch.Tensor]:
     return make_tokenizer()(texts, padding=True, return_tensors="pt")
+
+
+@pytest.mark.parametrize(
+    ("columns", "names"),
+    [
+        ({"label": [2, 0, 2]}, ["0", "1", "2"]),
+        ({"label": [2, 0, 2], "label_text": ["c", "a", "c"]}, ["a", "1", "c"]),
+        ({"labels": [0, 1, 1]}, ["0", "1"]),
+    ],
+)
+def test_integers_are_read_as_classes(tmp_path, columns, names):
+    """As those of SetFit/20_newsgroups, for example."""
+    for split in ("train", "test"):
+        datasets.Dataset.from_dict({"text": ["x", "y", "z"], **columns}).to_parquet(tmp_path / f"{split}.parquet")
+    splits = load_splits(str(tmp_path))
+    column = label_column(splits["train"])
+    assert [rows[column] for rows in splits.values()] == [columns[column]] * 2
+    assert splits["test"].features[column].names == names
+
+
+def test_a_column_that_has_no_integers_is_left_as_it_is(tmp_path):
+    for split in ("train", "test"):
+        datasets.Dataset.from_dict({"text": ["x"], "label": ["a"]}).to_parquet(tmp_path / f"{split}.parquet")
+    assert load_splits(str(tmp_path))["train"]["label"] == ["a"]

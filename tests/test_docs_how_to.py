@@ -1,6 +1,7 @@
 """The quickstart and the how-to guides run as printed, on tiny models, and their tables are computed again."""
 
 import re
+import shlex
 from pathlib import Path
 
 import datasets
@@ -8,15 +9,16 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
-from transformers import BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification
 
 from peft_ravan import RavanConfig, ravan_config_for_budget
 from peft_ravan.trainers import read_history
+from peft_ravan.trainers.commands import PlanRequest, plan_uploads
 from peft_ravan.trainers.compression import compress
 from peft_ravan.trainers.quantization import QuantizedTensor
 
 from .conftest import classification_dataset, make_model, make_tokenizer, save_data, sentence, tiny_bert, tiny_llama
-from .markdown import rows
+from .markdown import code_blocks, rows
 
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -130,6 +132,22 @@ def test_the_figures_in_the_text_of_the_budget():
     assert 150 * 769 == 115_350 and round(size(115_350, "int4") / 1000) == 61
     assert "1 MB for 24 targets and 4 heads gives `r = 140`" in BUDGET
     assert 24 * size(4 * 140**2, "int4") <= 1_000_000 < 24 * size(4 * 141**2, "int4")
+
+
+def test_the_table_of_the_plan(tmp_path, monkeypatch):
+    """The configuration is that of MiniLM."""
+    [command] = code_blocks(BUDGET, "sh")[0].splitlines()
+    _, name, model, *words = shlex.split(command)
+    assert (name, words[::2]) == ("plan", ["--budget", "--num-labels"])
+    BertConfig(hidden_size=384, num_hidden_layers=6, intermediate_size=1536).save_pretrained(tmp_path / model)
+    plan = plan_uploads(PlanRequest(str(tmp_path / model), words[1], num_labels=int(words[3])))
+    table = rows(BUDGET.split("<!-- plan -->\n")[1])
+    for row, choice in zip(table, plan.choices, strict=True):
+        kind, num_heads, r, trained, upload, rank = (cell.strip("*") for cell in row)
+        assert (kind == "LoRA", num_heads) == (choice.num_heads is None, str(choice.num_heads or "–"))
+        assert (number(r), number(trained), number(rank)) == (choice.r, choice.trained, choice.update_rank)
+        assert upload == f"{choice.upload_bytes / 1000:.1f} kB"
+        assert row[0].startswith("**") == (choice is plan.recommended)
 
 
 def test_the_code_of_the_budget():

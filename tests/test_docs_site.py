@@ -1,7 +1,9 @@
 """mkdocs.yml names the pages that there are, the reference has all public names, and the shorthand leads there."""
 
+import dataclasses
 import importlib
 import importlib.util
+import json
 import re
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ from markdown import Markdown
 import peft_ravan
 import peft_ravan.merging
 import peft_ravan.trainers
+from peft_ravan.trainers import FederatedArgumentsMixin
 
 
 ROOT = Path(__file__).parent.parent
@@ -37,8 +40,9 @@ def pages(entries: list | dict | str) -> list[str]:
 
 
 def test_every_page_is_in_the_navigation_once_and_every_entry_is_a_page():
-    found = sorted(str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md"))
-    assert sorted(pages(CONFIG["nav"])) == found
+    found = [str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")]
+    notebooks = [f"notebooks/{path.stem}.md" for path in (ROOT / "examples" / "notebooks").glob("*.ipynb")]
+    assert sorted(pages(CONFIG["nav"])) == sorted([*found, *notebooks])
 
 
 def test_the_files_that_the_configuration_names_are_there():
@@ -120,6 +124,49 @@ def test_links_out_of_the_docs(hooks, repository, expected):
     page = SimpleNamespace(file=SimpleNamespace(src_uri="how_to/budget.md"))
     text = "see [`speed.py`](../../benchmarks/speed.py) and [Ravan](../ravan.md#bases)"
     assert hooks.on_page_markdown(text, page=page, config=config, files=[]) == expected
+
+
+@pytest.mark.parametrize(
+    ("page", "expected"),
+    [("index.md", "notebooks/share_and_load.md"), ("how_to/budget.md", "../notebooks/share_and_load.md")],
+)
+def test_links_to_notebooks_lead_to_their_pages(hooks, page, expected):
+    config = SimpleNamespace(repo_url=None, docs_dir=str(DOCS))
+    notebook = f"{'../' * (page.count('/') + 1)}examples/notebooks/share_and_load.ipynb"
+    given = SimpleNamespace(file=SimpleNamespace(src_uri=page))
+    shown = hooks.on_page_markdown(f"see [it]({notebook})", page=given, config=config, files=[])
+    assert shown == f"see [it]({expected})"
+
+
+def test_the_page_of_a_notebook(hooks, tmp_path):
+    cells = [
+        {"cell_type": "markdown", "source": ["# Title\n", "\n", "What it is."]},
+        {"cell_type": "code", "source": ["import this\n", "1 + 1"]},
+        {"cell_type": "markdown", "source": ["## More"]},
+    ]
+    (tmp_path / "some.ipynb").write_text(json.dumps({"cells": cells}))
+    text = hooks.notebook_page(tmp_path / "some.ipynb")
+    assert re.sub(r"\n+", "\n", text) == (
+        "# Title\nWhat it is.\n[Download this page as a notebook](some.ipynb){ .md-button download }\n"
+        "```python\nimport this\n1 + 1\n```\n## More\n"
+    )
+
+
+def test_the_arguments_are_listed_where_people_look_for_them(hooks):
+    griffe = pytest.importorskip("griffe")  # comes with the extra `docs`
+    hooks.link_sources()
+    extension = load("docstrings").HuggingFaceDocstrings()
+    package = griffe.load(
+        "peft_ravan", search_paths=[hooks.SOURCES], extensions=griffe.Extensions(extension), allow_inspection=False
+    )
+    arguments, mixin = (
+        package[f"trainers.arguments.{name}"] for name in ("FederatedArguments", "FederatedArgumentsMixin")
+    )
+    [listed] = [part for part in arguments.docstring.parse("google") if part.kind.value == "parameters"]
+    fields = {field.name for field in dataclasses.fields(FederatedArgumentsMixin)}
+    described_above = {"lr_scheduler_type", "save_strategy"}  # of TrainingArguments, with other defaults
+    assert {parameter.name for parameter in listed.value} == fields - described_above
+    assert "listed under [`FederatedArguments`]" in mixin.docstring.value and "num_rounds" not in mixin.docstring.value
 
 
 def test_examples_and_attributes_of_docstrings():

@@ -7,11 +7,13 @@ from pathlib import Path
 import datasets
 import pytest
 from peft import PeftModel, get_peft_model
+from rich.console import Console
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification
 
 from peft_ravan import RavanConfig, to_lora
 from peft_ravan.trainers import read_history
 from peft_ravan.trainers.demo import digits
+from peft_ravan.trainers.demo.comparison import show_table
 
 from .conftest import make_tokenizer, randomize_adapter, save_data, sentence, tiny_bert, tiny_llama
 from .digits import save_base_model
@@ -129,6 +131,17 @@ def test_the_demo_runs_to_its_end(tmp_path, monkeypatch, capsys):
     table = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.splitlines() if line.startswith("│")]
     assert [row[0] for row in table] == ["LoRA, FedAvg", "Ravan", "Ravan, FedRPCA"]
     # of one round, the mean is the result
-    assert "mean of last 1" in shown and all(row[2] == row[3] for row in table)
+    assert "last 1" in shown and all(row[2] == row[3] for row in table)
     assert "4 clients hold 1165 other images" in shown and "as before" in shown
     assert {"accuracy.png", "history.png", "adapter"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_the_table_of_the_demo_fits_80_columns(capsys):
+    names = [*(method.name for method in digits.methods()), "Ravan, FedRPCA, over Flower"]
+    history = [{"round": number, "eval_accuracy": number / 25, "upload_bytes": 39_600} for number in range(21)]
+    results = [digits.Result(name, None, history, 0.381, 132.4) for name in names]
+    show_table(results, digits.Plan(), Console(width=80))
+    shown = capsys.readouterr().out
+    assert "…" not in shown and max(map(len, shown.splitlines())) <= 80
+    words = set(shown.replace("│", " ").replace("┃", " ").split())
+    assert {"before", "uploaded", "decile", "seconds", "FedRPCA,", "Flower", "80.0%", "38.1%", "0.83", "132"} <= words

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from transformers import SchedulerType, TrainingArguments
+from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import is_torch_bf16_gpu_available
 
@@ -15,6 +15,10 @@ from .client.personal import read_patterns
 from .runners import PARALLEL_MODES
 from .secure_aggregation import MIN_CLIENTS, SecureAggregation
 from .server.privacy import Privacy
+
+
+# by name, since transformers 5.0 does not have the second one
+SCHEDULES_OF_METRICS = ("reduce_lr_on_plateau", "greedy")
 
 
 def choose_precision(args: TrainingArguments) -> None:
@@ -80,7 +84,7 @@ def check_local_training(args: TrainingArguments) -> None:
         raise ValueError(
             f"`task_head_learning_rate` must be a number of 0 or more, got {args.task_head_learning_rate!r}."
         )
-    if args.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY):
+    if args.lr_scheduler_type.value in SCHEDULES_OF_METRICS:
         raise ValueError(
             f"`lr_scheduler_type={args.lr_scheduler_type.value!r}` follows a metric, which is not supported over rounds. "
             "Use a schedule that does not, such as 'constant', 'linear' or 'cosine'."

@@ -19,6 +19,7 @@ from peft_ravan.sharing.hub import Destination, push_folder
 from peft_ravan.sharing.labels import label_names, write_label_names
 from peft_ravan.sharing.model_card import make_model_card
 from peft_ravan.sharing.reading import adapter_folder
+from peft_ravan.sharing.saved_card import card_is_left_to_caller
 
 from .records.reporting import federation_record
 
@@ -43,9 +44,11 @@ class SharingMixin:
         """
         output_dir = self.args.output_dir if output_dir is None else output_dir
         with contextlib.nullcontext() if self._last_run is None else self._last_run.on_original_base():
-            super().save_model(output_dir, _internal_call=_internal_call)
+            folder = self._adapter_folder(output_dir)
+            with card_is_left_to_caller(folder):
+                super().save_model(output_dir, _internal_call=_internal_call)
             if self.args.should_save:
-                folder, record = self._adapter_folder(output_dir), self._federation_record()
+                record = self._federation_record()
                 if record is not None:
                     record.save_facts(folder)
                 if any("round" in record for record in self.state.log_history):

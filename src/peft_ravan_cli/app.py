@@ -125,6 +125,40 @@ def train(
         typer.echo(f"The adapter, its card and rounds.jsonl are in {trainer.args.output_dir}.")
 
 
+@app.command(epilog="Example: peft-ravan plan sentence-transformers/all-MiniLM-L6-v2 --budget 250KB --num-labels 4")
+def plan(
+    model: Annotated[
+        str, typer.Argument(help="The base model, on the Hub or in a folder. Only its configuration is read.")
+    ],
+    budget: Annotated[
+        str,
+        typer.Option(help="What a client may upload in a round, with the task head, such as 500KB, 1MB or 512KiB."),
+    ],
+    task: Annotated[
+        str | None, typer.Option(help="classification or sft. By default sft for a causal language model.")
+    ] = None,
+    num_labels: Annotated[
+        int | None,
+        typer.Option(help="The number of labels of a classifier. By default that of the configuration.", min=1),
+    ] = None,
+    target_modules: Annotated[
+        str | None,
+        typer.Option(
+            help="Names of modules, separated by commas, or all-linear. By default those of PEFT for the model."
+        ),
+    ] = None,
+    upload_dtype: Annotated[str, typer.Option(help="The dtype of uploads: float32, bfloat16, int8 or int4.")] = "int4",
+    revision: Annotated[str | None, typer.Option(help="The revision of the model on the Hub.")] = None,
+) -> None:
+    """Show which numbers and ranks of heads fit a budget of bytes that each client uploads in a round."""
+    from rich.console import Console
+
+    from peft_ravan.trainers.commands import PlanRequest, plan_uploads, show_plan
+
+    request = PlanRequest(model, budget, task, target_modules, num_labels, upload_dtype, revision)
+    show_plan(plan_uploads(request), Console())
+
+
 def _list_methods(wanted: bool) -> None:
     if wanted:
         from peft_ravan.trainers.commands import describe_methods

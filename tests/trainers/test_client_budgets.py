@@ -17,7 +17,7 @@ from peft_ravan.trainers.client.live_adapter import LiveAdapter
 from peft_ravan.trainers.exchange import HEAD_SELECTIONS
 from peft_ravan.trainers.server.budgets import BUDGET_DISTRIBUTIONS, draw_client_budgets
 
-from ..conftest import classification_dataset, randomize_adapter, tiny_bert
+from ..conftest import CHECKPOINTING, classification_dataset, randomize_adapter, tiny_bert
 from .helpers import FOUR_TARGETS, WithStatistics, adapter_state, arguments, assert_same, make_trainer, ravan_bert
 
 
@@ -295,7 +295,7 @@ def test_budgets_are_drawn_from_a_distribution(tmp_path):
     assert ", by random, at every target" in (tmp_path / "README.md").read_text()
 
 
-@pytest.mark.parametrize("feature", ["bf16", "activation_checkpointing"])
+@pytest.mark.parametrize("feature", ["bf16", CHECKPOINTING])
 def test_features_of_trainer_work_with_some_heads(tmp_path, feature):
     trainer = run(tmp_path, num_rounds=1, client_budgets=0.5, head_selection="gradient", **{feature: True})
     assert all(torch.isfinite(tensor).all() for tensor in adapter_state(trainer).values())

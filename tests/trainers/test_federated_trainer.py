@@ -12,7 +12,7 @@ from peft_ravan.trainers.client.live_adapter import LiveAdapter
 from peft_ravan.trainers.seeds import derive_seed
 from peft_ravan.tuner.state import exchange_state
 
-from ..conftest import classification_dataset, tiny_bert, tiny_llama
+from ..conftest import CHECKPOINTING, classification_dataset, tiny_bert, tiny_llama
 from .helpers import (
     adapter_state,
     arguments,
@@ -294,7 +294,7 @@ def test_model_init_starts_every_run_anew(tmp_path):
         {"max_steps": -1, "num_train_epochs": 1},
         {"weight_decay": 0.1, "label_smoothing_factor": 0.1},
         {"data_seed": 5},
-        {"activation_checkpointing": True},
+        {CHECKPOINTING: True},
     ],
     ids=lambda feature: next(iter(feature)),
 )

@@ -342,3 +342,9 @@ def test_the_bars_of_notebooks_are_replaced_too(tmp_path, monkeypatch):
 def test_the_file_is_written_without_bars_and_checkpoints(tmp_path):
     make_trainer(tmp_path, ravan(), num_rounds=1, max_steps=1).train()
     assert [record["round"] for record in read_history(tmp_path)] == [1]
+
+
+def test_notebooks_show_a_figure_as_a_picture():
+    display = pytest.importorskip("IPython.core.formatters").DisplayFormatter()
+    shown, _ = display.format(make_figure(2, 1))
+    assert shown["image/png"].startswith(b"\x89PNG")

@@ -1,5 +1,6 @@
 """The uploads of `trainer.push_to_hub()` and of pushes during training, through huggingface_hub's own client."""
 
+import contextlib
 import json
 import sys
 import time
@@ -13,8 +14,10 @@ from peft import PeftModel
 from transformers.utils.hub import PushInProgress
 
 from peft_ravan import RavanConfig
+from peft_ravan.sharing import model_card
 from peft_ravan.sharing.federation_record import read_history
-from peft_ravan.trainers import history_table, plot_history
+from peft_ravan.sharing.saved_card import card_is_left_to_caller
+from peft_ravan.trainers import history_table, plot_history, sharing
 
 from ..conftest import classification_dataset, tiny_bert
 from .helpers import FILES, REPO, SMALL, logits, make_trainer
@@ -205,3 +208,23 @@ def test_a_private_federation_shares_its_guarantee_and_not_what_is_not_protected
         text = hub.files(REPO)[name].decode()
         for word in ("client_", "ward 7", "train_loss", '"clients"', "failed_clients", '"Seed"', "| Seed |"):
             assert word not in text, (name, word)
+
+
+def test_saving_makes_the_card_once(tmp_path, monkeypatch):
+    """The card that PEFT's hook would write first says less, and takes as long: it has the SHA-256 of the weights, too."""
+    hashed, sha256 = [], model_card._sha256
+    monkeypatch.setattr(model_card, "_sha256", lambda path: hashed.append(path.parent.name) or sha256(path))
+    trainer = make_trainer(tmp_path / "run", **{**SMALL, "num_rounds": 1})
+    trainer.train()
+    hashed.clear()
+    trainer.save_model(str(tmp_path / "once"))
+    assert hashed == ["once"]
+    monkeypatch.setattr(sharing, "card_is_left_to_caller", contextlib.nullcontext)
+    trainer.save_model(str(tmp_path / "twice"))
+    assert hashed == ["once", "twice", "twice"]
+    once, twice = ((tmp_path / name / "README.md").read_text() for name in ("once", "twice"))
+    assert once == twice
+    # what others save in the meantime has a card
+    with card_is_left_to_caller(tmp_path / "once"):
+        trainer.model.save_pretrained(tmp_path / "other")
+    assert "## What this card does not know" in (tmp_path / "other" / "README.md").read_text()

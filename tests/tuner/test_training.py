@@ -10,7 +10,7 @@ from transformers import Trainer, TrainingArguments
 
 from peft_ravan import RavanConfig
 
-from ..conftest import classification_dataset, randomize_adapter, sentence, tiny_bert, tiny_llama
+from ..conftest import CHECKPOINTING, classification_dataset, randomize_adapter, sentence, tiny_bert, tiny_llama
 from ..forked import join, start_together
 
 
@@ -104,7 +104,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         randomize_adapter(model)
         if checkpointing:
             model.enable_input_require_grads()
-            model.base_model.model.activation_checkpointing_enable()
+            getattr(model.base_model.model, f"{CHECKPOINTING}_enable")()
         tokens = torch.randint(0, 64, (2, 8), generator=torch.Generator().manual_seed(0))
         model(input_ids=tokens, labels=tokens).loss.backward()
         return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}

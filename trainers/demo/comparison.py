@@ -23,10 +23,11 @@ from . import digits
 
 def show_table(results: list[digits.Result], plan: digits.Plan, console: Console) -> None:
     table = Table(title=str(plan))
-    last = f"mean of last {min(digits.LAST_ROUNDS, plan.num_rounds)}"
-    for column in ("method", "before", "after", last, "worst decile of clients", "MB uploaded", "seconds"):
-        is_name = column == "method"
-        table.add_column(column, justify="left" if is_name else "right", no_wrap=is_name)
+    last = f"mean of\nlast {min(digits.LAST_ROUNDS, plan.num_rounds)}"
+    # in 80 columns, only the names of methods are broken, and no word is cut
+    table.add_column("method")
+    for column in ("before", "after", last, "worst\ndecile of\nclients", "MB\nuploaded", "seconds"):
+        table.add_column(column, justify="right", no_wrap=True)
     for result in results:
         uploaded = sum(record.get("upload_bytes", 0) for record in result.history)
         curve = result.curve()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import io
 import itertools
 import math
 import os
@@ -40,7 +42,7 @@ def make_figure(width: float, height: float, title: str | None = None) -> Figure
         title (`str`, *optional*): The title of the whole figure, which says what it shows.
 
     Returns:
-        `matplotlib.figure.Figure`: An empty figure without a window.
+        `matplotlib.figure.Figure`: An empty figure without a window. Notebooks show it as a picture.
 
     Raises:
         ImportError: if matplotlib is not installed.
@@ -52,9 +54,17 @@ def make_figure(width: float, height: float, title: str | None = None) -> Figure
             "Plots need matplotlib, which comes with an optional extra: pip install 'peft-ravan[plot]'."
         ) from error
     figure = Figure(figsize=(width, height), layout="constrained")
+    # Notebooks show the figures of pyplot, which keeps each of them in memory, and ask any other object for this.
+    figure._repr_png_ = functools.partial(_as_png, figure)
     if title is not None:
         figure.suptitle(title, x=0.01, horizontalalignment="left", fontsize=11)
     return figure
+
+
+def _as_png(figure: Figure) -> bytes:
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=90)
+    return picture.getvalue()
 
 
 def save_figure(figure: Figure, path: str | os.PathLike | None) -> None:

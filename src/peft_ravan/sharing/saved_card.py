@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import warnings
+from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 
 from huggingface_hub import ModelCard
@@ -18,6 +22,24 @@ from .model_card import card_of_folder
 # a heading of our template, and what the templates of PEFT and huggingface_hub have for people to fill in
 _OURS, _UNWRITTEN = "## What this card does not know", "[More Information Needed]"
 
+_LEFT_TO_CALLER: ContextVar[str | None] = ContextVar("left_to_caller", default=None)
+
+
+@contextlib.contextmanager
+def card_is_left_to_caller(folder: str | os.PathLike) -> Iterator[None]:
+    """
+    A context in which nothing is written beside the adapter that PEFT saves to a folder, because the caller will write a
+    card that says more. The card has the SHA-256 of the weights, which takes long for large ones.
+
+    Args:
+        folder (`str` or `os.PathLike`): The folder.
+    """
+    token = _LEFT_TO_CALLER.set(os.path.abspath(folder))
+    try:
+        yield
+    finally:
+        _LEFT_TO_CALLER.reset(token)
+
 
 def write_saved_card(config: RavanConfig, folder: Path) -> None:
     """
@@ -30,6 +52,8 @@ def write_saved_card(config: RavanConfig, folder: Path) -> None:
         folder (`Path`): The folder that it was saved to. If PEFT has not saved a model there, nothing is done.
     """
     path = folder / CARD_FILE
+    if os.path.abspath(folder) == _LEFT_TO_CALLER.get():
+        return
     # PEFT writes its card before the weights, and for adapters in subfolders only into the folder above them
     if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file() or not (
         path.is_file() or (folder.parent / CARD_FILE).is_file()
