@@ -14,6 +14,7 @@ from .markdown import code_blocks, dead_links
 sys.path.insert(0, str(BENCHMARKS))  # where a script finds the others
 
 import accuracy_page  # noqa: E402
+import client_batching  # noqa: E402
 import tuner_step  # noqa: E402
 from cells import finished_cells, run_cells  # noqa: E402
 from experiment import middle_rates, read_experiment  # noqa: E402
@@ -24,6 +25,7 @@ TEXT = accuracy_page.PAGE.read_text()
 
 def test_the_tables_are_those_of_the_finished_runs():
     assert accuracy_page.with_tables(TEXT) == TEXT
+    assert client_batching.with_table(TEXT) == TEXT and client_batching.SECTION.search(TEXT)
 
 
 def test_the_table_of_steps_is_that_of_the_finished_cells():

@@ -6,6 +6,7 @@ import math
 
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
+from transformers.training_args import OptimizerNames
 from transformers.utils import is_torch_bf16_gpu_available
 
 from peft_ravan.merging import MERGE_METHODS, get_merge_method
@@ -62,6 +63,7 @@ def check_combinations(args: TrainingArguments) -> None:
     """
     check_sharing(args)
     check_local_training(args)
+    check_client_batching(args)
     check_privacy(args)
     check_secure_aggregation(args)
 
@@ -108,6 +110,44 @@ def check_local_training(args: TrainingArguments) -> None:
             "`scaffold` needs the gradients of the whole adapter, which clients with `client_budgets` do not have. Use one of "
             "both, or `proximal_mu`."
         )
+
+
+def check_client_batching(args: TrainingArguments) -> None:
+    """
+    Check that nothing among the arguments keeps clients from being trained at once.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]): The arguments.
+
+    Raises:
+        ValueError: if `client_batching` is below 1, or does not go with another argument.
+    """
+    if args.client_batching < 1:
+        raise ValueError(f"`client_batching` must be 1 or more, got {args.client_batching!r}.")
+    if args.client_batching == 1:
+        return
+    for name, is_set, why in (
+        ("parallel='data'", args.parallel == "data", "all processes train one client together"),
+        ("client_timeout", args.client_timeout is not None, "clients would have to wait for each other"),
+        ("fp16", args.fp16, "all clients would share one scale of the gradients. Use `bf16`"),
+        ("activation_checkpointing", args.activation_checkpointing, "it repeats the forward pass of one client"),
+        ("torch_compile", args.torch_compile, "the layers change from client to client"),
+        ("use_liger_kernel", args.use_liger_kernel, "its kernels are made for one adapter"),
+        ("neftune_noise_alpha", args.neftune_noise_alpha is not None, "its noise depends on the length of one client's texts"),
+        ("auto_find_batch_size", args.auto_find_batch_size, "the memory that one client needs is not known"),
+        ("deepspeed", args.deepspeed is not None, "it computes the gradients itself"),
+        ("fsdp", bool(args.fsdp), "a federation needs the whole model in each process"),
+        (f"optim={args.optim.value!r}", _steps_in_backward(args.optim), "it takes its steps while gradients are computed"),
+    ):  # fmt: skip
+        if is_set:
+            raise ValueError(
+                f"`client_batching={args.client_batching}` trains several clients at once, and does not go with `{name}`: "
+                f"{why}. Leave it out, or set `client_batching=1`."
+            )
+
+
+def _steps_in_backward(optim: OptimizerNames) -> bool:
+    return any(kind in optim.value for kind in ("lomo", "layerwise"))
 
 
 def check_privacy(args: TrainingArguments) -> None:

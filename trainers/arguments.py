@@ -160,6 +160,8 @@ class FederatedArgumentsMixin(PartitionerArgumentMixin):
             How several processes, as started by `accelerate launch`, share the work: with `"clients"`, each process
             trains different clients of a round; with `"data"`, all processes train each client together, one client
             after the other, as [`~transformers.Trainer`] does.
+        client_batching (`int`, *optional*, defaults to 1):
+            How many clients each process trains at once, with their batches in one forward pass.
         hub_lora_twin (`bool`, *optional*, defaults to `True`):
             Whether `push_to_hub` also uploads the LoRA twin of a Ravan adapter. It is at the root of the repository, where
             PEFT and vLLM load it, and the Ravan adapter in the folder `ravan`. Without it, that is at the root.
@@ -301,6 +303,7 @@ class FederatedArgumentsMixin(PartitionerArgumentMixin):
     parallel: str = field(
         default="clients", metadata={"help": f"What several processes share: {', '.join(PARALLEL_MODES)}."}
     )
+    client_batching: int = field(default=1, metadata={"help": "How many clients are trained at once in a process."})
     hub_lora_twin: bool = field(default=True, metadata={"help": "Whether to push the LoRA twin as well."})
     hub_ravan_at_root: bool = field(
         default=False,

@@ -17,6 +17,7 @@ from transformers.utils import logging
 from peft_ravan.merging import MergeResult
 
 from .arguments import FederatedArguments, FederatedArgumentsMixin
+from .client.batching import ClientBatch
 from .client.faults import ClientFault
 from .client.live_adapter import single_active_adapter
 from .client.local_client import LocalClient
@@ -288,7 +289,8 @@ class FederatedMixin(PreparationMixin, CheckpointingMixin, SharingMixin, Reports
         self._runner.share(chain(self.model.parameters(), self.model.buffers()))  # random initial values may differ
         client = self._local_client()
         server = Server(self._server_settings(client.adapter.sent_exactly), ServerState(client.take_start()))
-        self._last_run = run = Run(server, client, OriginalBase.of(self.model, client.adapter, base_before))
+        batch = ClientBatch.of(client, type(self)._local_client, self.args.client_batching)
+        self._last_run = run = Run(server, client, OriginalBase.of(self.model, client.adapter, base_before), batch)
         check_patterns(run.state(), self.args.local_parameters or ())
         self.last_merge = None
         self.is_in_train = True
@@ -382,7 +384,7 @@ class FederatedMixin(PreparationMixin, CheckpointingMixin, SharingMixin, Reports
     def _attempt_round(self, run: Run, round_number: int) -> dict[str, Any] | None:
         tasks = run.server.open(round_number)
         self._tell("on_round_begin", clients=[task.client for task in tasks])
-        replies = self._told(self._runner.run(tasks, run.client.train))
+        replies = self._told(run.replies(self._runner, tasks))
 
         def close(replies: Iterable[ClientReply]) -> tuple[dict[str, Any] | None, Progress]:
             return run.server.close(round_number, replies), run.server.progress

@@ -13,11 +13,11 @@ class FederatedTrainer(FederatedMixin, Trainer):
     """
     A [`~transformers.Trainer`] that trains an adapter over simulated clients.
 
-    It takes the same arguments as `Trainer`. In each round some clients train, one after the other, each starting from
-    the global adapter with a fresh optimizer. They upload what they have trained: the products s*H of a Ravan adapter
-    or the matrices of another adapter, and the task head, but never bases or the base model. The uploads are merged
-    into the next global adapter. The local steps of a client are those of `Trainer.train`, so gradient accumulation,
-    mixed precision, clipping and callbacks work as usual.
+    It takes the same arguments as `Trainer`. In each round some clients train, one after the other by default, each
+    starting from the global adapter with a fresh optimizer. They upload what they have trained: the products s*H of a
+    Ravan adapter or the matrices of another adapter, and the task head, but never bases or the base model. The uploads
+    are merged into the next global adapter. The local steps of a client are those of `Trainer.train`, so gradient
+    accumulation, mixed precision, clipping and callbacks work as usual.
 
     Args:
         model ([`~peft.PeftModel`]):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch.utils.data import Dataset
 from transformers import Trainer
 
+from .client.batching import check_batching
+
 
 def check_parent(trainer: Trainer, handed_dataset: Dataset | None) -> None:
     """
@@ -14,7 +16,7 @@ def check_parent(trainer: Trainer, handed_dataset: Dataset | None) -> None:
 
     Raises:
         ValueError: if it has an optimizer, which clients could not share, or other training data, whose preparation cannot
-            be repeated for each client.
+            be repeated for each client. With `client_batching`, also if clients cannot be trained at once.
     """
     name = type(trainer).__name__
     if trainer.optimizer is not None or trainer.lr_scheduler is not None:
@@ -27,3 +29,4 @@ def check_parent(trainer: Trainer, handed_dataset: Dataset | None) -> None:
             f"The {name} prepares its training set in a way that cannot be repeated for each client. Prepare the data before, "
             "or in a method `_prepare_dataset(dataset, ...)`, as the trainers of TRL do."
         )
+    check_batching(trainer, trainer.args.client_batching)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
+from .client.batching import ClientBatch
 from .client.local_client import LocalClient
+from .exchange import ClientReply, ClientTask
 from .original_base import OriginalBase
 from .run_folder import RunIdentity
+from .runners import Runner
 from .server.mean_of_rounds import mean_of_rounds
 from .server.server import Server
 
@@ -25,6 +28,7 @@ class Run:
         server ([`Server`]): The server.
         client ([`LocalClient`]): The clients, which take turns.
         base ([`OriginalBase`], *optional*): The base weights that it started from, if its merge method changes them.
+        batch ([`ClientBatch`], *optional*): Trains several clients at once. By default they train one after the other.
         facts (`Mapping[str, Any]`): The setup of the run, see [`run_facts`]. Empty if the run saves no checkpoints.
         identity ([`RunIdentity`]): What distinguishes it from other runs in its folder.
     """
@@ -32,6 +36,7 @@ class Run:
     server: Server
     client: LocalClient
     base: OriginalBase | None = None
+    batch: ClientBatch | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
     identity: RunIdentity = field(default_factory=RunIdentity)
 
@@ -39,6 +44,21 @@ class Run:
     def round(self) -> int:
         """The last round that was run."""
         return self.server.state.round
+
+    def replies(self, runner: Runner, tasks: Sequence[ClientTask]) -> Iterator[ClientReply]:
+        """
+        Let clients train.
+
+        Args:
+            runner ([`Runner`]): The runner.
+            tasks (`Sequence[ClientTask]`): Their tasks.
+
+        Returns:
+            `Iterator[ClientReply]`: Their replies.
+        """
+        if self.batch is None:
+            return runner.run(tasks, self.client.train)
+        return runner.run(self.batch.divided(tasks), self.batch.train)
 
     def state(self) -> dict[str, torch.Tensor]:
         """
@@ -81,6 +101,7 @@ class Run:
 
     def finish(self) -> None:
         """Leave the result in the model, on its original base weights."""
+        self.batch = None  # with its copies of the adapter
         self.load_result()
         if self.base is not None:
             self.base.restore(self.client.adapter)

@@ -13,8 +13,9 @@ from ..processes import TrainingGroup
 
 
 T = TypeVar("T")
-# turns a task into a reply, or into several replies if several clients were trained at once
-Work = Callable[[ClientTask], ClientReply | Sequence[ClientReply]]
+# a task, or the tasks of several clients that are trained at once
+Tasks = ClientTask | Sequence[ClientTask]
+Work = Callable[[Tasks], ClientReply | Sequence[ClientReply]]
 
 
 def replies_of(done: ClientReply | Sequence[ClientReply]) -> Sequence[ClientReply]:
@@ -34,14 +35,15 @@ class Runner:
     is_main = True
     group = TrainingGroup()
 
-    def run(self, tasks: Sequence[ClientTask], work: Work) -> Iterator[ClientReply]:
+    def run(self, tasks: Sequence[Tasks], work: Work) -> Iterator[ClientReply]:
         """
         Run the tasks. A reply is released once the next one is requested.
 
         Args:
-            tasks (`Sequence[ClientTask]`): The tasks.
+            tasks (`Sequence[ClientTask]`): The tasks, or a sequence of tasks for each group of clients that are trained
+                at once.
             work (`Callable[[ClientTask], ClientReply | Sequence[ClientReply]]`):
-                Runs one task. If it raises an error, the run ends in all processes.
+                Runs one task, or the tasks of one group. If it raises an error, the run ends in all processes.
 
         Yields:
             [`ClientReply`]: The replies.

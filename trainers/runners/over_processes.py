@@ -11,10 +11,10 @@ from typing import NamedTuple, TypeVar
 import torch
 from accelerate.utils import broadcast_object_list
 
-from ..exchange import ClientReply, ClientTask
+from ..exchange import ClientReply
 from ..processes import one_process
 from .many_processes import MAIN, ManyProcesses
-from .one_by_one import Work, replies_of
+from .one_by_one import Tasks, Work, replies_of
 
 
 T = TypeVar("T")
@@ -36,12 +36,13 @@ class _Turn(NamedTuple):
 class ProcessRunner(ManyProcesses):
     """
     Spreads clients over processes, each of which trains its own clients as if it were the only process. In each turn,
-    every process trains at most one client. Then the replies are sent to the main process, where the server runs, in
-    the order of the tasks. So a process holds one update at a time, and the result does not depend on the number of
-    processes. The other processes are notified of the replies, but do not receive the updates.
+    every process trains at most one client, or one group of clients at once. Then the replies are sent to the main
+    process, where the server runs, in the order of the tasks. So a process holds the updates of one turn at a time, and
+    the result does not depend on the number of processes. The other processes are notified of the replies, but do not
+    receive the updates.
     """
 
-    def run(self, tasks: Sequence[ClientTask], work: Work) -> Iterator[ClientReply]:
+    def run(self, tasks: Sequence[Tasks], work: Work) -> Iterator[ClientReply]:
         count, mine = self.state.num_processes, self.state.process_index
         for start in range(0, len(tasks), count):
             turn = tasks[start : start + count]
@@ -98,7 +99,7 @@ class ProcessRunner(ManyProcesses):
             yield
 
 
-def _attempt(work: Work, task: ClientTask) -> _Turn:
+def _attempt(work: Work, task: Tasks) -> _Turn:
     try:
         return _Turn(replies_of(work(task)))
     except Exception as error:
