@@ -159,6 +159,7 @@ def test_texts_of_different_lengths_are_filled_up(tmp_path, make_model, sizes_at
                 num_clients=None,
                 per_device_train_batch_size=2,
                 gradient_accumulation_steps=2,
+                adam_epsilon=1e-4,
             ),
             train_dataset=language_clients(),
             data_collator=collate,

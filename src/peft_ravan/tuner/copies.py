@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from .functional import expand
-from .layer import Linear
+from .linear import Linear
 
 
 def forward_of_copies(copies: Sequence[Linear], x: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:

@@ -85,7 +85,7 @@ class FormedWeight:
         """
         self._formed = formed
         self._versions = source.versions()
-        self._probes = [torch.randn_like(source.weight[0]), torch.randn_like(source.weight[:, 0])]
+        self._probes = [_probe(source.weight[0]), _probe(source.weight[:, 0])]
         self._values = self._values_of(source)
 
     def _is_current(self, source: FormedFrom) -> bool:
@@ -112,3 +112,10 @@ class FormedWeight:
 
     def __reduce__(self) -> tuple:
         return FormedWeight, ()
+
+
+def _probe(like: torch.Tensor) -> torch.Tensor:
+    """A random vector, which leaves the generators of the process as they are, so that a seeded run stays the same."""
+    generator = torch.Generator(like.device)
+    generator.seed()
+    return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)

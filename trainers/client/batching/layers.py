@@ -10,7 +10,7 @@ from peft.tuners import lora
 from torch import nn
 
 from peft_ravan.tuner.copies import forward_of_copies
-from peft_ravan.tuner.layer import Linear as RavanLinear
+from peft_ravan.tuner.linear import Linear as RavanLinear
 
 from .rows import Rows
 
