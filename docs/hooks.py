@@ -54,7 +54,7 @@ def notebook_page(path: Path) -> str:
         `str`: The page that shows it, in Markdown.
     """
     title, *cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    download = f"[Download this page as a notebook]({path.name}){{ .md-button download }}"
+    download = f"[Download the notebook]({path.name}){{ .md-button download }}"
     heading, _, introduction = "".join(title["source"]).partition("\n")
     shown = [heading, introduction, download]
     for cell in cells:

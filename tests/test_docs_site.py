@@ -147,7 +147,7 @@ def test_the_page_of_a_notebook(hooks, tmp_path):
     (tmp_path / "some.ipynb").write_text(json.dumps({"cells": cells}))
     text = hooks.notebook_page(tmp_path / "some.ipynb")
     assert re.sub(r"\n+", "\n", text) == (
-        "# Title\nWhat it is.\n[Download this page as a notebook](some.ipynb){ .md-button download }\n"
+        "# Title\nWhat it is.\n[Download the notebook](some.ipynb){ .md-button download }\n"
         "```python\nimport this\n1 + 1\n```\n## More\n"
     )
 
