@@ -33,7 +33,7 @@ SECTION = re.compile(r"(<!-- client batching -->\n).*?(<!-- /client batching -->
 NUM_CLIENTS = 16
 BATCHING = (1, 2, 4, 8, 16)
 # hidden size, layers, local steps, rounds in a run (the first is left out), repetitions
-MODELS = {"small": (64, 2, 5, 4, 3), "MiniLM-shaped": (384, 6, 2, 2, 2)}
+MODELS = {"small": (64, 2, 5, 3, 2), "MiniLM-shaped": (384, 6, 2, 2, 1)}
 
 
 @dataclass(frozen=True)

@@ -130,6 +130,8 @@ class ClientBatch:
         while answers:
             for lane, answer in answers.items():
                 lane.resume(answer)
+                if lane.is_done:
+                    lane.result()  # an error that is not of one client ends the run
             waiting = [lane for lane in lanes if not lane.is_done]
             calling = [lane for lane in waiting if isinstance(lane.request, Call)]
             common_state.restore()
