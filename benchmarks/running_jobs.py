@@ -16,13 +16,14 @@ POLL_SECONDS = 0.005
 
 
 def round_ends(
-    start: Callable[[], subprocess.Popen], out: Path, watch: Callable[[subprocess.Popen], None] | None = None
+    start: Callable[[], subprocess.Popen], out: Path, watch: Callable[[int, int], None] | None = None
 ) -> list[float]:
     """
     Args:
         start (`Callable[[], subprocess.Popen]`): Starts the process.
         out (`Path`): The folder of its rounds.jsonl.
-        watch (`Callable[[subprocess.Popen], None]`, *optional*): What is called with the process again and again.
+        watch (`Callable[[int, int], None]`, *optional*):
+            What is called again and again, with the id of the process and the number of lines so far.
 
     Returns:
         `list[float]`: The seconds from the start of the process until each line, without that of round 0.
@@ -35,10 +36,10 @@ def round_ends(
             has_ended = process.poll() is not None
             lines = path.read_text().splitlines() if path.is_file() else []
             ends += [time.perf_counter() - started] * (len(lines) - len(ends))
+            if watch is not None:
+                watch(process.pid, len(lines))
             if has_ended or time.perf_counter() - started > RUN_SECONDS:
                 break
-            if watch is not None:
-                watch(process)
             time.sleep(POLL_SECONDS)
     finally:
         if process.poll() is None:
@@ -55,8 +56,15 @@ def new_folder(folder: Path) -> Path:
     return path
 
 
-def lines_of_code(path: Path) -> int:
-    """Lines of statements, as a formatter sets them: without comments, docstrings and blank lines."""
+def lines_of_code(path: Path, without: str | None = None) -> int:
+    """
+    Args:
+        path (`Path`): A file with Python code.
+        without (`str`, *optional*): Lines that end with this are not counted.
+
+    Returns:
+        `int`: Lines of statements, as a formatter sets them: without comments, docstrings and blank lines.
+    """
     source = path.read_text()
     used: set[int] = set()
     for node in ast.walk(ast.parse(source)):
@@ -65,5 +73,5 @@ def lines_of_code(path: Path) -> int:
         if isinstance(node, ast.stmt) and not is_docstring:
             end = node.end_lineno if not isinstance(body, list) else body[0].lineno - 1
             used.update(range(node.lineno, end + 1))
-    lines = source.splitlines()
-    return sum(bool(lines[number - 1].strip()) for number in used)
+    lines = [line.strip() for line in source.splitlines()]
+    return sum(bool(lines[number - 1]) and not (without and lines[number - 1].endswith(without)) for number in used)
