@@ -76,8 +76,9 @@ class Way:
         return [path] if path.parent == JOBS else sorted(path.parent.glob("*.py"))
 
 
-OURS = "FederatedTrainer"
+OURS, FLOOR = "FederatedTrainer", "The steps alone"
 WAYS = [
+    Way(FLOOR, "federated_trainer", "bare_loop.py"),
     Way(OURS, "federated_trainer", "federated_trainer.py"),
     Way(f"{OURS}, 2 processes", "federated_trainer", "federated_trainer.py", processes=2),
     Way("pfl-research", "pfl", "pfl_research.py"),
@@ -108,8 +109,8 @@ def cells(options: argparse.Namespace) -> Iterator[Cell]:
         for model in options.models:
             for way in options.ways:
                 at_most = next(one for one in WAYS if one.name == way).rounds
-                yield Cell(model, way, TIME, min(ROUNDS[model], at_most), repeat)
-                if repeat == 0 and options.check:
+                yield Cell(model, way, TIME, min(options.rounds or ROUNDS[model], at_most), repeat)
+                if repeat == 0 and options.check and way != FLOOR:
                     yield Cell(model, way, CHECK, min(CHECKED_ROUNDS, at_most), repeat)
 
 
@@ -141,8 +142,11 @@ def run(cell: Cell, output: Path) -> dict:
             tree.stop()
     if len(seconds) < cell.rounds:
         raise SystemExit(log.read_text()[-5000:])
+    lines = [json.loads(line) for line in (out / "rounds.jsonl").read_text().splitlines()]
+    sums = [line["sum"] for line in lines if "sum" in line]
+    if len(set(sums)) < len(sums):
+        raise SystemExit(f"A round has changed nothing.\n{log.read_text()[-5000:]}")
     if cell.purpose == CHECK:
-        lines = [json.loads(line) for line in (out / "rounds.jsonl").read_text().splitlines()]
         return {"losses": [line["eval_loss"] for line in lines if line.get("round")]}
     return {
         "load": load,
@@ -204,7 +208,7 @@ def tables(records: list[dict], environments: dict[str, dict]) -> Iterator[str]:
         found = {way.name: records_of(timed, model, way.name) for way in WAYS}
         yield f"**{'A small model' if model == 'small' else 'The shape of MiniLM'}**"
         yield ""
-        yield f"| How | {' | '.join(FIGURES)} | Lines of code | Runs | Load |"
+        yield f"| How | {' | '.join(FIGURES)} | Lines of code | Rounds of each run | Load |"
         yield f"|---|{'---:|' * (len(FIGURES) + 3)}"
         for way in WAYS:
             error = environments.get(way.environment, {}).get("error")
@@ -215,7 +219,8 @@ def tables(records: list[dict], environments: dict[str, dict]) -> Iterator[str]:
                     f"{median(runs, value):,.{0 if name.endswith('MB') else 2}f}" for name, value in FIGURES.items()
                 ]
                 loads = [record["measured"]["load"] for record in runs]
-                more = [str(user_lines(way)), str(len(runs)), f"{min(loads):.1f} to {max(loads):.1f}"]
+                rounds = ", ".join(str(record["rounds"]) for record in runs)
+                more = [str(user_lines(way)), rounds, f"{min(loads):.1f} to {max(loads):.1f}"]
                 yield f"| {way.name} | {' | '.join(values + more)} |"
         yield ""
     yield from comparison(timed)
@@ -237,7 +242,7 @@ def comparison(timed: list[dict]) -> Iterator[str]:
     for model in ROUNDS:
         best = {}
         for environment in ENVIRONMENTS:
-            names = [way.name for way in WAYS if way.environment == environment]
+            names = [way.name for way in WAYS if way.environment == environment and way.name != FLOOR]
             runs = [found for name in names if (found := records_of(timed, model, name))]
             if runs:
                 best[environment] = [min(median(found, figure) for found in runs) for figure in figures]
@@ -285,6 +290,9 @@ def main() -> None:
     names = [way.name for way in WAYS]
     parser.add_argument("--ways", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--models", nargs="+", choices=ROUNDS, default=list(ROUNDS))
+    parser.add_argument(
+        "--rounds", type=int, default=None, help="by default 10 for the small model, and 5 for the other"
+    )
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--no-check", dest="check", action="store_false", help="leave out the checks")
     options = parser.parse_args()

@@ -43,7 +43,7 @@ def test_the_job_of_a_federated_trainer(common, tmp_path, monkeypatch):
     adapter = load_file(tmp_path / "out" / "adapter_model.safetensors")
     common.note_round(str(tmp_path / "other"), 2, lambda: adapter)
     [line] = (tmp_path / "other" / "rounds.jsonl").read_text().splitlines()
-    assert json.loads(line) == {"round": 2, "eval_loss": pytest.approx(history[-1]["eval_loss"])}
+    assert json.loads(line)["eval_loss"] == pytest.approx(history[-1]["eval_loss"])
 
 
 def test_the_numbers_of_the_jobs_are_those_of_the_tables(common):
@@ -118,7 +118,7 @@ def test_the_tables_are_those_of_the_records():
     records = [timed(own, 8.0, 1.0), timed(own, 10.0, 3.0, 1), timed(own_2, 12.0, 1.0), timed(flower, 27.0, 5.0)]
     records.append(record(own, "check", losses=[1.5, 1.25]))
     versions = {"versions": {"python": "3.11", "x": "1.0"}}
-    made = {name: versions for name in peers.ENVIRONMENTS} | {"nvflare": {"error": "No matching distribution"}}
+    made = dict.fromkeys(peers.ENVIRONMENTS, versions) | {"nvflare": {"error": "No matching distribution"}}
     lines = list(peers.tables(records, made))
     [row] = [line for line in lines if line.startswith(f"| {own} | 9.00")]
     assert row.split(" | ")[1:7] == ["9.00", "2.00", "3.33", "4.50", "1.00", "300"]

@@ -6,6 +6,7 @@ What the jobs of benchmarks/peers.py have in common: a model, the data of each c
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -52,6 +53,12 @@ def load_model() -> PeftModel:
     return get_peft_model(base, LoraConfig(r=8, lora_alpha=16, task_type="SEQ_CLS", target_modules=["query", "value"]))
 
 
+@functools.cache
+def kept_model() -> PeftModel:
+    """The same model, which a process that calls it again has kept."""
+    return load_model()
+
+
 def load_examples(client: int) -> dict[str, np.ndarray]:
     """
     Args:
@@ -82,17 +89,19 @@ def is_checked() -> bool:
 
 def note_round(folder: str, number: int, adapter: Callable[[], dict[str, torch.Tensor]]) -> None:
     """
-    Write a line for a round, as a `FederatedTrainer` does, with the loss of the merged adapter in a check.
+    Write a line for a round, as a `FederatedTrainer` does, with the loss of the merged adapter in a check, and otherwise
+    with a number that changes if something was trained: Flower goes on if all clients have failed.
 
     Args:
         folder (`str`): Where rounds.jsonl is written.
         number (`int`): The round, from 1.
         adapter (`Callable[[], dict[str, torch.Tensor]]`): Returns the merged adapter with the names of PEFT.
     """
-    record = {"round": number}
+    state = {name: torch.as_tensor(value) for name, value in adapter().items()}
+    record = {"round": number, "sum": sum(tensor.abs().sum().item() for tensor in state.values())}
     if is_checked():
         model = load_model()
-        set_peft_model_state_dict(model, {name: torch.as_tensor(value) for name, value in adapter().items()})
+        set_peft_model_state_dict(model, state)
         batch = {name: torch.from_numpy(values) for name, values in load_examples(-1).items()}
         with torch.no_grad():
             record["eval_loss"] = model.eval()(**batch).loss.item()

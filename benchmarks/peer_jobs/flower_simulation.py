@@ -5,7 +5,6 @@ The apps follow Flower's template for PyTorch and its examples of LoRA (FlowerTu
 a client. With `--keep`, each process of Ray keeps its model.
 """
 
-import functools
 import sys
 
 import torch
@@ -16,6 +15,7 @@ from common import (
     LEARNING_RATE,
     MAX_GRAD_NORM,
     STEPS,
+    kept_model,
     load_examples,
     load_model,
     note_round,  # measures
@@ -29,16 +29,14 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch.utils.data import DataLoader, TensorDataset
 
 
-OUTPUT_DIR, NUM_ROUNDS = sys.argv[1], int(sys.argv[2])
-if "--keep" in sys.argv:
-    load_model = functools.cache(load_model)
+OUTPUT_DIR, NUM_ROUNDS, KEEP = sys.argv[1], int(sys.argv[2]), "--keep" in sys.argv
 client = ClientApp()
 server = ServerApp()
 
 
 @client.train()
 def train(message: Message, context: Context) -> Message:
-    model = load_model()
+    model = kept_model() if KEEP else load_model()
     set_peft_model_state_dict(model, message.content["arrays"].to_torch_state_dict())
     examples = {
         name: torch.from_numpy(values) for name, values in load_examples(context.node_config["partition-id"]).items()
