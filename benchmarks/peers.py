@@ -214,7 +214,8 @@ def tables(records: list[dict], environments: dict[str, dict]) -> Iterator[str]:
             error = environments.get(way.environment, {}).get("error")
             if error:
                 yield f"| {way.name} | not installed: {error} |" + " |" * (len(FIGURES) + 2)
-            elif runs := found[way.name]:
+                continue
+            if runs := found[way.name]:
                 values = [
                     f"{median(runs, value):,.{0 if name.endswith('MB') else 2}f}" for name, value in FIGURES.items()
                 ]
@@ -222,6 +223,8 @@ def tables(records: list[dict], environments: dict[str, dict]) -> Iterator[str]:
                 rounds = ", ".join(str(record["rounds"]) for record in runs)
                 more = [str(user_lines(way)), rounds, f"{min(loads):.1f} to {max(loads):.1f}"]
                 yield f"| {way.name} | {' | '.join(values + more)} |"
+            else:
+                yield f"| {way.name} | not measured |" + " |" * (len(FIGURES) + 2)
         yield ""
     yield from comparison(timed)
     yield ""
@@ -234,11 +237,19 @@ def records_of(records: list[dict], model: str, way: str) -> list[dict]:
     return [record for record in records if (record["model"], record["way"]) == (model, way)]
 
 
+RATIOS = {
+    "first round sooner by": "First round ends after, s",
+    "clients a second": "A round, s",
+    "first round, processor time": "Processor time until then, s",
+    "clients a second of processor time": "of a round, s",
+}
+
+
 def comparison(timed: list[dict]) -> Iterator[str]:
     """How many times as fast a FederatedTrainer is, each framework at its best."""
-    yield f"| Model | Framework | {OURS}: first round sooner by | clients a second | clients a processor second |"
-    yield "|---|---|---:|---:|---:|"
-    figures = [FIGURES[name] for name in ("First round ends after, s", "A round, s", "of a round, s")]
+    yield f"| Model | Framework | {OURS}: {' | '.join(RATIOS)} |"
+    yield f"|---|---|{'---:|' * len(RATIOS)}"
+    figures = [FIGURES[name] for name in RATIOS.values()]
     for model in ROUNDS:
         best = {}
         for environment in ENVIRONMENTS:

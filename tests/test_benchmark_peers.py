@@ -123,7 +123,7 @@ def test_the_tables_are_those_of_the_records():
     [row] = [line for line in lines if line.startswith(f"| {own} | 9.00")]
     assert row.split(" | ")[1:7] == ["9.00", "2.00", "3.33", "4.50", "1.00", "300"]
     assert "| NVFlare, 2 threads | not installed: No matching distribution |" in "\n".join(lines)
-    assert "| small | flwr | 3.0 × | 5.0 × | 5.0 × |" in lines
+    assert "| small | flwr | 3.0 × | 5.0 × | 3.0 × | 5.0 × |" in lines
     assert f"| small | {own} | 1.500 | 1.250 | – |" in lines
 
 
