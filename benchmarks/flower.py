@@ -13,16 +13,13 @@ apps are in flower_jobs/.
 from __future__ import annotations
 
 import argparse
-import ast
 import json
 import os
 import runpy
-import shutil
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,6 +27,7 @@ from typing import Any
 
 from cells import finished_cells, run_cells
 from own_process import in_own_process
+from running_jobs import RUN_SECONDS, lines_of_code, new_folder, round_ends
 from transformers import set_seed
 
 from peft_ravan.trainers import FederatedTrainer, read_history
@@ -38,8 +36,6 @@ from peft_ravan.trainers.demo.loopback import BIN, Loopback, Simulation, ended_b
 
 JOBS = Path(__file__).parent / "flower_jobs"
 PAYLOAD = JOBS / "payload"
-RUN_SECONDS = 1800
-POLL_SECONDS = 0.005
 
 # the rank of LoRA for each size of an upload: twelve matrices A and B take 98,304 bytes for a rank
 RANKS = {"0.1 MB": 1, "10 MB": 102, "100 MB": 1017}
@@ -173,54 +169,12 @@ def run_trainer(way: Way, out: Path, num_rounds: int, environment: dict[str, str
     return seconds
 
 
-def round_ends(start: Callable[[], subprocess.Popen], out: Path) -> list[float]:
-    """The seconds from the start of a process until each line of rounds.jsonl, without that of round 0."""
-    path, ends = out / "rounds.jsonl", []
-    started = time.perf_counter()
-    process = start()
-    try:
-        while True:
-            has_ended = process.poll() is not None
-            lines = path.read_text().splitlines() if path.is_file() else []
-            ends += [time.perf_counter() - started] * (len(lines) - len(ends))
-            if has_ended or time.perf_counter() - started > RUN_SECONDS:
-                break
-            time.sleep(POLL_SECONDS)
-    finally:
-        if process.poll() is None:
-            process.terminate()
-            process.wait()
-    return ends[1:] if lines and json.loads(lines[0])["round"] == 0 else ends
-
-
-def new_folder(folder: Path) -> Path:
-    """An empty folder for the files of one run."""
-    path = folder.absolute() / "run"
-    shutil.rmtree(path, ignore_errors=True)
-    path.mkdir(parents=True)
-    return path
-
-
 def jobs_module(name: str) -> dict[str, Any]:
     return runpy.run_path(str(JOBS / f"{name}.py"))
 
 
 def save_base_model(size: str, folder: str) -> None:
     jobs_module("texts")["save_base_model"](size, Path(folder))
-
-
-def lines_of_code(path: Path) -> int:
-    """Lines of statements, as a formatter sets them: without comments, docstrings and blank lines."""
-    source = path.read_text()
-    used: set[int] = set()
-    for node in ast.walk(ast.parse(source)):
-        body = getattr(node, "body", None)
-        is_docstring = isinstance(node, ast.Expr) and isinstance(getattr(node, "value", None), ast.Constant)
-        if isinstance(node, ast.stmt) and not is_docstring:
-            end = node.end_lineno if not isinstance(body, list) else body[0].lineno - 1
-            used.update(range(node.lineno, end + 1))
-    lines = source.splitlines()
-    return sum(bool(lines[number - 1].strip()) for number in used)
 
 
 # ---- Tables ----------------------------------------------------------------------------
