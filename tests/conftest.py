@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import random
 from pathlib import Path
 
 
@@ -22,7 +23,6 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
-    set_seed,
 )
 
 from peft_ravan.trainers.heap import frozen_heap
@@ -64,7 +64,10 @@ def _frozen_imports(_frozen_heap):
 
 @pytest.fixture(autouse=True)
 def _seed():
-    set_seed(0)
+    # `set_seed` also prepares the seeds of devices that may come later, which takes longer than most tests
+    random.seed(0)
+    np.random.seed(0)
+    torch.default_generator.manual_seed(0)
     torch.set_num_threads(1)  # the suite runs in two processes on two cores
 
 
