@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import gc
 import os
+import random
 from pathlib import Path
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# The suite runs in two processes on two cores. Also, tests fork processes, in which threads of OpenMP would be missing.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import datasets
 import numpy as np
@@ -23,7 +26,6 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
     TrainingArguments,
-    set_seed,
 )
 
 from peft_ravan.trainers.heap import frozen_heap
@@ -69,7 +71,10 @@ def _frozen_imports(_frozen_heap):
 
 @pytest.fixture(autouse=True)
 def _seed():
-    set_seed(0)
+    # `set_seed` also prepares the seeds of devices that may come later, which takes longer than most tests
+    random.seed(0)
+    np.random.seed(0)
+    torch.default_generator.manual_seed(0)
     torch.set_num_threads(1)  # the suite runs in two processes on two cores
 
 

@@ -7,9 +7,11 @@ import multiprocessing
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
@@ -76,9 +78,13 @@ def start_together(function: Callable, *args, num_processes: int = 2) -> torch.m
 
 
 def join(processes: torch.multiprocessing.ProcessContext) -> None:
-    """Wait until all processes have ended."""
-    while not processes.join():
-        pass
+    """Wait until all processes have ended, at most 5 minutes."""
+    end = time.monotonic() + 300
+    while not processes.join(timeout=5):
+        if time.monotonic() > end:
+            for process in processes.processes:
+                process.kill()
+            pytest.fail("The processes have not ended after 5 minutes.")
 
 
 def _run_code(code: str, folder: Path) -> None:

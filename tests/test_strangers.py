@@ -134,7 +134,7 @@ def test_these_adapters_are_whole(adapter):
 
 
 @pytest.mark.filterwarnings("ignore")
-@examples(40, suppress_health_check=PATIENT)
+@examples(15, deep=2000, suppress_health_check=PATIENT)
 @given(field=st.sampled_from([*FACTS, "history", "more"]), value=JSON | st.just(MISSING))
 def test_facts(saved, tmp_path_factory, field, value):
     folder = Path(shutil.copytree(saved / "lora", tmp_path_factory.mktemp("facts") / "adapter"))
@@ -143,7 +143,7 @@ def test_facts(saved, tmp_path_factory, field, value):
 
 
 @pytest.mark.filterwarnings("ignore")
-@examples(40, suppress_health_check=PATIENT)
+@examples(15, deep=2000, suppress_health_check=PATIENT)
 @given(
     field=st.sampled_from([*RECORD, "num_clients", "heads_trained", "epsilon", "more"]),
     value=JSON | st.just(MISSING),
@@ -159,7 +159,7 @@ def test_rounds(saved, tmp_path_factory, field, value, data):
 
 
 @pytest.mark.filterwarnings("ignore")
-@examples(40, suppress_health_check=PATIENT)
+@examples(15, deep=2000, suppress_health_check=PATIENT)
 @given(field=st.sampled_from([*METADATA, "base_model", "model-index", "more"]), value=JSON | st.just(MISSING))
 def test_metadata(saved, tmp_path_factory, field, value):
     folder = Path(shutil.copytree(saved / "lora", tmp_path_factory.mktemp("metadata") / "adapter"))
@@ -169,7 +169,7 @@ def test_metadata(saved, tmp_path_factory, field, value):
 
 
 @pytest.mark.filterwarnings("ignore")
-@examples(40, suppress_health_check=PATIENT)
+@examples(15, deep=2000, suppress_health_check=PATIENT)
 @given(labels=JSON | st.dictionaries(st.sampled_from(["0", "1", "2"]), TELLING | st.text(max_size=8), max_size=3))
 def test_labels(saved, tmp_path_factory, labels):
     folder = Path(shutil.copytree(saved / "ravan", tmp_path_factory.mktemp("labels") / "adapter"))
@@ -183,7 +183,7 @@ def test_labels(saved, tmp_path_factory, labels):
 
 
 @pytest.mark.filterwarnings("ignore")
-@examples(100, suppress_health_check=PATIENT)
+@examples(40, deep=5000, suppress_health_check=PATIENT)
 @given(kind=st.sampled_from(["ravan", "small", "lora"]), value=JSON | st.just(MISSING), data=st.data())
 def test_configurations(saved, tmp_path_factory, kind, value, data):
     folder = Path(shutil.copytree(saved / kind, tmp_path_factory.mktemp("config") / "adapter"))
@@ -194,7 +194,7 @@ def test_configurations(saved, tmp_path_factory, kind, value, data):
 
 
 @pytest.mark.filterwarnings("ignore")
-@examples(40, suppress_health_check=PATIENT)
+@examples(15, deep=2000, suppress_health_check=PATIENT)
 @given(
     name=st.sampled_from(["federation.json", "rounds.jsonl", "README.md", "adapter_config.json"]),
     content=JSON.map(lambda value: json.dumps(value).encode())
@@ -221,7 +221,7 @@ TENSORS = st.sampled_from(
 
 
 @pytest.mark.filterwarnings("ignore")
-@examples(100, suppress_health_check=PATIENT)
+@examples(40, deep=5000, suppress_health_check=PATIENT)
 @given(
     kind=st.sampled_from(["ravan", "small", "lora"]),
     tensor=TENSORS,

