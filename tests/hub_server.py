@@ -142,7 +142,8 @@ class HubHandler(BaseHTTPRequestHandler):
         if repo_id in self.hub.repos:
             return self.answer(409, {"error": "You already created this model repo", **url})
         self.hub.repos[repo_id] = {"main": [{".gitattributes": b"*.safetensors filter=lfs\n"}]}
-        self.hub.private[repo_id] = request.get("visibility") == "private"
+        # earlier clients send `private`
+        self.hub.private[repo_id] = request.get("visibility") == "private" or request.get("private") is True
         self.answer(200, url)
 
     def validate_yaml(self):
