@@ -27,7 +27,7 @@ def process(*words, **kwargs):
 
 
 def test_there_are_these_commands():
-    assert COMMANDS == ["demo", "train", "merge", "to-lora", "inspect", "card", "push", "new-app"]
+    assert COMMANDS == ["demo", "train", "plan", "merge", "to-lora", "inspect", "card", "push", "new-app"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
