@@ -67,7 +67,7 @@ def saved(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("saved")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)  # so that the base model has the name "base"
-        tiny_bert().save_pretrained("base")
+        tiny_bert(num_layers=2).save_pretrained("base")
         make_tokenizer().save_pretrained("base")
         for seed, site in enumerate(SITES):
             save_adapter(Path(site), ravan_config(), seed)

@@ -141,7 +141,7 @@ def test_to_lora_saves_the_same_output(place):
 
 def test_inspect_shows_a_table_a_picture_and_json(place):
     ended = run("inspect", "north", "--png", "heads.png")
-    assert ended.code == 0 and ended.out.startswith("RAVAN: 2 targets") and "fingerprint" in ended.out
+    assert ended.code == 0 and ended.out.startswith("RAVAN: 4 targets") and "fingerprint" in ended.out
     assert (place / "heads.png").read_bytes().startswith(b"\x89PNG")
     report = json.loads(run("inspect", "north", "--json").out)
     [target, *_] = report["targets"].values()
