@@ -1,6 +1,5 @@
 """A failing client loses its own contribution, but not the round. Too many fail an attempt, and then the run."""
 
-import time
 from dataclasses import replace
 
 import pytest
@@ -8,6 +7,7 @@ import torch
 
 from peft_ravan.merging import ClientUpdate, merge
 from peft_ravan.trainers import FederatedCallback, RoundFailedError
+from peft_ravan.trainers.client import faults
 
 from ..conftest import classification_dataset
 from ..merging.malformed import every_kind
@@ -32,8 +32,25 @@ def uploads_another_shape(update):
     update.state[next(iter(update.state))] = torch.zeros(3)
 
 
+class Clock:
+    """Takes the place of `time`, so that clients are as fast as a test says, however busy the machine is."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+CLOCK = Clock()
+
+
+@pytest.fixture(autouse=True)
+def _own_clock(monkeypatch):
+    monkeypatch.setattr(faults, "time", CLOCK)
+
+
 def is_slow(update):
-    time.sleep(0.3)
+    CLOCK.now += 0.3
 
 
 FAULTS = {
@@ -136,7 +153,7 @@ def test_a_client_is_timed_out_between_its_steps(tmp_path):
         def on_step_begin(self, args, state, control, **kwargs):
             steps.append(state.global_step)
             if len(steps) == 2:
-                time.sleep(0.6)
+                CLOCK.now += 0.6
 
     trainer = make_trainer(tmp_path, callbacks=[Slow()], num_rounds=1, max_steps=5, client_timeout=0.5)
     trainer.train()

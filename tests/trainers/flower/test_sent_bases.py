@@ -14,7 +14,7 @@ from peft_ravan.trainers.flower import TooFewNodesError
 from peft_ravan.trainers.flower.codec import from_record, to_record
 from peft_ravan.trainers.flower.introduction import LOST_BASES, Introduction
 
-from ..helpers import logged, lora
+from ..helpers import FOUR_TARGETS, logged, lora
 from .grid import CountingGrid
 from .helpers import Federation, assert_same_as_trainer, small, trained
 
@@ -33,7 +33,7 @@ def other_ravan():
 
 
 def other_lora():
-    return LoraConfig(r=2, task_type="SEQ_CLS", init_lora_weights="gaussian")
+    return LoraConfig(r=2, task_type="SEQ_CLS", target_modules=FOUR_TARGETS, init_lora_weights="gaussian")
 
 
 def federation_of(
