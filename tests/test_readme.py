@@ -103,7 +103,7 @@ def test_from_the_demo_to_an_adapter_that_others_load(folder, hub, capsys):
     [snippet] = [snippet for snippet in SNIPPETS if "your-name/digits" in snippet]
     card = hub.files("your-name/digits")["README.md"].decode()
     images = load_digits().images[:1]
-    Image.fromarray(images[0].astype("uint8")).save("image.png")
+    Image.fromarray(images[0].astype("uint8")).convert("RGB").save("image.png")  # as most files are
     inputs = torch.from_numpy(images[None] / 8 - 1).float()
     with torch.no_grad():
         expected = model(inputs).logits

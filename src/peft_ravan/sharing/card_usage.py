@@ -18,7 +18,7 @@ with torch.no_grad():
     label = model(**inputs).logits.argmax(-1).item()
 print(model.config.id2label[label])""",
     "image-classification": """\
-inputs = image_processor(Image.open("image.png"), return_tensors="pt")
+inputs = image_processor(Image.open("image.png").convert("RGB"), return_tensors="pt")
 with torch.no_grad():
     label = model(**inputs).logits.argmax(-1).item()
 print(model.config.id2label[label])""",
@@ -49,6 +49,7 @@ class Usage:
         labels (`Mapping[int, str]`, *optional*): The names of the labels, if they are known.
         num_labels (`int`, *optional*): The number of labels, if the adapter has a task head.
         processing (`str`, *optional*): Where the tokenizer or the image processor is, if there is one.
+        image_mode (`str`): What images are converted to: `"RGB"`, or `"L"` for a model of grey images.
     """
 
     adapter: str
@@ -59,6 +60,7 @@ class Usage:
     labels: Mapping[int, str] | None
     num_labels: int | None
     processing: str | None
+    image_mode: str = "RGB"
 
     def code(self, *, ravan: bool = False, subfolder: str | None = None, is_trainable: bool = False) -> str:
         """
@@ -84,7 +86,8 @@ class Usage:
         ]
         if prediction is not None:
             name = "image_processor" if "image_processor" in prediction else "tokenizer"
-            parts += ["", f'{name} = {self._processor(prediction)}.from_pretrained("{self.processing}")', prediction]
+            code = prediction.replace('"RGB"', f'"{self.image_mode}"')
+            parts += ["", f'{name} = {self._processor(prediction)}.from_pretrained("{self.processing}")', code]
         return "\n".join(parts)
 
     def _imports(self, prediction: str | None, ravan: bool) -> list[str]:

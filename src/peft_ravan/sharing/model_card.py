@@ -20,7 +20,14 @@ from safetensors import SafetensorError, safe_open
 from .adapter_files import CARD_FILE, RAVAN_FOLDER, TWIN_FOLDER, ravan_folder
 from .card_metadata import check_card_data, kept_metadata, listed, name_on_hub, without_none
 from .card_usage import Usage
-from .federation_record import HISTORY_FILE, PLOT_FILE, FederationRecord, as_number, current_versions
+from .federation_record import (
+    HISTORY_FILE,
+    PLOT_FILE,
+    FederationRecord,
+    as_number,
+    current_versions,
+    read_object,
+)
 from .labels import read_label_names
 from .markdown_text import plain_text, table_cell
 from .reading import checked_folder, read_config
@@ -303,12 +310,19 @@ class _CardFacts:
             labels=labels,
             num_labels=self.num_labels(),
             processing=self._processing(),
+            image_mode=self._image_mode(),
         )
 
     def _processing(self) -> str | None:
         """Where the tokenizer or the image processor is: beside the adapter, or otherwise with the base model."""
         is_beside = self.has(_IMAGE_PROCESSOR if self.task == "image-classification" else _TOKENIZER)
         return (self.repo_id or "path/to/this/adapter") if is_beside else self.base_model
+
+    def _image_mode(self) -> str:
+        """Image processors do not convert images to the channels that they normalize."""
+        values = read_object(self.folder / _IMAGE_PROCESSOR) if self.has(_IMAGE_PROCESSOR) else {}
+        mean = values.get("image_mean")
+        return "L" if isinstance(mean, list) and len(mean) == 1 else "RGB"
 
     def num_labels(self) -> int | None:
         """The number of labels of the saved task head. Without it, the base model would get a head of another size."""
