@@ -12,7 +12,16 @@ import datasets
 import numpy as np
 import pytest
 import yaml
-from transformers import BertForSequenceClassification
+from peft import get_peft_model
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from .conftest import make_tokenizer, sentence, tiny_bert
 
@@ -256,6 +265,52 @@ def test_the_experiments_can_be_read(path):
             next(iter(experiment.variants)), name, "run", 0, experiments.middle_rates(experiment, name)
         )
         accuracy.FederatedArguments("unused", **experiment.settings(cell)["arguments"], use_cpu=True)
+
+
+SHAPES = {
+    "clinc150": (
+        BertForSequenceClassification,
+        BertConfig(hidden_size=384, num_hidden_layers=2, num_attention_heads=12, intermediate_size=64),
+    ),
+    "cifar10": (
+        ViTForImageClassification,
+        ViTConfig(
+            image_size=32,
+            patch_size=4,
+            hidden_size=128,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            intermediate_size=64,
+        ),
+    ),
+    "shakespeare": (
+        LlamaForCausalLM,
+        LlamaConfig(
+            vocab_size=8,
+            hidden_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            intermediate_size=8,
+        ),
+    ),
+}
+
+
+def uploaded_numbers(experiment: experiments.Experiment, method: str, shape: tuple[type, PreTrainedConfig]) -> int:
+    """The numbers in an upload on a model of the experiment's shape, without the task head. Ravan uploads s·H."""
+    model_class, config = shape
+    adapted = get_peft_model(model_class(config), experiment.methods[method].peft_config(experiment.adapter))
+    trained = {name: parameter.numel() for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    return sum(number for name, number in trained.items() if "lora_" in name or "ravan_H" in name)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_adapters_of_an_experiment_fit_its_model_and_upload_alike(name):
+    experiment = experiments.read_experiment(BENCHMARKS / "experiments" / f"{name}.yaml")
+    lora = uploaded_numbers(experiment, "LoRA, FedAvg", SHAPES[name])
+    ravan = uploaded_numbers(experiment, "Ravan", SHAPES[name])
+    assert 0.94 * lora < ravan <= lora, (lora, ravan)
 
 
 def test_an_experiment_can_change_single_settings_of_another(tmp_path):
