@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import random
@@ -134,6 +135,8 @@ def input_ids():
     return torch.randint(0, VOCAB_SIZE, (2, 7), generator=torch.Generator().manual_seed(1))
 
 
+# most tests take the same, which nobody changes: `datasets` makes a new one of each change
+@functools.cache
 def classification_dataset(num_examples: int = 240, seed: int = 0) -> datasets.Dataset:
     """Sequences whose tokens come mostly from a range that depends on the label."""
     rng = np.random.default_rng(seed)
