@@ -177,8 +177,8 @@ def test_it_works_in_mixed_precision(tmp_path, sizes_at_once):
 
 
 def test_a_resumed_run_is_that_of_clients_one_by_one(tmp_path):
-    options = {"client_batching": 2, "num_rounds": 3, "eval_strategy": "no", "adam_epsilon": 1e-4}
-    interrupted(tmp_path / "at_once", after=2, **options)
+    options = {"client_batching": 2, "num_rounds": 2, "eval_strategy": "no", "adam_epsilon": 1e-4}
+    interrupted(tmp_path / "at_once", after=1, **options)
     resumed = resumable_trainer(tmp_path / "at_once", **options)
     resumed.train(resume_from_checkpoint=True)
     whole = resumable_trainer(tmp_path / "whole", **{**options, "client_batching": 1})
