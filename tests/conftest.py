@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import random
@@ -16,6 +17,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import imports
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BertConfig,
@@ -43,6 +45,7 @@ CHECKPOINTING = "activation_checkpointing"
 if not hasattr(TrainingArguments, CHECKPOINTING):
     CHECKPOINTING = "gradient_checkpointing"
 VOCAB_SIZE = 64
+_BEGUN = set()  # the modules of which a test has ended
 
 
 # they take longest, or wait for processes of Flower, so nothing else should wait for them at the end
@@ -62,11 +65,33 @@ def _frozen_heap():
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _no_search_for_missing_devices():
+    """
+    A device that is not there keeps each seed for later, with the whole stack, and is searched for after each training.
+    Together that takes as long as a step.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        for device in (torch.cuda, torch.xpu, torch.mtia):
+            if not device.is_available():
+                patch.setattr(device, "manual_seed_all", lambda seed: None)
+        patch.setattr(imports, "_is_package_available", functools.cache(imports._is_package_available))
+        yield
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _frozen_imports(_frozen_heap):
     """The modules that tests have imported since."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_runtest_teardown(item, nextitem):
+    # the first test of a module imports what the others need, and what their fixtures have made stays anyway
+    if item.module not in _BEGUN:
+        _BEGUN.add(item.module)
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -134,6 +159,8 @@ def input_ids():
     return torch.randint(0, VOCAB_SIZE, (2, 7), generator=torch.Generator().manual_seed(1))
 
 
+# most tests take the same, which nobody changes: `datasets` makes a new one of each change
+@functools.cache
 def classification_dataset(num_examples: int = 240, seed: int = 0) -> datasets.Dataset:
     """Sequences whose tokens come mostly from a range that depends on the label."""
     rng = np.random.default_rng(seed)

@@ -12,8 +12,9 @@ import json
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -258,20 +259,32 @@ def serve_hub() -> Iterator[HubState]:
         thread.join()
 
 
+def direct_client(endpoint: str, folder: Path, set_attribute: Callable = setattr) -> None:
+    """
+    Direct the Hub client of this process to a server.
+
+    Args:
+        endpoint (`str`): The address of the server.
+        folder (`Path`): Where the client has its cache.
+        set_attribute (`Callable`, *optional*): What sets an attribute of an object.
+    """
+    for name, value in {
+        "ENDPOINT": endpoint,
+        "HUGGINGFACE_CO_URL_TEMPLATE": endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_CACHE": str(folder / "cache"),
+        "HF_TOKEN_PATH": str(folder / "no-token"),
+    }.items():
+        set_attribute(constants, name, value)
+    set_attribute(hf_api.api, "endpoint", endpoint)
+
+
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """The server, with the Hub client of this process directed to it."""
     with serve_hub() as state:
-        for name, value in {
-            "ENDPOINT": state.endpoint,
-            "HUGGINGFACE_CO_URL_TEMPLATE": state.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
-            "HF_HUB_OFFLINE": False,
-            "HF_HUB_DISABLE_XET": True,
-            "HF_HUB_CACHE": str(tmp_path / "cache"),
-            "HF_TOKEN_PATH": str(tmp_path / "no-token"),
-        }.items():
-            monkeypatch.setattr(constants, name, value)
-        monkeypatch.setattr(hf_api.api, "endpoint", state.endpoint)
+        direct_client(state.endpoint, tmp_path, monkeypatch.setattr)
         # which earlier releases of transformers do not have
         monkeypatch.setattr(transformers.utils.hub, "_hf_api", None, raising=False)
         # between attempts

@@ -67,6 +67,14 @@ print(peft.__file__, transformers.__file__)
 """
 
 
+@pytest.mark.parametrize("diff", code_blocks(PAGE.read_text(encoding="utf-8"), "diff"), ids=["peft", "transformers"])
+def test_the_changes_fit_the_installed_packages(diff, tmp_path):
+    patched_copy(tmp_path, diff)
+    [path] = [path for path in tmp_path.rglob("*.py") if not path.is_symlink()]
+    compile(path.read_text(encoding="utf-8"), str(path), "exec")
+
+
+@pytest.mark.deep  # the packages are imported anew, which takes longer than a hundred other tests
 def test_the_changes_work_on_copies_of_the_packages(hub, tmp_path):
     tiny_bert().save_pretrained(tmp_path / "base")
     adapter = RavanConfig(r=2, num_heads=2, task_type="SEQ_CLS")

@@ -2,9 +2,6 @@
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +17,7 @@ from peft_ravan.sharing.federation_record import public_history
 from peft_ravan.trainers.commands import MergeRequest, find_adapter, merge_adapters
 
 from .conftest import NUM_LABELS, make_tokenizer, tiny_bert, tiny_llama
+from .forked import run_clean
 from .markdown import code_blocks
 
 
@@ -66,37 +64,32 @@ def test_an_adapter_comes_back_from_the_hub(hub):
     assert inspect_adapter(loaded).targets.keys() == inspect_adapter(model).targets.keys()
 
 
+# in another cache, as on the machine of a stranger
 WITHOUT_THE_PACKAGE = """
 import sys
+from pathlib import Path
+from tests.hub_server import direct_client
+direct_client({endpoint!r}, Path("stranger"))
 sys.modules["peft_ravan"] = None  # as if it were not installed
 import torch
 from peft import AutoPeftModelForSequenceClassification, PeftModel
 from transformers import AutoModelForSequenceClassification
 
-repo_id, alone = sys.argv[1:]
+outputs = open("outputs.txt", "w")
 try:
-    PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained(f"{repo_id}-base"), alone)
+    PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained("{root}-base"), "{alone}")
 except KeyError as error:
-    print(repr(error))
-base_model = AutoModelForSequenceClassification.from_pretrained(f"{repo_id}-base")
+    print(repr(error), file=outputs)
+base_model = AutoModelForSequenceClassification.from_pretrained("{root}-base")
 for model in (
-    PeftModel.from_pretrained(base_model, repo_id),
-    AutoPeftModelForSequenceClassification.from_pretrained(repo_id),
+    PeftModel.from_pretrained(base_model, "{root}"),
+    AutoPeftModelForSequenceClassification.from_pretrained("{root}"),
 ):
     with torch.no_grad():
-        print(model.eval()(input_ids=torch.arange(14).reshape(2, 7) + 4).logits.flatten().tolist())
+        logits = model.eval()(input_ids=torch.arange(14).reshape(2, 7) + 4).logits
+    print(logits.flatten().tolist(), file=outputs)
+outputs.close()
 """
-
-
-def in_another_process(hub, tmp_path, code: str, *arguments: str) -> str:
-    """The output of a process that has another cache, as on the machine of a stranger."""
-    environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-    environment |= {"HF_HOME": str(tmp_path / "other-home")}
-    run = subprocess.run(
-        [sys.executable, "-c", code, *arguments], env=environment, capture_output=True, text=True, cwd=tmp_path
-    )
-    assert run.returncode == 0, run.stderr
-    return run.stdout
 
 
 def saved_adapter(folder: Path, labels: dict[int, str] | None = None, tokenizer: bool = False) -> PeftModel:
@@ -116,7 +109,11 @@ def test_without_the_package_the_root_loads(hub, tmp_path):
     model = saved_adapter(tmp_path)
     push_to_hub(tmp_path / "adapter", REPO, with_base_model=True)
     push_to_hub(tmp_path / "adapter", "tester/alone", lora_twin=False)
-    error, *outputs = in_another_process(hub, tmp_path, WITHOUT_THE_PACKAGE, REPO, "tester/alone").splitlines()
+    code = WITHOUT_THE_PACKAGE.format(endpoint=hub.endpoint, root=REPO, alone="tester/alone")
+    exit_code, errors = run_clean(code, tmp_path)
+    assert exit_code == 0, errors
+    error, *outputs = (tmp_path / "outputs.txt").read_text().splitlines()
+    assert list((tmp_path / "stranger" / "cache").glob("models--*"))  # nothing came from the cache of this process
     assert error == "KeyError('RAVAN')" and len(outputs) == 2
     for output in outputs:
         torch.testing.assert_close(torch.tensor(json.loads(output)), logits(model).flatten(), atol=1e-5, rtol=0)

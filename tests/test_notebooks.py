@@ -1,4 +1,4 @@
-"""The notebooks run as they are, in a kernel of their own, and are committed without outputs."""
+"""The notebooks run in a kernel of their own, as they are in the deep run, and are committed without outputs."""
 
 import re
 from pathlib import Path
@@ -24,6 +24,24 @@ each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path
 
 def read(name: str):
     return nbformat.read(ROOT / "examples" / "notebooks" / f"{name}.ipynb", as_version=4)
+
+
+# with these numbers, nothing but what is learned is different
+FEWER_STEPS = {
+    "five_minute_federation": {"num_epochs=12": "num_epochs=2", "num_rounds=12": "num_rounds=3", "max_steps=8": "max_steps=2"},
+    "share_and_load": {"num_epochs=6": "num_epochs=2", "max_steps=80": "max_steps=8", "max_steps=60": "max_steps=8"},
+}  # fmt: skip
+in_full_or_shortened = pytest.mark.parametrize(
+    "in_full", [False, pytest.param(True, marks=pytest.mark.deep)], ids=["fewer steps", "as it is"]
+)
+
+
+def shortened(name: str, in_full: bool):
+    notebook = read(name)
+    for text, other in FEWER_STEPS[name].items() if not in_full else ():
+        [cell] = [cell for cell in notebook.cells if text in cell.source]
+        cell.source = cell.source.replace(text, other)
+    return notebook
 
 
 def run(notebook, folder: Path) -> list:
@@ -68,11 +86,13 @@ def test_a_notebook_is_found(path):
     assert f"notebooks/{path.stem}.md" in str(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
 
 
-def test_a_federation_in_five_minutes(tmp_path, monkeypatch):
+@in_full_or_shortened
+def test_a_federation_in_five_minutes(tmp_path, monkeypatch, in_full):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    outputs = run(read("five_minute_federation"), tmp_path)
+    outputs = run(shortened("five_minute_federation", in_full), tmp_path)
     history = [record["eval_accuracy"] for record in read_history(tmp_path / "digits-adapter")]
-    assert history[-1] > history[0] + 0.2
+    assert len(history) == (13 if in_full else 4)
+    assert not in_full or history[-1] > history[0] + 0.2
     by_digit, by_round = shown(outputs, "text/html")[-2:]
     assert "client_9" in by_digit and "eval_accuracy" in by_round
     assert len(shown(outputs, "image/png")) == 1
@@ -80,8 +100,9 @@ def test_a_federation_in_five_minutes(tmp_path, monkeypatch):
     assert "predicted: " in printed(outputs)
 
 
-def test_share_and_load(tmp_path, monkeypatch):
-    notebook = read("share_and_load")
+@in_full_or_shortened
+def test_share_and_load(tmp_path, monkeypatch, in_full):
+    notebook = shortened("share_and_load", in_full)
     [cell] = [cell for cell in notebook.cells if "repo_id = None" in cell.source]
     cell.source = cell.source.replace("repo_id = None", 'repo_id = "clinics/digits"')
     with serve_hub() as hub:
@@ -98,7 +119,8 @@ def test_share_and_load(tmp_path, monkeypatch):
     [difference] = re.findall(r"LORA, largest difference of the logits: (\S+)", text)
     assert float(difference) < 1e-4
     accuracy = {name: float(share) for name, share in re.findall(r"^(\w+) +([\d.]+)%$", text, flags=re.MULTILINE)}
-    assert accuracy.keys() == {"adapter", "north", "south", "merged"} and min(accuracy.values()) > 30
+    assert accuracy.keys() == {"adapter", "north", "south", "merged"}
+    assert not in_full or min(accuracy.values()) > 30
     saved = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("north", "south", "merged")]
     bases = [name for name in saved[0] if "ravan_A" in name or "ravan_B" in name]
     assert bases and all(torch.equal(saved[0][name], other[name]) for name in bases for other in saved[1:])

@@ -59,13 +59,17 @@ def test_tuner_and_trainer(folder):
     assert (folder / "ravan-adapter" / "adapter_model.safetensors").exists()
 
 
-def test_federated_trainer(folder):
+@pytest.mark.parametrize(
+    "num_rounds, at_most", [(8, 0.97), pytest.param(30, 0.5, marks=pytest.mark.deep, id="as printed")]
+)
+def test_federated_trainer(folder, num_rounds, at_most):
     tuned = run(SNIPPETS[0].split("trainer =")[0], model=make_model())
     before = loss_of(tuned["model"])
-    namespace = run(SNIPPETS[1], model=tuned["model"])
-    assert loss_of(tuned["model"]) < 0.5 * before
+    assert SNIPPETS[1].count("num_rounds=30") == 1
+    namespace = run(SNIPPETS[1].replace("num_rounds=30", f"num_rounds={num_rounds}"), model=tuned["model"])
+    assert loss_of(tuned["model"]) < at_most * before
     history = namespace["trainer"].state.log_history
-    assert len([record for record in history if "round" in record]) == namespace["args"].num_rounds
+    assert len([record for record in history if "round" in record]) == num_rounds
     assert (folder / "federated-adapter" / "adapter_model.safetensors").exists()
     assert torch.isfinite(torch.tensor(history[-1]["train_loss"]))
 

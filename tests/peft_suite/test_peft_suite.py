@@ -36,7 +36,7 @@ def source_tree() -> Path:
 
 
 # `make test` runs each of PEFT's tests, with one in so many of its models and configurations
-STEP = 8
+STEP = 16
 
 
 def run_suite(source_tree: Path, files: list[str], folder: Path, step: int = 1) -> dict[str, dict[str, str]]:

@@ -31,6 +31,7 @@ class KillWithinAClient(FederatedCallback):
             kill()
 
 
+NUM_ROUNDS = 3
 KILL_WITHIN_ROUND = {"bases": 0, "first": 1, "client": 3}
 KEEPING = {"scaffold": True, "local_parameters": "classifier"}
 GRADIENT_SVD = RavanConfig(r=2, num_heads=2, init_bases="gradient_svd", task_type="SEQ_CLS")
@@ -91,6 +92,6 @@ def run_until(moment: str | None, folder: Path) -> None:
         kill_between_clients_that_keep()
     options = KEEPING if folder.name == "keeping" else {}
     adapter = GRADIENT_SVD if folder.name == "bases" else None
-    trainer = resumable_trainer(folder, adapter=adapter, callbacks=callbacks, **options)
+    trainer = resumable_trainer(folder, adapter=adapter, callbacks=callbacks, num_rounds=NUM_ROUNDS, **options)
     trainer.train(resume_from_checkpoint=None if moment else True)
     save_file(trainer.last_global_state, folder / "end.safetensors")

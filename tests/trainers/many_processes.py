@@ -30,7 +30,8 @@ def fails(client, round_number, update):
         raise OSError(f"no network in round {round_number}")
 
 
-def poisoned(client, round_number, update):
+def fails_or_is_poisoned(client, round_number, update):
+    fails(client, round_number, update)
     if client == "client_2":
         next(iter(update.state.values())).fill_(float("nan"))
 
@@ -57,7 +58,7 @@ def clients(*sizes: int) -> dict:
 def sft(folder):
     texts = datasets.Dataset.from_dict({"text": [sentence(index) for index in range(24)]})
     args = FederatedSFTConfig(
-        str(folder), num_rounds=2, num_clients=3, max_steps=2, per_device_train_batch_size=4, packing=True, max_length=16,
+        str(folder), num_rounds=2, num_clients=3, max_steps=1, per_device_train_batch_size=4, packing=True, max_length=16,
         learning_rate=1e-2, save_strategy="no", report_to="none", use_cpu=True, bf16=False, disable_tqdm=True,
         eval_strategy="epoch", eval_clients=True,
     )  # fmt: skip
@@ -69,8 +70,11 @@ def sft(folder):
 
 def make(run: str, folder: Path, heard: Heard):
     """The trainer of a run. Five clients cannot be divided evenly among two processes."""
-    common = {"num_clients": None, "train_dataset": clients(8, 24, 16, 40, 32), "callbacks": [heard], "num_rounds": 2}
-    shared = {"optim": "sgd", "learning_rate": 0.1, "train_dataset": clients(32, 48)}
+    common = {
+        "num_clients": None, "train_dataset": clients(8, 24, 16, 40, 32), "callbacks": [heard], "num_rounds": 2,
+        "max_steps": 1,
+    }  # fmt: skip
+    shared = {"optim": "sgd", "learning_rate": 0.1, "train_dataset": clients(32, 48), "max_steps": 2}
     ranks = {"adapter": lora(), "client_budgets": {"client_0": 0.5}, "merge_method": "hetlora"}
     several = {
         "uneven": {"server_optimizer": "fedadam", "eval_strategy": "epoch", "merge_method": "fedrpca"},
@@ -78,24 +82,25 @@ def make(run: str, folder: Path, heard: Heard):
         "personal": {
             "local_parameters": "classifier", "eval_strategy": "epoch", "eval_clients": True, "personalization_steps": 1,
         },
-        "failing": {"client_fault": fails, "min_successful_clients": 4},
+        "failing": {"client_fault": fails_or_is_poisoned, "min_successful_clients": 3},
         "repeated": {
             "client_fault": fails, "clients_per_round": 2, "min_successful_clients": 2, "num_rounds": 3, "scaffold": True,
         },
         "full": {"local_parameters": "classifier", "save_strategy": "epoch"},
-        "poisoned": {"client_fault": poisoned},
         "single": {"train_dataset": clients(30)},
-        "budgets": {"client_budgets": 0.5, "head_selection": "gradient"},
+        "budgets": {
+            "client_budgets": 0.5, "head_selection": "gradient", "upload_dtype": "int4", "download_dtype": "int8",
+            "learning_rate": 0.1,
+        },
         "rank_budgets": {"adapter": lora(), "client_budgets": "uniform", "merge_method": "hetlora"},
         "round_zero": {
             "adapter": RavanConfig(r=3, num_heads=2, init_bases="gradient_svd", task_type="SEQ_CLS"),
-            "bases_clients": 3, "bases_warmup_steps": 2, "bases_batches": 2,
+            "bases_clients": 3, "bases_warmup_steps": 1, "bases_batches": 2,
         },
         "stopping": {
             "eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True, "num_rounds": 5,
             "metric_for_best_model": "eval_loss", "greater_is_better": True, "callbacks": [heard, EarlyStoppingCallback(1)],
         },
-        "small": {"upload_dtype": "int4", "download_dtype": "int8", "client_budgets": 0.5, "learning_rate": 0.1},
         "private": {"privacy": {"clip_norm": 1.0, "noise_multiplier": 0.5, "noise_seed": 11}},
         "killed": {"save_strategy": "epoch", "num_rounds": 3, "server_optimizer": "fedadam"},
         "resumed": {"save_strategy": "epoch", "scaffold": True, "num_rounds": 3},

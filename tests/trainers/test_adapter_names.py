@@ -29,7 +29,7 @@ from .helpers import (
 )
 
 
-OPTIONS = {"max_steps": 1, "num_rounds": 3, "scaffold": True, "local_parameters": "classifier"}
+OPTIONS = {"max_steps": 1, "num_rounds": 3, "eval_strategy": "no", "scaffold": True, "local_parameters": "classifier"}
 
 
 @pytest.mark.parametrize("adapter", [ravan, lora])

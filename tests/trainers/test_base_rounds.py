@@ -21,13 +21,13 @@ from .helpers import (
     arguments,
     assert_same,
     comparable,
-    interrupted,
     logged,
     logits,
     lora,
     make_trainer,
     ravan,
     resumable_trainer,
+    resumed_after,
 )
 
 
@@ -343,10 +343,7 @@ def test_a_resumed_run_is_the_uninterrupted_run(tmp_path, merge_method, average_
     }  # fmt: skip
     whole = resumable_trainer(tmp_path / "whole", **options)
     whole.train()
-    interrupted(tmp_path / "resumed", 2, **options)
-    resumed = resumable_trainer(tmp_path / "resumed", **options)
-    torch.manual_seed(1234)
-    resumed.train(resume_from_checkpoint=True)
+    resumed = resumed_after(2, whole, tmp_path / "resumed", **options)
     assert_same(whole.last_global_state, resumed.last_global_state)
     assert_same(whole.model.state_dict(), resumed.model.state_dict())
     assert comparable(whole.state.log_history) == comparable(resumed.state.log_history)

@@ -101,9 +101,10 @@ def trained_biases() -> LoraConfig:
         (lora_of_rank_4, {"optim": "sgd", "lr_scheduler_type": "linear", "warmup_steps": 1, "max_grad_norm": 0.05}),
         (ravan, {"task_head_learning_rate": 0.05, "label_smoothing_factor": 0.1}),
         (lora, {"proximal_mu": 0.5, "merge_method": "fedex_lora"}),
-        (lora, {"merge_method": "rolora", "upload_dtype": "int8"}),
-        (ravan, {"scaffold": True, "optim": "sgd"}),
-        (ravan, {"local_parameters": ["classifier"]}),
+        # the second round goes on from what the server or the clients have kept
+        (lora, {"merge_method": "rolora", "upload_dtype": "int8", "num_rounds": 2}),
+        (ravan, {"scaffold": True, "optim": "sgd", "num_rounds": 2}),
+        (ravan, {"local_parameters": ["classifier"], "num_rounds": 2}),
         (ravan, {"client_budgets": "uniform", "head_selection": "gradient", "head_allocation": "global"}),
         (lora_of_rank_4, {"client_budgets": 0.5, "merge_method": "flexlora"}),
         (dora, {}),
@@ -114,7 +115,8 @@ def trained_biases() -> LoraConfig:
 def test_several_clients_at_once_are_each_as_if_alone(tmp_path, adapter, options, sizes_at_once):
     # epochs, so that clients do different numbers of steps, and the last batches differ in size
     data = {"train_dataset": unequal_clients(), "num_clients": None, "max_steps": -1, "num_train_epochs": 1}
-    alone, at_once = (run(tmp_path, batching, adapter, **data, **options) for batching in (1, 3))
+    options = {"num_rounds": 1, **data, **options}
+    alone, at_once = (run(tmp_path, batching, adapter, **options) for batching in (1, 3))
     assert_same_runs(alone, at_once)
     assert set(sizes_at_once) == {2, 3}  # five clients in chunks of three, one of which has the fewest steps
     assert kept_by_clients(alone).keys() == kept_by_clients(at_once).keys()
@@ -157,6 +159,7 @@ def test_texts_of_different_lengths_are_filled_up(tmp_path, make_model, sizes_at
                 tmp_path,
                 client_batching=batching,
                 num_clients=None,
+                num_rounds=1,
                 per_device_train_batch_size=2,
                 gradient_accumulation_steps=2,
                 adam_epsilon=1e-4,
@@ -171,14 +174,14 @@ def test_texts_of_different_lengths_are_filled_up(tmp_path, make_model, sizes_at
 
 
 def test_it_works_in_mixed_precision(tmp_path, sizes_at_once):
-    alone, at_once = (run(tmp_path, batching, bf16=True) for batching in (1, 4))
+    alone, at_once = (run(tmp_path, batching, bf16=True, num_rounds=1) for batching in (1, 4))
     assert_same_runs(alone, at_once, atol=2e-2, rtol=2e-2)
     assert set(sizes_at_once) == {4}
 
 
 def test_a_resumed_run_is_that_of_clients_one_by_one(tmp_path):
-    options = {"client_batching": 2, "num_rounds": 3, "eval_strategy": "no", "adam_epsilon": 1e-4}
-    interrupted(tmp_path / "at_once", after=2, **options)
+    options = {"client_batching": 2, "num_rounds": 2, "eval_strategy": "no", "adam_epsilon": 1e-4}
+    interrupted(tmp_path / "at_once", after=1, **options)
     resumed = resumable_trainer(tmp_path / "at_once", **options)
     resumed.train(resume_from_checkpoint=True)
     whole = resumable_trainer(tmp_path / "whole", **{**options, "client_batching": 1})
@@ -270,9 +273,9 @@ def test_gradients_that_cannot_be_computed_at_once_are_computed_alone(tmp_path, 
     def out_of_memory(losses):
         raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB.")
 
-    alone = run(tmp_path, 1)
+    alone = run(tmp_path, 1, num_rounds=1)
     monkeypatch.setattr("peft_ravan.trainers.client.batching.client_batch.compute_gradients", out_of_memory)
-    assert_same(adapter_state(alone), adapter_state(run(tmp_path, 4)))
+    assert_same(adapter_state(alone), adapter_state(run(tmp_path, 4, num_rounds=1)))
 
 
 def test_an_interruption_ends_all_clients(tmp_path):

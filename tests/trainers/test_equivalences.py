@@ -103,9 +103,10 @@ def test_evaluating_the_merge_is_evaluating_the_mean_of_the_clients_dense_weight
         torch.testing.assert_close(trainer.model(**batch).logits, mean(**batch).logits, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("head_selection", ["random", "weight", "gradient"])
-def test_a_budget_of_all_heads_is_no_budget(tmp_path, head_selection):
+def test_a_budget_of_all_heads_is_no_budget(tmp_path):
     plain = make_trainer(tmp_path)
-    budget = make_trainer(tmp_path, client_budgets=1.0, head_selection=head_selection)
-    plain.train(), budget.train()
-    assert_same(adapter_state(plain), adapter_state(budget))
+    plain.train()
+    for head_selection in ("random", "weight", "gradient"):
+        budget = make_trainer(tmp_path, client_budgets=1.0, head_selection=head_selection)
+        budget.train()
+        assert_same(adapter_state(plain), adapter_state(budget))

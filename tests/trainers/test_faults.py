@@ -165,7 +165,7 @@ def test_a_client_is_timed_out_between_its_steps(tmp_path):
 def test_malformed_uploads_cost_only_their_client(tmp_path):
     """A different kind in each round; `tests/merging` has all of them."""
     names = ClientUpdate(adapter_state(make_trainer(tmp_path)), 1)
-    kinds = list(every_kind(names))[::4]
+    kinds = list(every_kind(names))[::12]
 
     def client_fault(client, round_number, update):
         return kinds[round_number - 1](update) if client == "client_1" else None
@@ -175,7 +175,7 @@ def test_malformed_uploads_cost_only_their_client(tmp_path):
     )
     trainer.train()
     history = trainer.state.log_history
-    assert len(history) == len(kinds) > 90
+    assert len(history) == len(kinds) > 30
     assert all("client_0" in record["clients"] for record in history)
     assert all(torch.isfinite(tensor).all() for tensor in adapter_state(trainer).values())
     assert sum(bool(record["failed_clients"]) for record in history) > 0.8 * len(kinds)

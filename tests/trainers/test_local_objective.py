@@ -12,7 +12,16 @@ from peft_ravan.trainers.client.objective import GradientCorrection, control_cha
 from peft_ravan.trainers.server.checkpoints import read_server_state
 from peft_ravan.trainers.server.control_variates import ControlVariates
 
-from .helpers import StopAfter, adapter_state, assert_same, kept_by_clients, lora, make_trainer, ravan
+from .helpers import (
+    adapter_state,
+    assert_same,
+    kept_by_clients,
+    lora,
+    make_trainer,
+    ravan,
+    resumable_trainer,
+    resumed_after,
+)
 
 
 class Quadratic(torch.nn.Module):
@@ -263,11 +272,8 @@ def test_scaffold_counts_what_it_sends_and_keeps_control_variates_by_client(tmp_
 
 
 def test_scaffold_resumed_is_scaffold_uninterrupted(tmp_path):
-    options = {"scaffold": True, "proximal_mu": 0.1, "num_rounds": 3, "clients_per_round": 2, "save_strategy": "epoch"}
-    whole = make_trainer(tmp_path / "whole", **options)
+    options = {"scaffold": True, "proximal_mu": 0.1, "num_rounds": 3, "server_optimizer": None, "eval_strategy": "no"}
+    whole = resumable_trainer(tmp_path / "whole", **options)
     whole.train()
-    with pytest.raises(KeyboardInterrupt):
-        make_trainer(tmp_path / "resumed", callbacks=[StopAfter(2)], **options).train()
-    resumed = make_trainer(tmp_path / "resumed", **options)
-    resumed.train(resume_from_checkpoint=True)
+    resumed = resumed_after(2, whole, tmp_path / "resumed", **options)
     assert_same(adapter_state(whole), adapter_state(resumed))

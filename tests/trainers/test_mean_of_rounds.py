@@ -17,11 +17,11 @@ from .helpers import (
     adapter_state,
     assert_same,
     comparable,
-    interrupted,
     lora,
     make_trainer,
     ravan,
     resumable_trainer,
+    resumed_after,
 )
 
 
@@ -38,10 +38,16 @@ class States(FederatedCallback):
 def run(folder, adapter=None, **kwargs):
     states = States()
     states.trainer = make_trainer(
-        folder, adapter, callbacks=[states], **{"num_rounds": 4, "clients_per_round": 2, "max_steps": 2, **kwargs}
+        folder, adapter, callbacks=[states], **{"num_rounds": 4, "clients_per_round": 2, "max_steps": 1, **kwargs}
     )
     states.trainer.train()
     return states.trainer, states.merged
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A run without a mean, and its merged states."""
+    return run(tmp_path_factory.mktemp("plain"), eval_strategy="epoch")
 
 
 def test_the_mean_is_that_of_the_states_so_far_and_then_of_the_last_ones():
@@ -68,9 +74,9 @@ def test_by_default_later_rounds_weigh_more():
     assert not state.earlier  # the mean is all that is kept
 
 
-def test_the_default_is_a_mean_that_clients_are_not_sent(tmp_path):
-    last, states = run(tmp_path / "last", eval_strategy="epoch")
-    mean, same_states = run(tmp_path / "mean", average_rounds=None, eval_strategy="epoch")
+def test_the_default_is_a_mean_that_clients_are_not_sent(tmp_path, plain):
+    last, states = plain
+    mean, same_states = run(tmp_path, average_rounds=None, eval_strategy="epoch")
     for one, other in zip(states, same_states, strict=True):
         assert_same(one, other)
     in_model = adapter_state(mean)
@@ -84,13 +90,14 @@ def test_the_default_is_a_mean_that_clients_are_not_sent(tmp_path):
 
 
 def test_the_last_adapter_can_be_evaluated_beside_the_default_mean(tmp_path):
-    last, _ = run(tmp_path / "last", eval_strategy="epoch", average_rounds=1, eval_last=True)
-    mean, _ = run(tmp_path / "mean", eval_strategy="epoch", average_rounds=None, eval_last=True)
+    options = {"eval_strategy": "epoch", "num_rounds": 2}
+    last, _ = run(tmp_path / "last", average_rounds=1, eval_last=True, **options)
+    mean, _ = run(tmp_path / "mean", average_rounds=None, eval_last=True, **options)
     for of_last, of_mean in zip(last.state.log_history, mean.state.log_history, strict=True):
         assert of_mean["eval_last_accuracy"] == of_last["eval_accuracy"]
         assert not any(name.startswith("eval_last") for name in of_last)  # the result is the last one
     assert mean.state.log_history[-1]["eval_loss"] != mean.state.log_history[-1]["eval_last_loss"]
-    without, _ = run(tmp_path / "without", eval_strategy="epoch", average_rounds=2, eval_last=False)
+    without, _ = run(tmp_path / "without", average_rounds=2, eval_last=False, **options)
     assert "eval_last_loss" not in without.state.log_history[-1]
 
 
@@ -101,8 +108,9 @@ def test_the_mean_of_one_round_by_default_is_that_round(tmp_path):
 
 
 def test_factors_that_are_computed_anew_in_every_round_have_no_mean_by_default(tmp_path):
-    last, _ = run(tmp_path / "last", lora(), merge_method="flexlora")
-    default, _ = run(tmp_path / "default", lora(), merge_method="flexlora", average_rounds=None)
+    options = {"merge_method": "flexlora", "num_rounds": 2}
+    last, _ = run(tmp_path / "last", lora(), **options)
+    default, _ = run(tmp_path / "default", lora(), average_rounds=None, **options)
     assert_same(adapter_state(last), adapter_state(default))
 
 
@@ -112,40 +120,43 @@ def test_the_mean_keeps_the_dtype():
     assert found["w"].dtype == torch.bfloat16 and found["w"].tolist() == [1.0, 2.0]
 
 
-@pytest.mark.parametrize("adapter", [ravan, lora])
+PRIVACY = {"privacy": {"clip_norm": 0.5, "noise_multiplier": 0.3, "noise_seed": 7}}
+
+
 @pytest.mark.parametrize(
-    "options",
+    "adapter, options",
     [
-        {},
-        {"privacy": {"clip_norm": 0.5, "noise_multiplier": 0.3, "noise_seed": 7}},
-        {"local_parameters": ["classifier"]},
-        {"server_optimizer": "fedavgm"},
+        (ravan, {}),
+        (lora, {}),
+        (ravan, PRIVACY),
+        pytest.param(lora, PRIVACY, marks=pytest.mark.deep),
+        (lora, {"local_parameters": ["classifier"]}),
+        (ravan, {"server_optimizer": "fedavgm"}),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_clients_are_not_sent_the_mean(tmp_path, adapter, options):
-    last, states = run(tmp_path / "last", adapter(), **options)
-    mean, same_states = run(tmp_path / "mean", adapter(), average_rounds=3, **options)
+    last, states = run(tmp_path / "last", adapter(), num_rounds=3, **options)
+    mean, same_states = run(tmp_path / "mean", adapter(), num_rounds=3, average_rounds=2, **options)
     for one, other in zip(states, same_states, strict=True):
         assert_same(one, other)
     assert_same(last.last_global_state, mean.last_global_state)
     in_model = adapter_state(mean)
     for name in states[-1]:
-        expected = sum(state[name].double() for state in states[1:]) / 3
+        expected = sum(state[name].double() for state in states[1:]) / 2
         torch.testing.assert_close(in_model[name].double(), expected, atol=1e-7, rtol=1e-6)
     assert any(not torch.equal(in_model[name], states[-1][name]) for name in states[-1])
 
 
-def test_the_mean_over_one_round_is_that_round(tmp_path):
-    plain, _ = run(tmp_path / "plain", eval_strategy="epoch")
-    one, _ = run(tmp_path / "one", eval_strategy="epoch", average_rounds=1)
-    assert_same(adapter_state(plain), adapter_state(one))
-    assert comparable(plain.state.log_history) == comparable(one.state.log_history)
+def test_the_mean_over_one_round_is_that_round(plain):
+    trainer, states = plain
+    assert trainer.args.average_rounds == 1
+    assert_same(adapter_state(trainer), states[-1])
 
 
-def test_both_are_evaluated(tmp_path):
-    last, _ = run(tmp_path / "last", eval_strategy="epoch")
-    mean, _ = run(tmp_path / "mean", eval_strategy="epoch", average_rounds=2)
+def test_both_are_evaluated(tmp_path, plain):
+    last, _ = plain
+    mean, _ = run(tmp_path, eval_strategy="epoch", average_rounds=2)
     for of_last, of_mean in zip(last.state.log_history, mean.state.log_history, strict=True):
         assert of_mean["eval_last_loss"] == of_last["eval_loss"]
         assert of_mean["eval_last_accuracy"] == of_last["eval_accuracy"]
@@ -168,12 +179,10 @@ def test_the_mean_of_ravan_is_the_mean_of_the_weights(tmp_path):
 
 @pytest.mark.parametrize("average_rounds", [3, None])
 def test_a_resumed_run_has_the_mean_of_the_uninterrupted_one(tmp_path, average_rounds):
-    options = {"average_rounds": average_rounds}
+    options = {"average_rounds": average_rounds, "max_steps": 1}
     whole = resumable_trainer(tmp_path / "whole", **options)
     whole.train()
-    interrupted(tmp_path / "run", after=3, **options)
-    resumed = resumable_trainer(tmp_path / "run", **options)
-    resumed.train(resume_from_checkpoint=True)
+    resumed = resumed_after(3, whole, tmp_path / "run", **options)
     assert_same(adapter_state(whole), adapter_state(resumed))
     assert comparable(whole.state.log_history) == comparable(resumed.state.log_history)
 
@@ -187,9 +196,10 @@ def test_earlier_states_are_saved_with_the_state_of_the_server(tmp_path):
 
 def test_the_best_mean_is_the_one_that_is_loaded_at_the_end(tmp_path):
     trainer = resumable_trainer(
-        tmp_path, average_rounds=2, load_best_model_at_end=True, metric_for_best_model="accuracy"
-    )
-    scores = iter([0.1, 0.0, 0.9, 0.0, 0.3, 0.0, 0.2, 0.0])  # of the mean and of the last state in turns
+        tmp_path, average_rounds=2, load_best_model_at_end=True, metric_for_best_model="accuracy", num_rounds=3,
+        max_steps=1,
+    )  # fmt: skip
+    scores = iter([0.1, 0.0, 0.9, 0.0, 0.3, 0.0])  # of the mean and of the last state in turns
     trainer.compute_metrics = lambda prediction: {"accuracy": next(scores)}
     means = {}
 
@@ -215,6 +225,6 @@ def test_factors_that_are_computed_anew_in_every_round_have_no_mean(tmp_path):
     [(3, "mean of the last 3 rounds"), (None, "mean of all rounds, weighted towards the last ones")],
 )
 def test_the_card_says_that_the_result_is_a_mean(tmp_path, average_rounds, result):
-    trainer, _ = run(tmp_path, average_rounds=average_rounds)
+    trainer, _ = run(tmp_path, average_rounds=average_rounds, num_rounds=1)
     trainer.save_model(str(tmp_path / "saved"))
     assert result in (tmp_path / "saved" / "README.md").read_text()

@@ -7,6 +7,7 @@ import multiprocessing
 import pickle
 import threading
 from abc import ABC, abstractmethod
+from multiprocessing.reduction import ForkingPickler
 
 import datasets
 import pytest
@@ -168,14 +169,24 @@ def test_what_is_written_of_the_arguments_has_no_secrets(tmp_path, arguments_cla
     assert trainer.args.hub_token == "hf_mine" and trainer.args.privacy["noise_seed"] == 987654321
 
 
+def test_copies_and_processes_have_the_secrets(tmp_path, monkeypatch):
+    arguments = secret_arguments(FederatedArguments, tmp_path)
+    # what `multiprocessing` does when it starts a process, which would have to import everything anew
+    monkeypatch.setattr(multiprocessing.context._tls, "spawning_popen", object(), raising=False)
+    sent = bytes(ForkingPickler.dumps(arguments))
+    monkeypatch.undo()
+    copies = (copy.copy(arguments), copy.deepcopy(arguments), dataclasses.replace(arguments), pickle.loads(sent))
+    for copied in copies:
+        assert copied.hub_token == "hf_mine" and copied.privacy["noise_seed"] == 987654321
+
+
 def tell(arguments, queue):
     queue.put((arguments.hub_token, arguments.privacy["noise_seed"]))
 
 
-def test_copies_and_processes_have_the_secrets(tmp_path):
+@pytest.mark.deep
+def test_a_process_that_is_started_has_the_secrets(tmp_path):
     arguments = secret_arguments(FederatedArguments, tmp_path)
-    for copied in (copy.copy(arguments), copy.deepcopy(arguments), dataclasses.replace(arguments)):
-        assert copied.hub_token == "hf_mine" and copied.privacy["noise_seed"] == 987654321
     context = multiprocessing.get_context("spawn")
     queue = context.SimpleQueue()
     process = context.Process(target=tell, args=(arguments, queue), daemon=True)

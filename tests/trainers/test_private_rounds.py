@@ -21,11 +21,11 @@ from .helpers import (
     arguments,
     assert_same,
     comparable,
-    interrupted,
     lora,
     make_trainer,
     ravan,
     resumable_trainer,
+    resumed_after,
 )
 
 
@@ -72,9 +72,7 @@ def test_a_resumed_run_is_the_uninterrupted_run(tmp_path, adapter):
     options = {"privacy": {**NOISE, "target_epsilon": 1e4}, "num_rounds": 3, "max_steps": 1}
     whole = resumable_trainer(tmp_path / "whole", adapter=adapter(), **options)
     whole.train()
-    interrupted(tmp_path / "resumed", 1, adapter=adapter(), **options)
-    resumed = resumable_trainer(tmp_path / "resumed", adapter=adapter(), **options)
-    resumed.train(resume_from_checkpoint=True)
+    resumed = resumed_after(2, whole, tmp_path / "resumed", adapter=adapter(), **options)
     assert_same(adapter_state(whole), adapter_state(resumed))
     assert comparable(whole.state.log_history) == comparable(resumed.state.log_history)
 

@@ -33,9 +33,9 @@ from .helpers import (
     arguments,
     assert_same,
     comparable,
-    interrupted,
     make_trainer,
     resumable_trainer,
+    resumed_after,
 )
 
 
@@ -418,12 +418,10 @@ def test_budgets_are_drawn_from_a_distribution(tmp_path):
 
 @pytest.mark.parametrize("merge_method", ["hetlora", "flexlora"])
 def test_a_resumed_run_is_an_uninterrupted_one(tmp_path, merge_method):
-    options = {"adapter": lora(), "client_budgets": "uniform", "merge_method": merge_method}
+    options = {"adapter": lora(), "client_budgets": "uniform", "merge_method": merge_method, "num_rounds": 3}
     whole = resumable_trainer(tmp_path / "whole", **options)
     whole.train()
-    interrupted(tmp_path / "parts", 2, **options)
-    resumed = resumable_trainer(tmp_path / "parts", **options)
-    resumed.train(resume_from_checkpoint=True)
+    resumed = resumed_after(2, whole, tmp_path / "parts", **options)
     assert_same(adapter_state(resumed), adapter_state(whole))
     assert comparable(resumed.state.log_history) == comparable(whole.state.log_history)
 

@@ -5,6 +5,7 @@ import json
 import shutil
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import datasets
 import pytest
@@ -31,15 +32,36 @@ from .helpers import (
     lora,
     ravan,
     resumable_trainer,
+    resumed_after,
 )
-from .interrupted_run import run_until
+from .interrupted_run import NUM_ROUNDS, run_until
+
+
+def assert_same_runs(whole, resumed) -> None:
+    assert_same(adapter_state(whole), adapter_state(resumed))
+    assert comparable(whole.state.log_history) == comparable(resumed.state.log_history)
+    for name in ("adapter_model.safetensors", "federation_state.safetensors"):
+        first, second = (
+            load_file(Path(run.args.output_dir) / f"checkpoint-{run.args.num_rounds}" / name)
+            for run in (whole, resumed)
+        )
+        assert_same(first, second)
+
+
+@pytest.mark.parametrize("adapter", [ravan, lora])
+def test_an_interrupted_run_goes_on_as_the_uninterrupted_run(tmp_path, adapter):
+    whole = resumable_trainer(tmp_path / "whole", adapter=adapter())
+    whole.train()
+    interrupted(tmp_path / "resumed", 2, adapter=adapter())
+    resumed = resumable_trainer(tmp_path / "resumed", adapter=adapter())
+    torch.manual_seed(1234)  # the state of the process does not matter
+    resumed.train(resume_from_checkpoint=True)
+    assert_same_runs(whole, resumed)
 
 
 @pytest.mark.parametrize(
     "adapter, after, options",
     [
-        (ravan, 2, {}),
-        (lora, 2, {}),
         (ravan, 2, {"merge_method": "fedrpca", "server_optimizer": "fedavgm"}),
         (lora, 2, {"merge_method": "fedrpca", "server_optimizer": "fedavgm"}),
         # the training in a round is determined by its number
@@ -50,26 +72,21 @@ from .interrupted_run import run_until
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_a_resumed_run_is_the_uninterrupted_run(tmp_path, adapter, after, options):
+    options = {"num_rounds": 3, "max_steps": 1, **options}
     whole = resumable_trainer(tmp_path / "whole", adapter=adapter(), **options)
     whole.train()
-    interrupted(tmp_path / "resumed", after, adapter=adapter(), **options)
-    resumed = resumable_trainer(tmp_path / "resumed", adapter=adapter(), **options)
-    torch.manual_seed(1234)  # the state of the process does not matter
-    resumed.train(resume_from_checkpoint=True)
-    assert_same(adapter_state(whole), adapter_state(resumed))
-    assert comparable(whole.state.log_history) == comparable(resumed.state.log_history)
-    for name in ("adapter_model.safetensors", "federation_state.safetensors"):
-        first, second = (load_file(tmp_path / run / "checkpoint-4" / name) for run in ("whole", "resumed"))
-        assert_same(first, second)
+    assert_same_runs(whole, resumed_after(after, whole, tmp_path / "resumed", adapter=adapter(), **options))
 
 
 def test_after_a_kill_at_any_point_the_run_resumes_bit_for_bit(tmp_path):
-    whole = resumable_trainer(tmp_path / "whole")
+    whole = resumable_trainer(tmp_path / "whole", num_rounds=NUM_ROUNDS)
     whole.train()
     gradient_svd = RavanConfig(r=2, num_heads=2, init_bases="gradient_svd", task_type="SEQ_CLS")
-    with_bases = resumable_trainer(tmp_path / "whole_with_bases", adapter=gradient_svd)
+    with_bases = resumable_trainer(tmp_path / "whole_with_bases", adapter=gradient_svd, num_rounds=NUM_ROUNDS)
     with_bases.train()
-    keeping = resumable_trainer(tmp_path / "whole_keeping", scaffold=True, local_parameters="classifier")
+    keeping = resumable_trainer(
+        tmp_path / "whole_keeping", scaffold=True, local_parameters="classifier", num_rounds=NUM_ROUNDS
+    )
     keeping.train()
     uninterrupted = {"bases": with_bases, "keeping": keeping}
     left = {
@@ -92,29 +109,24 @@ def test_after_a_kill_at_any_point_the_run_resumes_bit_for_bit(tmp_path):
         assert comparable(read_history(folder)) == comparable(trainer.state.log_history)
         # nothing incomplete is left
         assert not list(folder.glob(".*")) and not list(folder.rglob("*.incomplete"))
-    adapters = [tmp_path / run / "checkpoint-4" / "adapter_model.safetensors" for run in ("bases", "whole_with_bases")]
+    last_checkpoint = f"checkpoint-{NUM_ROUNDS}"
+    adapters = [
+        tmp_path / run / last_checkpoint / "adapter_model.safetensors" for run in ("bases", "whole_with_bases")
+    ]
     assert_same(*map(load_file, adapters))  # the bases, too
-    last = read_server_state(tmp_path / "keeping" / "checkpoint-4").state
+    last = read_server_state(tmp_path / "keeping" / last_checkpoint).state
     kept, store = kept_by_clients(keeping), ClientStore(tmp_path / "keeping")
     for client, file in last.kept.items():
         assert_same(store.load(client, file.round), kept[client])
     assert last.kept == keeping.last_server_state.kept
 
 
-def test_a_finished_run_is_loaded_and_not_run_again(tmp_path):
-    first = resumable_trainer(tmp_path)
-    first.train()
-    again = resumable_trainer(tmp_path)
-    again.train(resume_from_checkpoint=True)
-    assert_same(adapter_state(first), adapter_state(again))
-    assert len(again.state.log_history) == 4
-
-
 def test_a_run_can_be_prolonged(tmp_path, caplog):
-    resumable_trainer(tmp_path, num_rounds=2, lr_scheduler_type="constant").train()
-    longer = resumable_trainer(tmp_path, num_rounds=3, lr_scheduler_type="constant")
+    options = {"lr_scheduler_type": "constant", "max_steps": 1}
+    resumable_trainer(tmp_path, num_rounds=1, **options).train()
+    longer = resumable_trainer(tmp_path, num_rounds=2, **options)
     longer.train(resume_from_checkpoint=True)
-    whole = resumable_trainer(tmp_path / "whole", num_rounds=3, lr_scheduler_type="constant")
+    whole = resumable_trainer(tmp_path / "whole", num_rounds=2, **options)
     whole.train()
     assert_same(adapter_state(longer), adapter_state(whole))
 
@@ -151,6 +163,21 @@ def finished(tmp_path_factory):
     trainer = resumable_trainer(folder, num_rounds=3, max_steps=1)
     trainer.train()
     return folder, adapter_state(trainer)
+
+
+def test_a_finished_run_is_loaded_and_not_run_again(tmp_path, finished):
+    folder, end = finished
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    trained = []
+
+    class Rounds(FederatedCallback):
+        def on_round_begin(self, args, state, control, **kwargs):
+            trained.append(state.global_step + 1)
+
+    again = resumable_trainer(tmp_path, num_rounds=3, max_steps=1, callbacks=[Rounds()])
+    again.train(resume_from_checkpoint=True)
+    assert_same(adapter_state(again), end)
+    assert len(again.state.log_history) == 3 and not trained
 
 
 @pytest.mark.parametrize(
@@ -265,7 +292,7 @@ def test_without_a_checkpoint_there_is_nothing_to_resume(tmp_path):
         resumable_trainer(tmp_path).train(resume_from_checkpoint=True)
 
 
-def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
+def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, finished):
     write, calls = checkpoints.write_server_state, []
 
     def full(folder, *args):
@@ -275,7 +302,7 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
         write(folder, *args)
 
     monkeypatch.setattr("peft_ravan.trainers.resuming.write_server_state", full)
-    trainer = resumable_trainer(tmp_path)
+    trainer = resumable_trainer(tmp_path, num_rounds=3, max_steps=1)
     with pytest.raises(OSError, match="could not be written .No space left on device.*earlier rounds are complete"):
         trainer.train()
     assert sorted(path.name for path in tmp_path.glob("*checkpoint*")) == [
@@ -283,21 +310,20 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
         "checkpoint-1",
         "checkpoint-2",
     ]
-    whole = resumable_trainer(tmp_path / "whole")
-    whole.train()
-    resumed = resumable_trainer(tmp_path)
+    resumed = resumable_trainer(tmp_path, num_rounds=3, max_steps=1)
     resumed.train(resume_from_checkpoint=True)
-    assert_same(adapter_state(resumed), adapter_state(whole))
+    assert_same(adapter_state(resumed), finished[1])
 
 
 # ---- What Trainer's users expect of checkpoints ----------------------------------
 
 
 def test_the_best_model_is_loaded_at_the_end_and_kept(tmp_path):
-    scores = iter([0.1, 0.9, 0.3, 0.2])
+    scores = iter([0.1, 0.9, 0.3])
     trainer = resumable_trainer(
-        tmp_path, load_best_model_at_end=True, metric_for_best_model="accuracy", save_total_limit=1
-    )
+        tmp_path, load_best_model_at_end=True, metric_for_best_model="accuracy", save_total_limit=1, num_rounds=3,
+        max_steps=1,
+    )  # fmt: skip
     trainer.compute_metrics = lambda prediction: {"accuracy": next(scores)}
     best = {}
 
@@ -309,12 +335,12 @@ def test_the_best_model_is_loaded_at_the_end_and_kept(tmp_path):
     trainer.train()
     assert_same(adapter_state(trainer), best[2])
     assert trainer.state.best_metric == 0.9 and trainer.state.best_model_checkpoint.endswith("checkpoint-2")
-    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-3"}
 
 
 def test_saving_the_best_only(tmp_path):
     scores = iter([0.1, 0.9, 0.3, 0.2])
-    trainer = resumable_trainer(tmp_path, save_strategy="best", metric_for_best_model="accuracy")
+    trainer = resumable_trainer(tmp_path, save_strategy="best", metric_for_best_model="accuracy", max_steps=1)
     trainer.compute_metrics = lambda prediction: {"accuracy": next(scores)}
     trainer.train()
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}

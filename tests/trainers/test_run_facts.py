@@ -127,8 +127,8 @@ def test_a_resumed_run_reports_changes(tmp_path, monkeypatch):
 
 
 def test_a_resumed_run_without_changes_reports_nothing(tmp_path, monkeypatch):
-    options = {"max_steps": 1, "adapter": lora(), "local_parameters": "classifier", "scaffold": True}
-    interrupted(tmp_path, 2, **options)
+    options = {"max_steps": 1, "adapter": lora(), "local_parameters": "classifier", "scaffold": True, "num_rounds": 2}
+    interrupted(tmp_path, 1, **options)
     warnings = logged(monkeypatch)
     resumable_trainer(tmp_path, **options).train(resume_from_checkpoint=True)
     assert warnings == []

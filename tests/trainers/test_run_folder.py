@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import shutil
 import time
+from pathlib import Path
 
 import pytest
 from filelock import FileLock, Timeout
@@ -24,22 +25,48 @@ from .helpers import StopAfter, adapter_state, assert_same, interrupted, logged,
 SHORT = {"max_steps": 1, "num_rounds": 4}
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    trainer = resumable_trainer(tmp_path_factory.mktemp("finished"), **SHORT)
+    trainer.train()
+    return trainer
+
+
+@pytest.fixture
+def old_run(tmp_path, finished):
+    """The folder of a test, with the finished run in it."""
+    shutil.copytree(finished.args.output_dir, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
 def rounds(trainer) -> list[int]:
     return [record["round"] for record in trainer.state.log_history]
 
 
+NEW = {**SHORT, "learning_rate": 0.5}
+
+
+@pytest.fixture(scope="module")
+def new_run(tmp_path_factory):
+    """The end of a run with another learning rate, in a folder of its own."""
+    trainer = resumable_trainer(tmp_path_factory.mktemp("new"), **NEW, save_strategy="no")
+    trainer.train()
+    return adapter_state(trainer)
+
+
 @pytest.mark.parametrize("save_strategy", ["epoch", "best"])  # the latter writes no initial checkpoint
-def test_a_new_run_in_the_folder_of_an_old_one_is_the_one_that_goes_on(tmp_path, monkeypatch, save_strategy):
-    resumable_trainer(tmp_path, **SHORT, learning_rate=0.5).train()
+def test_a_new_run_in_the_folder_of_an_old_one_is_the_one_that_goes_on(
+    tmp_path, old_run, new_run, monkeypatch, save_strategy
+):
     warnings = logged(monkeypatch)
     trainer = resumable_trainer(
-        tmp_path, **SHORT, save_strategy=save_strategy, metric_for_best_model="accuracy", callbacks=[StopAfter(2)]
+        tmp_path, **NEW, save_strategy=save_strategy, metric_for_best_model="accuracy", callbacks=[StopAfter(2)]
     )
     trainer.compute_metrics = lambda prediction: {"accuracy": trainer.state.global_step}
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert "has 5 checkpoints of another run, such as checkpoint-4. This run replaces those of the same" in warnings[0]
-    resumed = resumable_trainer(tmp_path, **SHORT)
+    resumed = resumable_trainer(tmp_path, **NEW)
     trained = []
 
     class Rounds(FederatedCallback):
@@ -49,13 +76,10 @@ def test_a_new_run_in_the_folder_of_an_old_one_is_the_one_that_goes_on(tmp_path,
     resumed.add_callback(Rounds())
     resumed.train(resume_from_checkpoint=True)
     assert trained == [3, 4] and rounds(resumed) == [1, 2, 3, 4]
-    whole = resumable_trainer(tmp_path / "whole", **SHORT)
-    whole.train()
-    assert_same(adapter_state(resumed), adapter_state(whole))
+    assert_same(adapter_state(resumed), new_run)
 
 
-def test_a_new_run_that_has_no_checkpoint_yet_does_not_end_as_the_old_one(tmp_path):
-    resumable_trainer(tmp_path, **SHORT).train()
+def test_a_new_run_that_has_no_checkpoint_yet_does_not_end_as_the_old_one(tmp_path, old_run):
     resumable_trainer(tmp_path, **{**SHORT, "num_rounds": 1}, save_strategy="no").train()
     again = resumable_trainer(tmp_path, **SHORT)
     with pytest.raises(
@@ -66,8 +90,7 @@ def test_a_new_run_that_has_no_checkpoint_yet_does_not_end_as_the_old_one(tmp_pa
     assert rounds(again) == [1, 2, 3, 4]
 
 
-def test_a_run_that_went_back_goes_on_from_there(tmp_path):
-    resumable_trainer(tmp_path, **SHORT).train()
+def test_a_run_that_went_back_goes_on_from_there(tmp_path, old_run):
     back = resumable_trainer(tmp_path, **SHORT, learning_rate=0.5, callbacks=[StopAfter(2)])
     with pytest.raises(KeyboardInterrupt):
         back.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
@@ -76,41 +99,36 @@ def test_a_run_that_went_back_goes_on_from_there(tmp_path):
     assert [record["learning_rate"] for record in resumed.state.log_history] == [0.01, 0.375, 0.25, 0.125]
 
 
-def test_checkpoints_that_were_moved_are_found(tmp_path):
-    first = resumable_trainer(tmp_path / "first", **SHORT)
-    first.train()
-    shutil.copytree(tmp_path / "first" / "checkpoint-3", tmp_path / "second" / "checkpoint-3")
+def test_checkpoints_that_were_moved_are_found(tmp_path, finished):
+    shutil.copytree(Path(finished.args.output_dir) / "checkpoint-3", tmp_path / "second" / "checkpoint-3")
     second = resumable_trainer(tmp_path / "second", **SHORT)
     second.train(resume_from_checkpoint=True)
-    assert_same(adapter_state(first), adapter_state(second))
+    assert_same(adapter_state(finished), adapter_state(second))
     # and now it is the run of this folder
     again = resumable_trainer(tmp_path / "second", **SHORT)
     again.train(resume_from_checkpoint=True)
     assert rounds(again) == [1, 2, 3, 4]
 
 
-def test_the_best_model_is_not_that_of_another_run(tmp_path):
-    def make(**kwargs):
-        trainer = resumable_trainer(tmp_path, **SHORT, metric_for_best_model="accuracy", **kwargs)
-        trainer.compute_metrics = lambda prediction: {"accuracy": [0.1, 0.9, 0.3, 0.2][trainer.state.global_step - 1]}
-        return trainer
-
-    make(learning_rate=0.5).train()
+def test_the_best_model_is_not_that_of_another_run(tmp_path, old_run):
     # the best round is the second, after which this run saves nothing
-    trainer = make(save_strategy="steps", save_steps=3)
+    trainer = resumable_trainer(
+        tmp_path, **SHORT, metric_for_best_model="accuracy", save_strategy="steps", save_steps=3
+    )
+    trainer.compute_metrics = lambda prediction: {"accuracy": [0.1, 0.9, 0.3, 0.2][trainer.state.global_step - 1]}
     trainer.train()
+    assert (tmp_path / "checkpoint-2").exists()  # of the old run
     assert trainer.state.best_model_checkpoint is None
 
 
-def test_rotation_leaves_other_runs_alone(tmp_path):
-    resumable_trainer(tmp_path, **{**SHORT, "num_rounds": 6}).train()
-    trainer = resumable_trainer(tmp_path, **SHORT, save_total_limit=2)
+def test_rotation_leaves_other_runs_alone(tmp_path, old_run):
+    trainer = resumable_trainer(tmp_path, **{**SHORT, "num_rounds": 3}, save_total_limit=2)
     trainer.train()
     owners = {folder.name: RunIdentity.read(folder).name for folder in tmp_path.glob("checkpoint-*")}
     own = RunIdentity.read(tmp_path).name
-    assert {name for name, owner in owners.items() if owner == own} == {"checkpoint-3", "checkpoint-4"}
+    assert {name for name, owner in owners.items() if owner == own} == {"checkpoint-2", "checkpoint-3"}
     # the checkpoints that it replaced are gone, as reported
-    assert {name for name, owner in owners.items() if owner != own} == {"checkpoint-5", "checkpoint-6"}
+    assert {name for name, owner in owners.items() if owner != own} == {"checkpoint-4"}
 
 
 def make_checkpoint(folder, number, run):
@@ -194,8 +212,9 @@ def test_two_runs_cannot_be_in_one_folder_at_the_same_time(tmp_path):
     trainer.train()
     assert refused == [None, True, None, True] and rounds(trainer) == [1, 2]
     assert not list(tmp_path.glob(".*"))
-    interrupted(tmp_path, 1, **SHORT)  # the folder is unlocked even after an error
-    resumable_trainer(tmp_path, **SHORT).train(resume_from_checkpoint=True)
+    short = {**SHORT, "num_rounds": 2}
+    interrupted(tmp_path, 1, **short)  # the folder is unlocked even after an error
+    resumable_trainer(tmp_path, **short).train(resume_from_checkpoint=True)
 
 
 def hold(folder, held):

@@ -41,13 +41,13 @@ from .helpers import (
     arguments,
     assert_same,
     comparable,
-    interrupted,
     kept_by_clients,
     logged,
     lora,
     make_trainer,
     ravan,
     resumable_trainer,
+    resumed_after,
 )
 
 
@@ -606,9 +606,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_and_may_change_the_dtype(tmp_pat
     }
     whole = resumable_trainer(tmp_path / "whole", **options)
     whole.train()
-    interrupted(tmp_path / "run", after=2, **options)
-    resumed = resumable_trainer(tmp_path / "run", **options)
-    resumed.train(resume_from_checkpoint=True)
+    resumed = resumed_after(2, whole, tmp_path / "run", **options)
     assert_same(whole.last_global_state, resumed.last_global_state)
     assert comparable(whole.state.log_history) == comparable(resumed.state.log_history)
     warnings = logged(monkeypatch)

@@ -3,7 +3,7 @@
 import pytest
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def _identity():
     """Flower gives it to each of its processes, and no message can be made without it."""
     identity = pytest.importorskip("flwr.supercore.task_identity").TaskIdentity

@@ -33,7 +33,7 @@ def load_model(adapter=None):
 
 
 def small(folder, **kwargs) -> FederatedArguments:
-    return arguments(folder, **{"num_clients": NUM_CLIENTS, "max_steps": 2, **kwargs})
+    return arguments(folder, **{"num_clients": NUM_CLIENTS, "max_steps": 1, **kwargs})
 
 
 class Federation:
@@ -93,7 +93,7 @@ class Federation:
 
 def trained(folder: Path, make_adapter=ravan, **options) -> FederatedTrainer:
     """The federation that a [`Federation`] with these options is compared with, in the folder `trainer`."""
-    options = {"num_clients": NUM_CLIENTS, "max_steps": 2, **options}
+    options = {"num_clients": NUM_CLIENTS, "max_steps": 1, **options}
     trainer = make_trainer(folder / "trainer", make_adapter(), **options)
     trainer.train()
     trainer.save_model()

@@ -63,13 +63,15 @@ def test_the_table_has_one_more_row_with_the_same_result(tmp_path, in_process, c
     assert "is the same as that of Ravan, FedRPCA in one process, bit for bit" in shown
 
 
-def test_another_result_is_an_error(tmp_path, in_process):
+def test_another_result_is_an_error(tmp_path, in_process, monkeypatch):
     def change(folder):
         adapter = load_file(folder / "adapter_model.safetensors")
         next(value for name, value in adapter.items() if name.endswith("ravan_H")).view(-1)[3] += 0.25
         save_file(adapter, folder / "adapter_model.safetensors")
 
     in_process.append(change)
+    of_flower = digits.methods()[-1]
+    monkeypatch.setattr(digits, "methods", lambda: [of_flower])
     with pytest.raises(SystemExit, match="differs from that of one process by up to 0.25"):
         compare.main(["--output-dir", str(tmp_path)])
 

@@ -12,7 +12,7 @@ from .helpers import NUM_CLIENTS, Federation, assert_same_as_trainer, small, tra
 
 
 RUNS = {
-    "ravan": (ravan, {}),
+    "ravan": (ravan, {"max_steps": 2}),
     "ravan, mean of rounds": (ravan, {"average_rounds": 2, "lr_scheduler_type": "linear"}),
     "ravan, budgets": (ravan, {"client_budgets": "uniform", "head_selection": "gradient"}),
     "ravan, fedrpca": (ravan, {"merge_method": "fedrpca", "merge_options": {"beta": "adaptive"}}),
@@ -48,7 +48,7 @@ def test_it_is_the_federation_of_a_federated_trainer(tmp_path, make_adapter, opt
 
 def test_the_server_evaluates_the_adapter_as_a_federated_trainer_does(tmp_path):
     options = {"eval_strategy": "epoch", "eval_on_start": True, "num_rounds": 1}
-    trainer = make_trainer(tmp_path / "trainer", num_clients=NUM_CLIENTS, max_steps=2, **options)
+    trainer = make_trainer(tmp_path / "trainer", num_clients=NUM_CLIENTS, max_steps=1, **options)
     trainer.train()
     federation = Federation(
         small(tmp_path / "flower", **options),

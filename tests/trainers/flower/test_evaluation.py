@@ -32,7 +32,7 @@ def accuracy(prediction):
 
 
 def one_process(folder, **options):
-    trainer = make_trainer(folder / "trainer", num_clients=NUM_CLIENTS, max_steps=2, **EVALUATED, **options)
+    trainer = make_trainer(folder / "trainer", num_clients=NUM_CLIENTS, max_steps=1, **EVALUATED, **options)
     trainer.train()
 
 

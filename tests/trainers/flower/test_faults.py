@@ -74,7 +74,7 @@ def without_the_client(tmp_path_factory):
             raise RuntimeError("out of paper")
 
     trainer = make_trainer(
-        tmp_path_factory.mktemp("one"), num_clients=NUM_CLIENTS, max_steps=2, num_rounds=1, client_fault=fault
+        tmp_path_factory.mktemp("one"), num_clients=NUM_CLIENTS, max_steps=1, num_rounds=1, client_fault=fault
     )
     trainer.train()
     return trainer
@@ -116,7 +116,7 @@ def test_a_round_is_repeated_within_the_round_of_flower(tmp_path):
             failed.append(client)
             raise RuntimeError("out of paper")
 
-    trainer = make_trainer(tmp_path / "trainer", num_clients=NUM_CLIENTS, max_steps=2, **options, client_fault=fault)
+    trainer = make_trainer(tmp_path / "trainer", num_clients=NUM_CLIENTS, max_steps=1, **options, client_fault=fault)
     trainer.train()
     assert [record["attempts"] for record in federation.records] == [2, 1]
     assert [failure["client"] for failure in federation.records[0]["failed_clients"]] == failed
@@ -198,7 +198,7 @@ def test_what_a_client_keeps_is_as_before_when_its_app_fails(tmp_path):
     def fault(client, round_number, update):
         return replace(update, num_examples=0) if (client, round_number) == (BAD_CLIENT, 2) else None
 
-    trainer = make_trainer(tmp_path / "trainer", num_clients=NUM_CLIENTS, max_steps=2, **options, client_fault=fault)
+    trainer = make_trainer(tmp_path / "trainer", num_clients=NUM_CLIENTS, max_steps=1, **options, client_fault=fault)
     trainer.train()
     assert [len(record["clients"]) for record in federation.records] == [3, 2, 3]
     names = [name for name in trainer.last_global_state if "ravan_H" in name]

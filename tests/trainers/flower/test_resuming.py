@@ -38,15 +38,22 @@ class Killed(InProcessGrid):
 
 def run(folder, states=None, grid_class=InProcessGrid, **options) -> Federation:
     configs = states and {name: {"state-dir": str(states / name)} for name in ("client_0", "client_1", "client_2")}
-    args = small(folder, **{"num_rounds": 4, "save_strategy": "epoch", **options})
+    args = small(folder, **{"num_rounds": 3, "save_strategy": "epoch", **options})
     federation = Federation(args, ravan, configs, grid_class)
     federation.run()
     return federation
 
 
+@pytest.fixture(scope="module")
+def personal(tmp_path_factory) -> Federation:
+    """The uninterrupted run with SCAFFOLD and personal parts."""
+    folder = tmp_path_factory.mktemp("personal")
+    return run(folder / "whole", folder / "states", **PERSONAL)
+
+
 @pytest.mark.parametrize("options", RUNS.values(), ids=RUNS)
-def test_a_killed_server_goes_on_with_the_same_result(tmp_path, options):
-    whole = run(tmp_path / "whole", tmp_path / "states of whole", **options)
+def test_a_killed_server_goes_on_with_the_same_result(tmp_path, personal, options):
+    whole = personal if options is PERSONAL else run(tmp_path / "whole", tmp_path / "states of whole", **options)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "cut", tmp_path / "states", Killed, **options)
     assert [path.name for path in sorted((tmp_path / "cut").glob("checkpoint-*"))] == [
@@ -66,17 +73,18 @@ def test_the_state_of_clients_is_in_their_folder_and_nowhere_else(tmp_path):
     assert [parts[1] for parts in files] == ["client_0", "client_1", "client_2"]
 
 
-def test_nodes_that_are_simulated_have_one_folder_for_all(tmp_path):
+def test_nodes_that_are_simulated_have_one_folder_for_all(tmp_path, personal):
     """They are all configured alike, so the configuration of the run names it."""
     folder = {"run_config": {"state-dir": str(tmp_path / "states")}}
-    whole = run(tmp_path / "whole", tmp_path / "of each", grid_class=partial(InProcessGrid, **folder), **PERSONAL)
+    one_round = {**PERSONAL, "num_rounds": 1}
+    run(tmp_path / "one", tmp_path / "of each", grid_class=partial(InProcessGrid, **folder), **one_round)
     assert not (tmp_path / "states").exists()  # what a node says of its own folder comes first
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "cut", grid_class=partial(Killed, **folder), **PERSONAL)
     gone_on = run(
         tmp_path / "cut", grid_class=partial(InProcessGrid, **folder), resume_from_checkpoint=True, **PERSONAL
     )
-    assert_same(gone_on.adapter(), whole.adapter())
+    assert_same(gone_on.adapter(), personal.adapter())
 
 
 def test_without_a_folder_flower_keeps_the_state_of_clients_as_bytes(tmp_path):

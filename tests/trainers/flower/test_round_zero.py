@@ -24,10 +24,15 @@ def gradient_svd() -> RavanConfig:
 
 
 def expected(folder, **options):
-    trainer = make_trainer(folder, gradient_svd(), num_clients=NUM_CLIENTS, max_steps=2, **options)
+    trainer = make_trainer(folder, gradient_svd(), num_clients=NUM_CLIENTS, max_steps=1, **options)
     trainer.train()
     trainer.save_model()
     return load_file(folder / "adapter_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def of_trainer(tmp_path_factory) -> dict[str, torch.Tensor]:
+    return expected(tmp_path_factory.mktemp("trainer"))
 
 
 def test_round_zero_gives_the_bases_of_a_federated_trainer_and_sends_them_once(tmp_path):
@@ -53,19 +58,18 @@ class Killed(CountingGrid):
         return super().handle(message, context)
 
 
-def test_a_resumed_run_sends_them_to_the_nodes_of_its_own_run(tmp_path):
-    adapter = expected(tmp_path / "trainer", num_rounds=2)
+def test_a_resumed_run_sends_them_to_the_nodes_of_its_own_run(tmp_path, of_trainer):
     options = {"num_rounds": 2, "save_strategy": "epoch"}
     with pytest.raises(KeyboardInterrupt):
         Federation(small(tmp_path / "flower", **options), gradient_svd, grid_class=Killed).run()
     again = small(tmp_path / "flower", **options, resume_from_checkpoint=True)
     federation = Federation(again, gradient_svd, grid_class=CountingGrid)
     federation.run()
-    assert_same(federation.adapter(), adapter)
+    assert_same(federation.adapter(), of_trainer)
     assert [kind for kind, _ in federation.grid.handled].count("train.bases") == NUM_CLIENTS
 
 
-def test_a_node_that_is_started_again_is_sent_them_again(tmp_path):
+def test_a_node_that_is_started_again_is_sent_them_again(tmp_path, of_trainer):
     class Restarted(CountingGrid):
         def send_and_receive(self, messages, *, timeout=None):
             replies = super().send_and_receive(messages, timeout=timeout)
@@ -73,10 +77,9 @@ def test_a_node_that_is_started_again_is_sent_them_again(tmp_path):
                 self.connect(900, self.contexts.pop(107).node_config)
             return replies
 
-    adapter = expected(tmp_path / "trainer", num_rounds=2)
     federation = Federation(small(tmp_path / "flower", num_rounds=2), gradient_svd, grid_class=Restarted)
     federation.run()
-    assert_same(federation.adapter(), adapter)
+    assert_same(federation.adapter(), of_trainer)
     assert ("train.bases", 900) in federation.grid.handled
 
 

@@ -53,7 +53,7 @@ def run_both(tmp_path, adapter=ravan, **options) -> tuple[Federation, Federation
 @pytest.mark.parametrize(
     "options",
     [
-        {},
+        {"max_steps": 2},
         BUDGETS,
         {**BUDGETS, "head_selection": "gradient", "head_allocation": "global"},
         {"max_examples": 50},
@@ -193,7 +193,7 @@ def test_a_client_that_drops_out_costs_only_itself(tmp_path, stage):
         if client == BAD_CLIENT:
             raise OSError("no route")
 
-    trainer = make_trainer(tmp_path / "one", num_clients=3, max_steps=2, num_rounds=1, client_fault=fault, **SIZES)
+    trainer = make_trainer(tmp_path / "one", num_clients=3, max_steps=1, num_rounds=1, client_fault=fault, **SIZES)
     trainer.train()
     [record] = secure.records
     assert record["clients"] == ["client_0", "client_2"] and record["attempts"] == 1
@@ -324,9 +324,9 @@ def test_a_node_without_the_argument_is_left_out_with_the_reason(tmp_path):
         federation.run()
 
 
-@pytest.mark.parametrize("kind", ["train", "train.on_sent_bases", "evaluate", "evaluate.on_sent_bases"])
-def test_a_node_sends_nothing_without_masks_whatever_it_is_asked(tmp_path, kind):
-    """By a server that ignores the arguments."""
+@pytest.fixture(scope="module")
+def unmasked_task(tmp_path_factory) -> Message:
+    """A task of a federation without secure aggregation."""
 
     class Keeping(InProcessGrid):
         kept = []
@@ -335,11 +335,16 @@ def test_a_node_sends_nothing_without_masks_whatever_it_is_asked(tmp_path, kind)
             self.kept.append(message)
             return super().handle(message, context)
 
-    run(tmp_path / "plain", grid_class=Keeping, num_rounds=1)
-    task = next(message for message in Keeping.kept if message.metadata.message_type == "train")
-    node_id = task.metadata.dst_node_id
+    run(tmp_path_factory.mktemp("plain"), grid_class=Keeping, num_rounds=1)
+    return next(message for message in Keeping.kept if message.metadata.message_type == "train")
+
+
+@pytest.mark.parametrize("kind", ["train", "train.on_sent_bases", "evaluate", "evaluate.on_sent_bases"])
+def test_a_node_sends_nothing_without_masks_whatever_it_is_asked(tmp_path, unmasked_task, kind):
+    """By a server that ignores the arguments."""
+    node_id = unmasked_task.metadata.dst_node_id
     grid = Federation(small(tmp_path, secure_aggregation=True)).grid
-    answer = grid.reply(over_the_wire(Message(task.content, node_id, kind)))
+    answer = grid.reply(over_the_wire(Message(unmasked_task.content, node_id, kind)))
     assert answer.has_error() and "arguments of this node have `secure_aggregation`" in answer.error.reason
 
 

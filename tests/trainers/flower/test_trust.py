@@ -94,7 +94,7 @@ pytestmark = [
 
 
 class Guarded(Loopback):
-    """A SuperLink that is started with the commands of the guide, one registered node, and nodes that are strangers."""
+    """A SuperLink that is started with the commands of the guide, one registered node, and one that is a stranger."""
 
     def here(self, command: str) -> str:
         """A command of the guide with the address of this SuperLink, which nodes reach without a proxy."""
@@ -104,24 +104,18 @@ class Guarded(Loopback):
     def prepare(self, commands: str) -> None:
         subprocess.run(["bash", "-ec", self.here(commands)], env=self.environment, cwd=self.folder, check=True)
 
-    def start_node(self, name: str, *options: str, without: tuple[str, ...] = ()) -> subprocess.Popen:
+    def start_node(self, name: str) -> subprocess.Popen:
         command = shlex.split(self.here(START_A_NODE).replace("north", name))
-        for option in without:  # and its value
-            del command[command.index(option) : command.index(option) + 2]
-        return self._start(*command, *options, "--port", str(free_port()))
+        return self._start(*command, "--port", str(free_port()))
 
     def _start_all(self) -> None:
         self.prepare(MAKE_CERTIFICATES)
         self._start(*shlex.split(self.here(START_THE_LINK)))
 
-    def start_strangers(self) -> dict[str, subprocess.Popen]:
-        key, certificates = "--auth-supernode-private-key", "--root-certificates"
-        self.prepare(MAKE_A_KEY.replace("north", "without-registration"))
-        return {
-            "without-registration": self.start_node("without-registration"),
-            "without-key": self.start_node("without-key", without=(key,)),
-            "without-tls": self.start_node("without-tls", "--insecure", without=(key, certificates)),
-        }
+    def start_stranger(self) -> subprocess.Popen:
+        """A node with a key that is not registered."""
+        self.prepare(MAKE_A_KEY.replace("north", STRANGER))
+        return self.start_node(STRANGER)
 
 
 @dataclass
@@ -131,21 +125,18 @@ class Seen:
     names: list[str]  # of those that the app has reached
     listed: list[dict]
     refused: dict[str, int]  # the answers to requests that nobody has signed, by their paths
+    without_tls: str  # the error of a request that is not encrypted
     logs: dict[str, str]
 
 
-# what a node says that is not let in; without TLS, it tries again and again
-REFUSED = {
-    "without-registration": "The SuperNode could not establish a connection",
-    "without-key": "The SuperNode could not establish a connection",
-    "without-tls": "Connection attempt failed",
-}
-LET_IN = "SuperNode ID"
+STRANGER = "without-registration"
+# what a node says that is not let in, and one that is
+REFUSED, LET_IN = "The SuperNode could not establish a connection", "SuperNode ID"
 
 
-def is_decided(guarded: Guarded, name: str, process: subprocess.Popen) -> bool:
+def is_decided(guarded: Guarded, process: subprocess.Popen) -> bool:
     log = guarded.log(process)
-    return REFUSED[name] in log or LET_IN in log
+    return REFUSED in log or LET_IN in log
 
 
 @pytest.fixture(scope="module")
@@ -156,18 +147,17 @@ def seen(tmp_path_factory) -> Seen:
     for name, text in APP.items():
         (app / name).write_text(text)
     with Guarded(folder / "flower", num_nodes=0) as guarded:
-        strangers = guarded.start_strangers()
+        stranger = guarded.start_stranger()
         guarded.prepare(MAKE_A_KEY + REGISTER)
-        logs = {"north": guarded.start_node("north")}
+        north = guarded.start_node("north")
         run = guarded.start_run(app, output_dir=str(folder))
         guarded.wait_until((folder / "names.json").exists, run)
         guarded.wait_for_the_end(run)
-        for name, process in strangers.items():
-            guarded.wait_until(functools.partial(is_decided, guarded, name, process))
-        logs = {name: guarded.log(process) for name, process in {**logs, **strangers}.items()}
-        refused = unsigned_requests(guarded)
+        guarded.wait_until(functools.partial(is_decided, guarded, stranger))
+        logs = {"north": guarded.log(north), STRANGER: guarded.log(stranger)}
+        refused, without_tls = unsigned_requests(guarded), request_without_tls(guarded)
         listed = json.loads(guarded.output("flwr", "supernode", "list", "here", "--format", "json"))
-    return Seen(json.loads((folder / "names.json").read_text()), listed["nodes"], refused, logs)
+    return Seen(json.loads((folder / "names.json").read_text()), listed["nodes"], refused, without_tls, logs)
 
 
 def unsigned_requests(guarded: Guarded) -> dict[str, int]:
@@ -177,20 +167,27 @@ def unsigned_requests(guarded: Guarded) -> dict[str, int]:
         return {route.path: client.post(route.path, content=b"").status_code for route in fleet.routes}
 
 
+def request_without_tls(guarded: Guarded) -> str:
+    try:
+        return f"answered with {httpx.get(f'http://{guarded.address}{fleet.routes[0].path}').status_code}"
+    except httpx.TransportError as error:
+        return type(error).__name__
+
+
 def test_a_registered_node_takes_part(seen):
     assert seen.names == ["north"]
     assert "Receiving: query message" in seen.logs["north"]
 
 
-def test_all_others_get_nothing(seen):
+def test_a_node_that_is_not_registered_gets_nothing(seen):
     assert len(seen.listed) == 1 and seen.listed[0]["status"] == "online"
-    for name, refused in REFUSED.items():
-        log = seen.logs[name]
-        assert refused in log and LET_IN not in log and "Receiving" not in log, f"{name}: {log}"
+    log = seen.logs[STRANGER]
+    assert REFUSED in log and LET_IN not in log and "Receiving" not in log, log
 
 
-def test_nothing_is_answered_that_is_not_signed(seen):
+def test_nothing_is_answered_that_is_not_signed_or_not_encrypted(seen):
     assert len(seen.refused) > 10 and set(seen.refused.values()) == {401}
+    assert "answered" not in seen.without_tls
 
 
 def test_the_proxy_lets_what_nodes_need_through_and_nothing_else():
