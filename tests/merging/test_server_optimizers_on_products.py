@@ -118,7 +118,7 @@ def test_all_methods_that_decompose_are_here():
 @pytest.mark.parametrize("method", METHODS)
 def test_a_step_without_momentum_is_the_plain_merge_round_after_round(method, kind):
     problem = LeastSquares(KINDS[kind])
-    num_rounds = 15 if method == "fedrpca" else 40
+    num_rounds = 15
     plain = list(problem.rounds(method, num_rounds))
     stepped = list(problem.rounds(method, num_rounds, PLAIN))
     # what is frozen in every round bounds what can be learned
