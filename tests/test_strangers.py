@@ -305,6 +305,23 @@ def test_malformed_names_of_labels_are_named(adapter, content):
         card_of_folder(adapter)
 
 
+@pytest.mark.parametrize("content", ["[]", "{"])
+def test_a_malformed_image_processor_is_named_where_it_is_used(adapter, content):
+    (adapter / "preprocessor_config.json").write_text(content)
+    card_of_folder(adapter)
+    (adapter / "README.md").write_text("---\npipeline_tag: image-classification\n---\n")
+    with pytest.raises(ValueError, match="preprocessor_config.json (must|is not valid JSON)"):
+        card_of_folder(adapter)
+
+
+@pytest.mark.parametrize("value", ["[0.5]", "[0.5, 0.5, 0.5]", "0.5", "null", '"x"'])
+def test_images_are_converted_to_the_channels_of_the_image_processor(adapter, value):
+    (adapter / "README.md").write_text("---\npipeline_tag: image-classification\n---\n")
+    (adapter / "preprocessor_config.json").write_text(f'{{"image_mean": {value}}}')
+    mode = "L" if value == "[0.5]" else "RGB"
+    assert f'.convert("{mode}")' in str(card_of_folder(adapter))
+
+
 @pytest.mark.parametrize("content", ["[]", "{", "{}", '{"peft_type": "RAVAN", "r": 0}'])
 def test_a_malformed_second_form_is_named(saved, tmp_path, content):
     folder = Path(shutil.copytree(saved / "lora", tmp_path / "adapter"))

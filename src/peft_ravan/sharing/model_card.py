@@ -320,8 +320,9 @@ class _CardFacts:
 
     def _image_mode(self) -> str:
         """Image processors do not convert images to the channels that they normalize."""
-        values = read_object(self.folder / _IMAGE_PROCESSOR) if self.has(_IMAGE_PROCESSOR) else {}
-        mean = values.get("image_mean")
+        if self.task != "image-classification" or not self.has(_IMAGE_PROCESSOR):
+            return "RGB"
+        mean = read_object(self.folder / _IMAGE_PROCESSOR).get("image_mean")
         return "L" if isinstance(mean, list) and len(mean) == 1 else "RGB"
 
     def num_labels(self) -> int | None:
