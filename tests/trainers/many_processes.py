@@ -11,6 +11,7 @@ import signal
 from pathlib import Path
 
 import datasets
+import pytest
 import torch
 from accelerate import PartialState
 from safetensors.torch import save_file
@@ -20,6 +21,7 @@ from peft_ravan import RavanConfig
 from peft_ravan.trainers import FederatedCallback, FederatedSFTConfig, FederatedSFTTrainer
 from peft_ravan.trainers.client.store import ClientStore, ClientStoreError
 from peft_ravan.trainers.run_folder import find_checkpoints
+from peft_ravan.trainers.server.server import Server
 
 from ..conftest import classification_dataset, make_tokenizer, sentence, tiny_llama
 from .helpers import StopAfter, comparable, lora, make_trainer, ravan
@@ -143,20 +145,32 @@ def full_disk(store: ClientStore, client: str, round_number: int, *args) -> str:
 
 def run_until_the_disk_is_full(folder: Path) -> None:
     """All processes end with the error, and none waits for another."""
-    ClientStore.save = full_disk
-    with contextlib.suppress(ClientStoreError):
-        make("full", folder / "full", Heard()).train()
-        raise AssertionError("The run has not ended.")
-    ClientStore.save = save
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ClientStore, "save", full_disk)
+        with pytest.raises(ClientStoreError):
+            make("full", folder / "full", Heard()).train()
 
 
 save = ClientStore.save
+
+
+def run_until_the_server_fails(folder: Path) -> None:
+    """The server runs in the main process only, and its error ends the run in all."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Server, "close", refuse)
+        with pytest.raises(ArithmeticError):
+            make("single", folder / "refused", Heard()).train()
+
+
+def refuse(*args):
+    raise ArithmeticError("There is no merge.")
 
 
 def run_one(run: str, folder: Path, kill: bool = False) -> None:
     heard = Heard()
     if run == "full":
         run_until_the_disk_is_full(folder)
+        run_until_the_server_fails(folder)
     if run == "resumed":
         trainer = make(run, folder / run, Heard())
         trainer.add_callback(StopAfter(2))
