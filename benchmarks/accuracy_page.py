@@ -20,22 +20,23 @@ from experiment import read_experiment
 
 FOLDER = Path(__file__).parent
 PAGE = FOLDER.parent / "docs" / "benchmarks.md"
-SECTION = re.compile(r"<!-- accuracy (\S+) -->\n.*?<!-- /accuracy -->", flags=re.DOTALL)
+SECTION = re.compile(r"<!-- accuracy (\S+(?: quick)?) -->\n.*?<!-- /accuracy -->", flags=re.DOTALL)
 
 
 def report_of(name: str) -> Report:
     """
     Args:
-        name (`str`): The name of an experiment in `experiments`.
+        name (`str`): The name of an experiment in `experiments`, and `" quick"` for the runs of `--quick`.
 
     Returns:
         [`Report`]: What is said of its finished runs in `results`.
     """
+    name, _, quick = name.partition(" ")
     path = FOLDER / "experiments" / f"{name}.yaml"
     first = path
     while base := yaml.safe_load(first.read_text()).get("base"):
         first = first.parent / base
-    return Report(read_experiment(path), finished_cells(FOLDER / "results" / f"{first.stem}.jsonl"))
+    return Report(read_experiment(path), finished_cells(FOLDER / "results" / f"{first.stem}.jsonl"), quick or "run")
 
 
 def with_tables(page: str) -> str:
@@ -61,7 +62,7 @@ def with_tables(page: str) -> str:
 
 def plot_name(experiment: str, variant: str) -> str:
     """The file of a plot."""
-    return f"accuracy-{'-'.join(part for part in (experiment, variant) if part)}.png"
+    return f"accuracy-{'-'.join([*experiment.split(), *variant.split()])}.png"
 
 
 def main() -> None:

@@ -87,7 +87,7 @@ def test_each_finished_run_is_of_an_experiment_as_it_is_now():
                 experiment.cell(variant, method, purpose, 0, middle_rates(experiment, method)).settings
                 for variant in experiment.variants
                 for method in experiment.methods
-                for purpose in ("trial", "run")
+                for purpose in ("trial", "run", "quick")
             }
     for path in (BENCHMARKS / "results").glob("*.jsonl"):
         records = finished_cells(path)
