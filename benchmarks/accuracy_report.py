@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 from cells import is_of
 from experiment import Experiment, Rates, middle_rates, trial_cells
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 
@@ -199,12 +201,13 @@ def _by_rate(experiment: Experiment, records: Mapping[float, Record]) -> str:
 def _plot(runs: Mapping[str, list[Record]], title: str) -> Figure:
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     by_rounds, by_megabytes = figure.subplots(1, 2, sharey=True)
-    for name, found in runs.items():
+    colors = colormaps["tab20" if len(runs) > 10 else "tab10"].colors
+    for (name, found), color in zip(runs.items(), itertools.cycle(colors), strict=False):
         curves = 100 * np.stack([record["measured"]["mean"] for record in found])  # [seeds, evaluations]
         for axes, key in ((by_rounds, "rounds"), (by_megabytes, "megabytes")):
             x = np.mean([record["measured"][key] for record in found], axis=0)
-            [line] = axes.plot(x, curves.mean(0), label=name)
-            axes.fill_between(x, curves.min(0), curves.max(0), color=line.get_color(), alpha=0.15, linewidth=0)
+            axes.plot(x, curves.mean(0), color=color, label=name)
+            axes.fill_between(x, curves.min(0), curves.max(0), color=color, alpha=0.15, linewidth=0)
     by_megabytes.set_xscale("log")
     by_megabytes.xaxis.set_major_formatter("{x:g}")
     by_rounds.xaxis.get_major_locator().set_params(integer=True)
