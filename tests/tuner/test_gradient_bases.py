@@ -52,6 +52,16 @@ def test_the_mean_of_sketches_is_the_sketch_of_the_mean():
     torch.testing.assert_close(sum(part.rows for part in parts), whole.rows, atol=1e-4, rtol=1e-4)
 
 
+def test_a_sketch_gives_the_same_gradient_whatever_lies_in_free_memory():
+    sketch = GradientSketch(BasesShape(300, 300, 16, 6), seed=0, device="cpu")
+    sketch.add_gradient(torch.randn(300, 300))
+    expected = sketch.low_rank()
+    for size in range(20, 80):
+        freed = torch.randint(-(2**62), 2**62, (size,))  # of the size of the pivots of a solver
+        del freed
+        assert torch.equal(sketch.low_rank(), expected)
+
+
 def batches():
     dataset = classification_dataset(32).with_format("torch")
     return [dataset[start : start + 8] for start in range(0, 32, 8)]

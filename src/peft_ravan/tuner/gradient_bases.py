@@ -82,7 +82,8 @@ class GradientSketch:
             `torch.Tensor`: An approximation of the gradient, `[d_out, d_in]`, of rank k.
         """
         Q = torch.linalg.qr(self.columns).Q  # [d_out, k]
-        return Q @ torch.linalg.lstsq(self.psi.double() @ Q, self.rows).solution
+        # the default driver reads memory that PyTorch has not set (pytorch#187411), so each call gives another result
+        return Q @ torch.linalg.lstsq(self.psi.double() @ Q, self.rows, driver="gels").solution
 
 
 def initialize_bases_from_gradient(
