@@ -6,6 +6,7 @@ import itertools
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,12 +77,15 @@ class Report:
     def tables(self) -> str:
         """
         Returns:
-            `str`: A table for each variant, and one of the learning rates, in markdown.
+            `str`: A table for each variant, or one for all, and one of the learning rates, in markdown.
         """
         lines = []
-        for variant, runs in self.runs().items():
-            lines += [f"**{variant}**", ""] if variant else []
-            lines += [*_table(self.experiment, runs), ""]
+        if self.experiment.compared_variants:
+            lines += [*_table_of_variants(self.experiment, self.runs()), ""]
+        else:
+            for variant, runs in self.runs().items():
+                lines += [f"**{variant}**", ""] if variant else []
+                lines += [*_table(self.experiment, runs), ""]
         if self.purpose == "run":
             lines += ["**Learning rates**", "", *_rates_table(self.experiment, self.tuning or self.records)]
         return "\n".join(lines).strip()
@@ -89,9 +93,11 @@ class Report:
     def plots(self) -> dict[str, Figure]:
         """
         Returns:
-            `dict[str, Figure]`: A plot for each variant, by the name that it suggests for its file.
+            `dict[str, Figure]`: A plot for each variant, by the name that it suggests for its file, or one without a name.
         """
         title = self.experiment.title
+        if self.experiment.compared_variants:
+            return {"": _plot_of_variants(self.experiment, self.runs())} if self.runs() else {}
         return {
             variant.replace(" ", "_"): _plot(runs, " · ".join(part for part in (title, variant) if part))
             for variant, runs in self.runs().items()
@@ -125,45 +131,47 @@ class Report:
 
 
 def _table(experiment: Experiment, runs: Mapping[str, list[Record]]) -> list[str]:
-    def of_last(record: Record) -> float:
-        return last_accuracy(experiment, record)
-
     reference = runs.get(experiment.reference)
-    target = None if reference is None else statistics.fmean(of_last(record) for record in reference)
+    target = None if reference is None else statistics.fmean(last_accuracy(experiment, record) for record in reference)
     to_target = "" if target is None else f" to {target:.1f} %"
-    rows = [
-        (
-            "Method",
-            "Seeds",
-            "Last state, %",
-            f"against {experiment.reference}, points",
-            "Mean of rounds, %",
-            f"against {experiment.reference}, points",
-            "Worst decile, %",
-            "Cosine of updates",
-            "MB",
-            f"Rounds{to_target}",
-            f"MB{to_target}",
-        )
-    ]
+    rows = [(*_columns(experiment), f"Rounds{to_target}", f"MB{to_target}")]
     for name, found in runs.items():
-        compared = reference if name != experiment.reference else None
         reached = [_first(record, target) for record in found] if target is not None else [None]
-        rows.append(
-            (
-                name,
-                str(len(found)),
-                _spread([of_last(record) for record in found]),
-                _lead(found, compared, of_last),
-                _spread([mean_accuracy(record) for record in found]),
-                _lead(found, compared, mean_accuracy),
-                _spread([100 * record["measured"]["worst_decile"][-1] for record in found]),
-                _cosine(found),
-                f"{statistics.fmean(record['measured']['megabytes'][-1] for record in found):.2f}",
-                *_mean_of_reached(reached),
-            )
-        )
+        rows.append((*_row(experiment, name, found, reference), *_mean_of_reached(reached)))
     return list(markdown(rows))
+
+
+def _table_of_variants(experiment: Experiment, runs: Mapping[str, Mapping[str, list[Record]]]) -> list[str]:
+    rows = [("Variant", *_columns(experiment))]
+    for variant, shown in experiment.compared_variants.items():
+        of_variant = runs.get(variant, {})
+        reference = of_variant.get(experiment.reference)
+        rows += [(shown, *_row(experiment, name, found, reference)) for name, found in of_variant.items()]
+    return list(markdown(rows, names=2))
+
+
+def _columns(experiment: Experiment) -> tuple[str, ...]:
+    lead = f"against {experiment.reference}, points"
+    accuracies = ("Last state, %", lead, "Mean of rounds, %", lead, "Worst decile, %")
+    return "Method", "Seeds", *accuracies, "Cosine of updates", "MB"
+
+
+def _row(
+    experiment: Experiment, name: str, found: Sequence[Record], reference: Sequence[Record] | None
+) -> tuple[str, ...]:
+    of_last = partial(last_accuracy, experiment)
+    compared = reference if name != experiment.reference else None
+    return (
+        name,
+        str(len(found)),
+        _spread([of_last(record) for record in found]),
+        _lead(found, compared, of_last),
+        _spread([mean_accuracy(record) for record in found]),
+        _lead(found, compared, mean_accuracy),
+        _spread([100 * record["measured"]["worst_decile"][-1] for record in found]),
+        _cosine(found),
+        f"{statistics.fmean(record['measured']['megabytes'][-1] for record in found):.2f}",
+    )
 
 
 def _rates_table(experiment: Experiment, records: Sequence[Record]) -> list[str]:
@@ -220,17 +228,40 @@ def _plot(runs: Mapping[str, list[Record]], title: str) -> Figure:
     return figure
 
 
-def markdown(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+def _plot_of_variants(experiment: Experiment, runs: Mapping[str, Mapping[str, list[Record]]]) -> Figure:
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    variants = [variant for variant in experiment.compared_variants if variant in runs]
+    methods = [name for name in experiment.rows if any(name in of_variant for of_variant in runs.values())]
+    measures = {"last state": partial(last_accuracy, experiment), "mean of rounds": mean_accuracy}
+    for axes, (label, accuracy) in zip(panels, measures.items(), strict=True):
+        for name, color in zip(methods, itertools.cycle(colormaps["tab10"].colors), strict=False):
+            x = [i for i, variant in enumerate(variants) if name in runs[variant]]
+            found = [[accuracy(record) for record in runs[variants[i]][name]] for i in x]
+            means = [statistics.fmean(values) for values in found]
+            axes.plot(x, means, "o-", color=color, label=name)
+            axes.vlines(x, [min(values) for values in found], [max(values) for values in found], color=color)
+        labels = [experiment.compared_variants[variant] for variant in variants]
+        axes.set_xticks(range(len(variants)), labels, rotation=30, horizontalalignment="right")
+        axes.set(ylabel=f"accuracy of the {label}, %")
+        axes.grid(alpha=0.3)
+    figure.suptitle(experiment.title)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
+    return figure
+
+
+def markdown(rows: Sequence[Sequence[str]], names: int = 1) -> Iterator[str]:
     """
     Args:
         rows (`Sequence[Sequence[str]]`): The rows of a table, with the header first.
+        names (`int`, *optional*, defaults to 1): How many of the first columns are names. The others are aligned to the right.
 
     Yields:
         `str`: Its lines.
     """
     header, *body = rows
     yield f"| {' | '.join(header)} |"
-    yield "|---|" + "---:|" * (len(header) - 1)
+    yield "|" + "---|" * names + "---:|" * (len(header) - names)
     for row in body:
         yield f"| {' | '.join(row)} |"
 

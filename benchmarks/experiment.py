@@ -92,6 +92,8 @@ class Experiment:
         reference (`str`): The method whose accuracy the others have to reach.
         last_evaluations (`int`): How many of the last evaluations an accuracy is averaged over.
         quick (`dict`): Arguments of the federation with `--quick`.
+        compared_variants (`dict[str, str]`): If variants are what is compared, how they are called in the table and the plot
+            that they share, in this order. By default each has a table and a plot of its own.
     """
 
     title: str
@@ -106,6 +108,7 @@ class Experiment:
     reference: str = "LoRA, FedAvg"
     last_evaluations: int = 5
     quick: Mapping[str, Any] = field(default_factory=dict)
+    compared_variants: Mapping[str, str] = field(default_factory=dict)
 
     def settings(self, cell: Cell) -> dict[str, Any]:
         """All that the result of a cell depends on, except for what is in the cell, and for the place of the data."""
@@ -204,6 +207,8 @@ def read_experiment(path: Path) -> Experiment:
     wanted = {experiment.reference, *experiment.rows, *(m.rates_of for m in experiment.methods.values() if m.rates_of)}
     if missing := wanted - experiment.methods.keys():
         raise ValueError(f"{path}: there is no method {', '.join(sorted(missing))}.")
+    if missing := experiment.compared_variants.keys() - experiment.variants.keys():
+        raise ValueError(f"{path}: there is no variant {', '.join(sorted(missing))}.")
     return experiment
 
 

@@ -128,6 +128,20 @@ def test_each_run_is_made_once_with_the_best_rates_of_its_method(finished, run, 
     assert "**iid**" in again and "**Learning rates**" in again
 
 
+def test_variants_can_share_a_table_and_a_plot(finished, run, tmp_path):
+    shutil.copytree(finished.out, tmp_path / "out")
+    printed = run(compared_variants={"iid": "equal shares", "skewed": "few classes each"})
+    names = [row.split(" | ")[:2] for row in printed.splitlines() if row.startswith(("| equal", "| few"))]
+    assert names == [
+        ["| equal shares", "LoRA, FedAvg"], ["| equal shares", "Ravan"],
+        ["| few classes each", "LoRA, FedAvg"], ["| few classes each", "Ravan"],
+    ]  # fmt: skip
+    assert "**iid**" not in printed and (tmp_path / "out" / "experiment-run.png").is_file()
+    assert len((tmp_path / "out" / "cells.jsonl").read_text().splitlines()) == 10  # as before
+    with pytest.raises(ValueError, match="there is no variant pathological"):
+        run(compared_variants={"pathological": "two classes each"})
+
+
 def test_the_rates_of_finished_runs_can_be_used(finished, run, tmp_path):
     table = [line for line in finished.printed.splitlines() if line.startswith("|")]
     again = run("--rates", finished.out / "cells.jsonl", "--variants", "skewed", "--methods", "Ravan")
