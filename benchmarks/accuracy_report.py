@@ -236,10 +236,10 @@ def _plot_of_variants(experiment: Experiment, runs: Mapping[str, Mapping[str, li
     measures = {"last state": partial(last_accuracy, experiment), "mean of rounds": mean_accuracy}
     for axes, (label, accuracy) in zip(panels, measures.items(), strict=True):
         for name, color in zip(methods, itertools.cycle(colormaps["tab10"].colors), strict=False):
-            x = [i for i, variant in enumerate(variants) if name in runs[variant]]
-            found = [[accuracy(record) for record in runs[variants[i]][name]] for i in x]
-            means = [statistics.fmean(values) for values in found]
-            axes.plot(x, means, "o-", color=color, label=name)
+            # a variant that was not run is a gap
+            found = [[accuracy(record) for record in runs[variant].get(name, ())] or [np.nan] for variant in variants]
+            x = range(len(variants))
+            axes.plot(x, [statistics.fmean(values) for values in found], "o:", color=color, label=name)
             axes.vlines(x, [min(values) for values in found], [max(values) for values in found], color=color)
         labels = [experiment.compared_variants[variant] for variant in variants]
         axes.set_xticks(range(len(variants)), labels, rotation=30, horizontalalignment="right")

@@ -131,20 +131,28 @@ class Texts(Job):
     Args:
         max_length (`int`): The length at which texts are cut, in tokens.
         upper_layers (`int`): How many layers are adapted. Those below are computed once.
+        label (`str`, *optional*): The column with the classes. By default the first one with classes.
         client_column (`str`, *optional*): The column with the author, if authors are the clients.
         min_examples (`int`): Authors with fewer texts to train on are left out.
         **kwargs: As for [`Job`].
     """
 
     def __init__(
-        self, *, max_length: int, upper_layers: int, client_column: str | None = None, min_examples: int = 1, **kwargs
+        self,
+        *,
+        max_length: int,
+        upper_layers: int,
+        label: str | None = None,
+        client_column: str | None = None,
+        min_examples: int = 1,
+        **kwargs,
     ):
-        self.max_length, self.upper_layers = max_length, upper_layers
+        self.max_length, self.upper_layers, self.label = max_length, upper_layers, label
         self.client_column, self.min_examples = client_column, min_examples
         super().__init__(**kwargs)
 
     def _load(self, splits: datasets.DatasetDict) -> tuple[datasets.Dataset, datasets.Dataset]:
-        text, label = text_column(splits["train"]), label_column(splits["train"])
+        text, label = text_column(splits["train"]), self.label or label_column(splits["train"])
         found = {split: splits[split].filter(lambda row: bool(row[text].strip())) for split in ("train", "test")}
         if self.client_column is not None:
             found = _of_clients(found, self.client_column, self.min_examples)
