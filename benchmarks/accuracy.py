@@ -101,12 +101,13 @@ def run_cell(experiment: Experiment, cell: Cell, job: Job, folder: Path) -> dict
     Returns:
         `dict[str, Any]`: The accuracy of the last state and of the mean of rounds, the accuracy of the worst decile of clients
         and the uploaded megabytes so far, each after the evaluated rounds, and the cosine similarity of the updates of each
-        round.
+        round. With the setting `own_test_data`, also the accuracy of each client at the end, with what it keeps to itself,
+        on its own part of the test data, which is split with the same shares.
     """
     given = experiment.settings(cell)
     split = job.split(given["validation"], cell.seed)
     arguments = dict(given["arguments"])
-    fault_rate = arguments.pop("fault_rate", 0.0)
+    fault_rate, own_test_data = arguments.pop("fault_rate", 0.0), arguments.pop("own_test_data", False)
     args = FederatedArguments(
         str(folder),
         **arguments,
@@ -127,10 +128,10 @@ def run_cell(experiment: Experiment, cell: Cell, job: Job, folder: Path) -> dict
 
     def metrics(prediction: EvalPrediction) -> dict[str, float]:
         found = job.hits(prediction.predictions, prediction.label_ids, split.test)
-        return {
-            "accuracy": float(found.mean()),
-            "worst_decile": client_statistics(weights @ found)["worst_decile"],
-        }
+        metrics = {"accuracy": float(found.mean())}
+        if len(found) < len(split.test):  # those of one client
+            return metrics
+        return {**metrics, "worst_decile": client_statistics(weights @ found)["worst_decile"]}
 
     set_seed(cell.seed)
     method = experiment.methods[cell.method]
@@ -155,6 +156,8 @@ def run_cell(experiment: Experiment, cell: Cell, job: Job, folder: Path) -> dict
     start_time = time.perf_counter()  # of what is left to do
     trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() else None)
     result = evaluations(trainer.state.log_history)
+    if own_test_data:
+        result["clients"] = trainer.evaluate_clients()["accuracy"].tolist()
     shutil.rmtree(folder)
     return {**result, "seconds": time.perf_counter() - start_time}
 

@@ -51,10 +51,7 @@ def with_tables(page: str) -> str:
     def section(found: re.Match) -> str:
         name = found.group(1)
         report = report_of(name)
-        shown = (
-            "Accuracy by variant" if report.experiment.compared_variants else "Accuracy against rounds and megabytes"
-        )
-        plots = [f"![{shown}](images/{plot_name(name, variant)})" for variant in report.plots()]
+        plots = [f"![{report.plotted}](images/{plot_name(name, variant)})" for variant in report.plots()]
         return "\n\n".join([f"<!-- accuracy {name} -->", report.tables(), *plots, "<!-- /accuracy -->"])
 
     return SECTION.sub(section, page)

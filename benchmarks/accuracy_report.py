@@ -16,6 +16,8 @@ from experiment import Experiment, Rates, middle_rates, trial_cells
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
+from peft_ravan.trainers import client_statistics
+
 
 Record = Mapping[str, Any]
 
@@ -85,10 +87,18 @@ class Report:
         else:
             for variant, runs in self.runs().items():
                 lines += [f"**{variant}**", ""] if variant else []
-                lines += [*_table(self.experiment, runs), ""]
+                table = _table_of_clients if _of_clients(self.experiment) else _table
+                lines += [*table(self.experiment, runs), ""]
         if self.purpose == "run":
             lines += ["**Learning rates**", "", *_rates_table(self.experiment, self.tuning or self.records)]
         return "\n".join(lines).strip()
+
+    @property
+    def plotted(self) -> str:
+        """What the plots show."""
+        if self.experiment.compared_variants:
+            return "Accuracy by variant"
+        return "Accuracy of each client" if _of_clients(self.experiment) else "Accuracy against rounds and megabytes"
 
     def plots(self) -> dict[str, Figure]:
         """
@@ -98,8 +108,9 @@ class Report:
         title = self.experiment.title
         if self.experiment.compared_variants:
             return {"": _plot_of_variants(self.experiment, self.runs())} if self.runs() else {}
+        plot = _plot_of_clients if _of_clients(self.experiment) else _plot
         return {
-            variant.replace(" ", "_"): _plot(runs, " · ".join(part for part in (title, variant) if part))
+            variant.replace(" ", "_"): plot(runs, " · ".join(part for part in (title, variant) if part))
             for variant, runs in self.runs().items()
         }
 
@@ -139,6 +150,35 @@ def _table(experiment: Experiment, runs: Mapping[str, list[Record]]) -> list[str
         reached = [_first(record, target) for record in found] if target is not None else [None]
         rows.append((*_row(experiment, name, found, reference), *_mean_of_reached(reached)))
     return list(markdown(rows))
+
+
+def _of_clients(experiment: Experiment) -> bool:
+    return experiment.federation.get("own_test_data", False)
+
+
+def _table_of_clients(experiment: Experiment, runs: Mapping[str, list[Record]]) -> list[str]:
+    rows = [
+        ("Method", "Seeds", "Mean of clients, %", f"against {experiment.reference}, points", "Worst decile, %", "MB")
+    ]
+    reference = runs.get(experiment.reference)
+    for name, found in runs.items():
+        compared = reference if name != experiment.reference else None
+        worst = [100 * client_statistics(record["measured"]["clients"])["worst_decile"] for record in found]
+        rows.append(
+            (
+                name,
+                str(len(found)),
+                _spread([_mean_of_clients(record) for record in found]),
+                _lead(found, compared, _mean_of_clients),
+                _spread(worst),
+                f"{statistics.fmean(record['measured']['megabytes'][-1] for record in found):.2f}",
+            )
+        )
+    return list(markdown(rows))
+
+
+def _mean_of_clients(record: Record) -> float:
+    return 100 * statistics.fmean(record["measured"]["clients"])
 
 
 def _table_of_variants(experiment: Experiment, runs: Mapping[str, Mapping[str, list[Record]]]) -> list[str]:
@@ -225,6 +265,21 @@ def _plot(runs: Mapping[str, list[Record]], title: str) -> Figure:
         axes.grid(alpha=0.3)
     figure.suptitle(title)
     figure.legend(*by_rounds.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
+    return figure
+
+
+def _plot_of_clients(runs: Mapping[str, list[Record]], title: str) -> Figure:
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for (name, found), color in zip(runs.items(), itertools.cycle(colormaps["tab10"].colors), strict=False):
+        curves = 100 * np.stack([np.sort(record["measured"]["clients"]) for record in found])  # [seeds, clients]
+        x = 1 + np.arange(curves.shape[1])
+        axes.plot(x, curves.mean(0), "o-", color=color, label=name)
+        axes.fill_between(x, curves.min(0), curves.max(0), color=color, alpha=0.15, linewidth=0)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set(xlabel="client, from the worst to the best", ylabel="accuracy, %", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
     return figure
 
 

@@ -231,6 +231,19 @@ def test_lora_can_start_from_a_gradient(run):
     )
 
 
+def test_clients_that_keep_a_part_are_evaluated_on_their_own_data(run, tmp_path):
+    personal = {"adapter": {"peft_type": "LORA", "r": 4}, "arguments": {"merge_method": "fedsa_lora"}}
+    printed = run(
+        "--quick",
+        methods={"LoRA, FedAvg": LORA, "FedSA-LoRA": {**personal, "rates_of": "LoRA, FedAvg"}},
+        federation={**TINY["federation"], "own_test_data": True},
+    )
+    assert "| Mean of clients, % |" in printed and "| FedSA-LoRA | 1 |" in printed
+    cells = [json.loads(line) for line in (tmp_path / "out" / "cells.jsonl").read_text().splitlines()]
+    assert [len(cell["measured"]["clients"]) for cell in cells] == [4, 4]
+    assert (tmp_path / "out" / "experiment-skewed-quick.png").is_file()
+
+
 def test_the_best_rates_are_those_of_the_best_trials():
     experiment = experiments.Experiment(
         **{**TINY, "methods": methods(), "trials": experiments.Trials(**TINY["trials"])}
@@ -278,7 +291,9 @@ def test_the_experiments_can_be_read(path):
         cell = experiment.cell(
             next(iter(experiment.variants)), name, "run", 0, experiments.middle_rates(experiment, name)
         )
-        accuracy.FederatedArguments("unused", **experiment.settings(cell)["arguments"], use_cpu=True)
+        arguments = experiment.settings(cell)["arguments"]
+        arguments.pop("own_test_data", None)
+        accuracy.FederatedArguments("unused", **arguments, use_cpu=True)
 
 
 SHAPES = {
