@@ -14,6 +14,7 @@ import numpy as np
 from cells import is_of
 from experiment import Experiment, Rates, middle_rates, trial_cells
 from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from peft_ravan.trainers import client_statistics
@@ -82,13 +83,9 @@ class Report:
             `str`: A table for each variant, or one for all, and one of the learning rates, in markdown.
         """
         lines = []
-        if self.experiment.compared_variants:
-            lines += [*_table_of_variants(self.experiment, self.runs()), ""]
-        else:
-            for variant, runs in self.runs().items():
-                lines += [f"**{variant}**", ""] if variant else []
-                table = _table_of_clients if _of_clients(self.experiment) else _table
-                lines += [*table(self.experiment, runs), ""]
+        for variant, runs in self._groups().items():
+            lines += [f"**{variant}**", ""] if variant else []
+            lines += [*self._layout.table(self.experiment, runs), ""]
         if self.purpose == "run":
             lines += ["**Learning rates**", "", *_rates_table(self.experiment, self.tuning or self.records)]
         return "\n".join(lines).strip()
@@ -96,22 +93,16 @@ class Report:
     @property
     def plotted(self) -> str:
         """What the plots show."""
-        if self.experiment.compared_variants:
-            return "Accuracy by variant"
-        return "Accuracy of each client" if _of_clients(self.experiment) else "Accuracy against rounds and megabytes"
+        return self._layout.plotted
 
     def plots(self) -> dict[str, Figure]:
         """
         Returns:
             `dict[str, Figure]`: A plot for each variant, by the name that it suggests for its file, or one without a name.
         """
-        title = self.experiment.title
-        if self.experiment.compared_variants:
-            return {"": _plot_of_variants(self.experiment, self.runs())} if self.runs() else {}
-        plot = _plot_of_clients if _of_clients(self.experiment) else _plot
         return {
-            variant.replace(" ", "_"): plot(runs, " · ".join(part for part in (title, variant) if part))
-            for variant, runs in self.runs().items()
+            variant.replace(" ", "_"): self._layout.plot(self.experiment, runs, variant)
+            for variant, runs in self._groups().items()
         }
 
     def write(self, output: Path) -> str:
@@ -130,6 +121,17 @@ class Report:
             parts = (output.name, variant, self.purpose)
             figure.savefig(output.parent / f"{'-'.join(part for part in parts if part)}.png", dpi=150)
         return text
+
+    @property
+    def _layout(self) -> Layout:
+        if self.experiment.compared_variants:
+            return OF_VARIANTS
+        return OF_CLIENTS if self.experiment.federation.get("own_test_data", False) else BY_ROUNDS
+
+    def _groups(self) -> dict[str, Mapping]:
+        """What shares a table and a plot: the runs of a variant by method, or those of all variants that are compared."""
+        runs = self.runs()
+        return {"": runs} if runs and self.experiment.compared_variants else runs
 
     def _runs(self, variant: str, method: str) -> list[Record]:
         rates = middle_rates(self.experiment, method)
@@ -150,10 +152,6 @@ def _table(experiment: Experiment, runs: Mapping[str, list[Record]]) -> list[str
         reached = [_first(record, target) for record in found] if target is not None else [None]
         rows.append((*_row(experiment, name, found, reference), *_mean_of_reached(reached)))
     return list(markdown(rows))
-
-
-def _of_clients(experiment: Experiment) -> bool:
-    return experiment.federation.get("own_test_data", False)
 
 
 def _table_of_clients(experiment: Experiment, runs: Mapping[str, list[Record]]) -> list[str]:
@@ -246,7 +244,17 @@ def _by_rate(experiment: Experiment, records: Mapping[float, Record]) -> str:
     return ", ".join(f"{rate:g}: {last_accuracy(experiment, records[rate]):.1f}" for rate in sorted(records))
 
 
-def _plot(runs: Mapping[str, list[Record]], title: str) -> Figure:
+def _title(experiment: Experiment, variant: str) -> str:
+    return " · ".join(part for part in (experiment.title, variant) if part)
+
+
+def _draw(axes: Axes, x: np.ndarray, curves: np.ndarray, style: str, color: tuple[float, ...], name: str) -> None:
+    """The mean over seeds of curves, `[seeds, points]`, and their range."""
+    axes.plot(x, curves.mean(0), style, color=color, label=name)
+    axes.fill_between(x, curves.min(0), curves.max(0), color=color, alpha=0.15, linewidth=0)
+
+
+def _plot(experiment: Experiment, runs: Mapping[str, list[Record]], variant: str) -> Figure:
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     by_rounds, by_megabytes = figure.subplots(1, 2, sharey=True)
     colors = colormaps["tab20" if len(runs) > 10 else "tab10"].colors
@@ -254,8 +262,7 @@ def _plot(runs: Mapping[str, list[Record]], title: str) -> Figure:
         curves = 100 * np.stack([record["measured"]["mean"] for record in found])  # [seeds, evaluations]
         for axes, key in ((by_rounds, "rounds"), (by_megabytes, "megabytes")):
             x = np.mean([record["measured"][key] for record in found], axis=0)
-            axes.plot(x, curves.mean(0), color=color, label=name)
-            axes.fill_between(x, curves.min(0), curves.max(0), color=color, alpha=0.15, linewidth=0)
+            _draw(axes, x, curves, "-", color, name)
     by_megabytes.set_xscale("log")
     by_megabytes.xaxis.set_major_formatter("{x:g}")
     by_rounds.xaxis.get_major_locator().set_params(integer=True)
@@ -263,46 +270,65 @@ def _plot(runs: Mapping[str, list[Record]], title: str) -> Figure:
     by_megabytes.set(xlabel="megabytes uploaded by all clients")
     for axes in (by_rounds, by_megabytes):
         axes.grid(alpha=0.3)
-    figure.suptitle(title)
+    figure.suptitle(_title(experiment, variant))
     figure.legend(*by_rounds.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
     return figure
 
 
-def _plot_of_clients(runs: Mapping[str, list[Record]], title: str) -> Figure:
+def _plot_of_clients(experiment: Experiment, runs: Mapping[str, list[Record]], variant: str) -> Figure:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for (name, found), color in zip(runs.items(), itertools.cycle(colormaps["tab10"].colors), strict=False):
         curves = 100 * np.stack([np.sort(record["measured"]["clients"]) for record in found])  # [seeds, clients]
-        x = 1 + np.arange(curves.shape[1])
-        axes.plot(x, curves.mean(0), "o-", color=color, label=name)
-        axes.fill_between(x, curves.min(0), curves.max(0), color=color, alpha=0.15, linewidth=0)
+        _draw(axes, 1 + np.arange(curves.shape[1]), curves, "o-", color, name)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set(xlabel="client, from the worst to the best", ylabel="accuracy, %", title=title)
+    axes.set(xlabel="client, from the worst to the best", ylabel="accuracy, %", title=_title(experiment, variant))
     axes.grid(alpha=0.3)
     axes.legend()
     return figure
 
 
-def _plot_of_variants(experiment: Experiment, runs: Mapping[str, Mapping[str, list[Record]]]) -> Figure:
+def _plot_of_variants(experiment: Experiment, runs: Mapping[str, Mapping[str, list[Record]]], variant: str) -> Figure:
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    variants = [variant for variant in experiment.compared_variants if variant in runs]
+    variants = [one for one in experiment.compared_variants if one in runs]
     methods = [name for name in experiment.rows if any(name in of_variant for of_variant in runs.values())]
     measures = {"last state": partial(last_accuracy, experiment), "mean of rounds": mean_accuracy}
     for axes, (label, accuracy) in zip(panels, measures.items(), strict=True):
         for name, color in zip(methods, itertools.cycle(colormaps["tab10"].colors), strict=False):
             # a variant that was not run is a gap
-            found = [[accuracy(record) for record in runs[variant].get(name, ())] or [np.nan] for variant in variants]
+            found = [[accuracy(record) for record in runs[one].get(name, ())] or [np.nan] for one in variants]
             x = range(len(variants))
             axes.plot(x, [statistics.fmean(values) for values in found], "o:", color=color, label=name)
             axes.vlines(x, [min(values) for values in found], [max(values) for values in found], color=color)
-        labels = [experiment.compared_variants[variant] for variant in variants]
+        labels = [experiment.compared_variants[one] for one in variants]
         axes.set_xticks(range(len(variants)), labels, rotation=30, horizontalalignment="right")
         axes.set(ylabel=f"accuracy of the {label}, %")
         axes.grid(alpha=0.3)
-    figure.suptitle(experiment.title)
+    figure.suptitle(_title(experiment, variant))
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
     return figure
+
+
+@dataclass(frozen=True)
+class Layout:
+    """
+    How a group of runs is shown.
+
+    Args:
+        plotted (`str`): What its plot shows.
+        table (`Callable`): The lines of its table, from the experiment and the runs.
+        plot (`Callable`): Its plot, from the experiment, the runs and the name of the variant.
+    """
+
+    plotted: str
+    table: Callable[[Experiment, Mapping], list[str]]
+    plot: Callable[[Experiment, Mapping, str], Figure]
+
+
+BY_ROUNDS = Layout("Accuracy against rounds and megabytes", _table, _plot)
+OF_CLIENTS = Layout("Accuracy of each client", _table_of_clients, _plot_of_clients)
+OF_VARIANTS = Layout("Accuracy by variant", _table_of_variants, _plot_of_variants)
 
 
 def markdown(rows: Sequence[Sequence[str]], names: int = 1) -> Iterator[str]:
