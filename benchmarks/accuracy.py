@@ -28,7 +28,8 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from accuracy_report import Report, chosen_rates
+from accuracy_measures import chosen_rates
+from accuracy_report import Report
 from cells import finished_cells, is_of, run_cells
 from experiment import Cell, Experiment, Rates, middle_rates, read_experiment, trial_cells
 from gradient_start import adapted

@@ -45,14 +45,19 @@ def with_tables(page: str) -> str:
         page (`str`): The text of the page.
 
     Returns:
-        `str`: The same text with the tables of the finished runs.
+        `str`: The same text with the tables of the finished runs, and with those of the learning rates that have not been
+        on the page yet.
     """
+    shown = set()
 
     def section(found: re.Match) -> str:
         name = found.group(1)
         report = report_of(name)
+        rates = report.rates()
+        tables = [report.tables()] if shown.issuperset(rates.splitlines()) else [report.tables(), rates]
+        shown.update(rates.splitlines())
         plots = [f"![{report.plotted}](images/{plot_name(name, variant)})" for variant in report.plots()]
-        return "\n\n".join([f"<!-- accuracy {name} -->", report.tables(), *plots, "<!-- /accuracy -->"])
+        return "\n\n".join([f"<!-- accuracy {name} -->", *tables, *plots, "<!-- /accuracy -->"])
 
     return SECTION.sub(section, page)
 

@@ -30,10 +30,10 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))  # where a script finds the others
 
 import accuracy  # noqa: E402
-import accuracy_report  # noqa: E402
 import experiment as experiments  # noqa: E402
 import jobs  # noqa: E402
 import real_data  # noqa: E402
+from accuracy_measures import chosen_rates  # noqa: E402
 from cells import is_of  # noqa: E402
 from job_kinds import JOBS  # noqa: E402
 
@@ -254,12 +254,12 @@ def test_the_best_rates_are_those_of_the_best_trials():
         for cell, value in zip(cells, accuracies, strict=True):
             records.append({**vars(cell), "measured": {"rounds": [1, 2], "last": [0.9, value], "mean": [0.0, 0.0]}})
 
-    assert accuracy_report.chosen_rates(experiment, records, "Ravan") == experiments.Rates(0.01, 0.1)  # in the middle
+    assert chosen_rates(experiment, records, "Ravan") == experiments.Rates(0.01, 0.1)  # in the middle
     add(experiments.trial_cells(experiment, "Ravan"), [0.4, 0.3])
-    best = accuracy_report.chosen_rates(experiment, records, "Ravan")
+    best = chosen_rates(experiment, records, "Ravan")
     assert best == experiments.Rates(0.001, 0.1)
     add(experiments.trial_cells(experiment, "Ravan", best), [0.5])
-    assert accuracy_report.chosen_rates(experiment, records, "Ravan") == experiments.Rates(0.001, 0.01)
+    assert chosen_rates(experiment, records, "Ravan") == experiments.Rates(0.001, 0.01)
 
 
 def test_hits_of_classes_and_of_tokens():
