@@ -50,8 +50,13 @@ def finished_trials(
     of_adapter = records_of(trial_cells(experiment, method), records)
     if not of_adapter:
         return [], []
-    best = max(of_adapter, key=partial(last_accuracy, experiment))
+    best = best_trial(experiment, of_adapter)
     return of_adapter, [best, *records_of(trial_cells(experiment, method, _rates(best)), records)]
+
+
+def best_trial(experiment: Experiment, trials: Sequence[Record]) -> Record:
+    """The trial with the highest accuracy of the last state."""
+    return max(trials, key=partial(last_accuracy, experiment))
 
 
 def chosen_rates(experiment: Experiment, records: Sequence[Record], method: str) -> Rates:
@@ -65,9 +70,7 @@ def chosen_rates(experiment: Experiment, records: Sequence[Record], method: str)
         [`Rates`]: The rates of its best trial so far, by the accuracy of the last state. Those in the middle if there is none.
     """
     _, of_head = finished_trials(experiment, records, method)
-    if not of_head:
-        return middle_rates(experiment, method)
-    return _rates(max(of_head, key=partial(last_accuracy, experiment)))
+    return _rates(best_trial(experiment, of_head)) if of_head else middle_rates(experiment, method)
 
 
 def _rates(record: Record) -> Rates:

@@ -56,7 +56,7 @@ def with_tables(page: str) -> str:
         rates = report.rates()
         tables = [report.tables()] if shown.issuperset(rates.splitlines()) else [report.tables(), rates]
         shown.update(rates.splitlines())
-        plots = [f"![{report.plotted}](images/{plot_name(name, variant)})" for variant in report.plots()]
+        plots = [f"![{report.plotted}](images/{plot_name(name, variant)})" for variant in report.plot_names]
         return "\n\n".join([f"<!-- accuracy {name} -->", *tables, *plots, "<!-- /accuracy -->"])
 
     return SECTION.sub(section, page)

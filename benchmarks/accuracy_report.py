@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from accuracy_measures import Record, chosen_rates, records_of
@@ -47,7 +48,7 @@ class Report:
             `str`: A table for each variant, or one for all, in markdown.
         """
         lines = []
-        for variant, runs in self._groups().items():
+        for variant, runs in self._groups.items():
             lines += [f"**{variant}**", ""] if variant else []
             lines += [*self._layout.table(self.experiment, runs), ""]
         return "\n".join(lines).strip()
@@ -68,6 +69,11 @@ class Report:
         return "\n".join(["**Learning rates**", "", intro, "", *table])
 
     @property
+    def plot_names(self) -> list[str]:
+        """The names of the plots."""
+        return [variant.replace(" ", "_") for variant in self._groups]
+
+    @property
     def plotted(self) -> str:
         """What the plots show."""
         return self._layout.plotted
@@ -77,10 +83,8 @@ class Report:
         Returns:
             `dict[str, Figure]`: A plot for each variant, by the name that it suggests for its file, or one without a name.
         """
-        return {
-            variant.replace(" ", "_"): self._layout.plot(self.experiment, runs, variant)
-            for variant, runs in self._groups().items()
-        }
+        plots = (self._layout.plot(self.experiment, runs, variant) for variant, runs in self._groups.items())
+        return dict(zip(self.plot_names, plots, strict=True))
 
     def write(self, output: Path) -> str:
         """
@@ -105,6 +109,7 @@ class Report:
             return OF_VARIANTS
         return OF_CLIENTS if self.experiment.federation.get("own_test_data", False) else BY_ROUNDS
 
+    @cached_property
     def _groups(self) -> dict[str, Mapping]:
         """What shares a table and a plot: the runs of a variant by method, or those of all variants that are compared."""
         runs = self.runs()

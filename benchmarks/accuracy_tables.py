@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
-from accuracy_measures import Record, chosen_rates, finished_trials, last_accuracy, mean_accuracy, mean_of_clients
+from accuracy_measures import Record, best_trial, finished_trials, last_accuracy, mean_accuracy, mean_of_clients
 from experiment import Experiment
 
 from peft_ravan.trainers import client_statistics
@@ -40,7 +40,7 @@ def table_of_clients(experiment: Experiment, runs: Mapping[str, list[Record]]) -
                 _spread([mean_of_clients(record) for record in found]),
                 _lead(found, compared, mean_of_clients),
                 _spread(worst),
-                f"{statistics.fmean(record['measured']['megabytes'][-1] for record in found):.2f}",
+                _megabytes(found),
             )
         )
     return list(markdown(rows))
@@ -76,7 +76,7 @@ def _row(
         _lead(found, compared, mean_accuracy),
         _spread([100 * record["measured"]["worst_decile"][-1] for record in found]),
         _cosine(found),
-        f"{statistics.fmean(record['measured']['megabytes'][-1] for record in found):.2f}",
+        _megabytes(found),
     )
 
 
@@ -88,14 +88,15 @@ def table_of_rates(experiment: Experiment, records: Sequence[Record]) -> list[st
         of_adapter, of_head = finished_trials(experiment, records, name)
         if not of_adapter:
             continue
-        chosen = chosen_rates(experiment, records, name)
+        chosen = best_trial(experiment, of_head)
+        of_task_head = chosen["task_head_learning_rate"]
         rows.append(
             (
                 name,
                 _by_rate(experiment, of_adapter, "learning_rate"),
-                f"{chosen.adapter:g}",
+                f"{chosen['learning_rate']:g}",
                 _by_rate(experiment, of_head, "task_head_learning_rate") or "–",
-                "–" if chosen.task_head is None else f"{chosen.task_head:g}",
+                "–" if of_task_head is None else f"{of_task_head:g}",
             )
         )
     return list(markdown(rows))
@@ -152,6 +153,10 @@ def _lead(records: Sequence[Record], reference: Sequence[Record] | None, accurac
 def _cosine(records: Sequence[Record]) -> str:
     found = [cosine for record in records for cosine in record["measured"].get("update_cosines", ())]
     return f"{statistics.fmean(found):.2f}" if found else "–"
+
+
+def _megabytes(records: Sequence[Record]) -> str:
+    return f"{statistics.fmean(record['measured']['megabytes'][-1] for record in records):.2f}"
 
 
 def _spread(values: Sequence[float]) -> str:
